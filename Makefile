@@ -1,0 +1,43 @@
+# `make demo`, `make test` and `make lint` set up .venv themselves; nothing but python3 (with pip) and make is assumed.
+UV := .uv/bin/uv
+PYTHON := .venv/bin/python
+DEMO := outputs/demo
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup test lint demo miniature clean
+
+setup: .venv/.ready
+
+# transformers 5.23 needs Python 3.11: uv takes the machine's if it is new enough, else it fetches one.
+.venv/.ready: setup.cfg constraints.txt pyproject.toml
+	test -x $(UV) || python3 -m pip install --quiet --target .uv "uv==0.13.8"
+	test -x $(PYTHON) || $(UV) venv --quiet --python ">=3.11,<3.15" .venv
+	$(UV) pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+test: setup lint
+	$(PYTHON) -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# Drawn scenes -> published dataset -> QLoRA of the miniature -> scores, model card, page of samples. Offline.
+demo: export HF_HUB_OFFLINE = 1
+demo: setup
+	rm -rf $(DEMO)
+	$(PYTHON) scripts/draw_scenes.py --output_dir $(DEMO)/scenes
+	$(PYTHON) scripts/publish_datasets.py --source stair --tokenizer recipes/miniature \
+		--annotations $(DEMO)/scenes/stair_train.json $(DEMO)/scenes/stair_val.json --images $(DEMO)/scenes/images \
+		--yj_annotations $(DEMO)/scenes/yj.json --val_ids $(DEMO)/scenes/val_ids.txt \
+		--test_ids $(DEMO)/scenes/test_ids.txt --output_dir $(DEMO)/dataset
+	.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_qwen2vl_jp.py \
+		--config recipes/configs/sft_qwen2vl_jp/demo.yaml
+
+# The committed checkpoint of the miniature, pretrained again from its seed.
+miniature: setup
+	$(PYTHON) scripts/pretrain_miniature.py --output_dir recipes/miniature
+
+clean:
+	rm -rf outputs .venv .uv

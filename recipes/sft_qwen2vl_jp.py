@@ -1,0 +1,215 @@
+"""Adapt Qwen2-VL-2B-Instruct to Japanese image captioning with QLoRA, and measure the result beside the base model.
+
+One GPU with 16 GB or more, settings of recipes/configs/sft_qwen2vl_jp/base.yaml:
+
+    accelerate launch recipes/sft_qwen2vl_jp.py
+
+A T4 (float16, smaller images):
+
+    accelerate launch --config_file accelerate_configs/t4.yaml recipes/sft_qwen2vl_jp.py \\
+        --config recipes/configs/sft_qwen2vl_jp/t4.yaml
+
+Any key of the YAML can be set on the command line, and an interrupted run continues:
+
+    accelerate launch recipes/sft_qwen2vl_jp.py --dataset you/stair-captions-ja --image_dir images --lora_r 16 \\
+        --output_dir outputs/r16 --resume_from_checkpoint latest
+
+The whole path in miniature, on a CPU, in minutes: `make demo`.
+
+In `output_dir` it leaves checkpoints, `base/` and `adapter/` with predictions.jsonl and metrics.json each, the adapter
+with its processor and model card in `adapter/`, and `samples.html`. `--push_to_hub --hub_model_id you/name` publishes
+`adapter/` (private until you say otherwise).
+"""
+
+import gc
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+from vlmcap import provenance
+from vlmcap.data.images import check_images, check_no_overlap, dataset_revision, load_captions
+from vlmcap.evaluation.generate import GenerationArguments, generate, model_record
+from vlmcap.evaluation.metrics import evaluate_predictions, write_references
+from vlmcap.models.load import ModelArguments, load_adapter, load_model, load_processor, lora_config
+from vlmcap.reporting.cards import check_push_rights, push_adapter, write_adapter_card
+from vlmcap.reporting.gallery import write_run_page
+from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
+from vlmcap.training.report import training_report
+from vlmcap.training.trainer import BadImageReport, CaptionSFTConfig, CaptionTrainer
+
+BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
+
+
+@dataclass
+class DataArguments:
+    """What is trained and evaluated on."""
+
+    dataset: str = field(
+        metadata={"help": "Caption dataset made by scripts/publish_datasets.py: Hub id (you/stair-captions-ja) or folder."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the photographs, for a dataset published without them."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str = field(default="test", metadata={"help": "Split on which base and adapter are scored."})
+    include_yj_images: bool = field(
+        default=False, metadata={"help": "Train on images that YJ Captions describes too; YJ is then no held-out test."}
+    )
+    max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
+    max_test_images: int | None = field(default=None, metadata={"help": "Score on the first N test images only."})
+    max_bad_images: float = field(
+        default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
+    )
+    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
+
+
+# What the models have seen of the data they are scored on, for the model card.
+BASE_SAW = {"STAIR": "unknown", "YJ": "unknown", "note": "The makers of the base model do not list its training images."}
+
+# The trainer's settings that the model card prints.
+REPORTED_SETTINGS = (
+    "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim num_train_epochs max_steps"
+    " per_device_train_batch_size gradient_accumulation_steps world_size label_smoothing_factor gradient_checkpointing"
+    " bf16 fp16 seed"
+).split()
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
+    """The checkpoint to continue from: a folder, or `latest` for the newest in output_dir."""
+    latest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if resume is None and latest:
+        raise SystemExit(
+            f"{output_dir} holds {Path(latest).name} of an earlier run. Continue it with --resume_from_checkpoint latest,"
+            " choose another --output_dir, or delete it."
+        )
+    if resume == "latest" and not latest:
+        raise SystemExit(f"--resume_from_checkpoint latest, but {output_dir} holds no checkpoint")
+    return latest if resume == "latest" else resume
+
+
+def main(
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    generation_args: GenerationArguments,
+    training_args: CaptionSFTConfig,
+) -> None:
+    output_dir = Path(training_args.output_dir)
+    adapter_dir = output_dir / "adapter"
+    is_main = PartialState().is_main_process
+    # The trainer's own push would run in the background at every checkpoint, hiding failures, and without our card.
+    push, training_args.push_to_hub = training_args.push_to_hub, False
+    if push:
+        check_push_rights(training_args.hub_model_id)
+    checkpoint = find_checkpoint(output_dir, training_args.resume_from_checkpoint)
+
+    # Data: one row an image. What cannot be read is found before hours are spent, what overlaps ends the run.
+    revision = dataset_revision(data_args.dataset, data_args.dataset_revision)
+    with PartialState().local_main_process_first():
+        train_rows = load_captions(data_args.dataset, data_args.train_split, data_args.image_dir, revision)
+        test_rows = load_captions(data_args.dataset, data_args.test_split, data_args.image_dir, revision)
+    check_no_overlap(train_rows, test_rows)
+    if not data_args.include_yj_images:
+        train_rows = train_rows.select([i for i, in_yj in enumerate(train_rows["in_yj"]) if not in_yj])
+    train_rows = train_rows.select(range(min(data_args.max_train_images or len(train_rows), len(train_rows))))
+    test_rows = test_rows.select(range(min(data_args.max_test_images or len(test_rows), len(test_rows))))
+    bad_images = BadImages(output_dir / "bad_images.jsonl", int(data_args.max_bad_images * len(train_rows)))
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        bad_images.path.unlink(missing_ok=True)
+        check_images(test_rows, data_args.test_split)
+    train_rows = drop_missing(train_rows, bad_images, write=is_main)
+    examples = caption_examples(train_rows)
+
+    # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
+    processor = load_processor(
+        model_args.model_name_or_path, model_args.model_revision, model_args.min_pixels, model_args.max_pixels
+    )
+    model = load_model(
+        model_args.model_name_or_path,
+        model_args.model_revision,
+        model_args.load_in_4bit,
+        model_args.attn_implementation,
+    )
+    trainer = CaptionTrainer(
+        model=model,
+        args=training_args,
+        data_collator=CaptionCollator(train_rows, processor, generation_args.prompt, bad_images),
+        train_dataset=examples,
+        processing_class=processor,
+        peft_config=lora_config(model, model_args),
+        callbacks=[BadImageReport(bad_images)],
+    )
+    if is_main:
+        print(training_report(trainer.model, training_args, model_args, train_rows, len(examples), 64), flush=True)
+
+    # Training
+    start = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(adapter_dir))
+    if is_main:
+        (adapter_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle of this machine's paths; the card has the settings
+        training = {
+            "config": asdict(data_args) | asdict(model_args) | {key: getattr(training_args, key) for key in REPORTED_SETTINGS},
+            "dataset": {"id": data_args.dataset, "revision": revision, "split": data_args.train_split},
+            "images": len(train_rows),
+            "captions": len(examples),
+            "in_yj_images": sum(train_rows["in_yj"]),
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "seconds": time.perf_counter() - start,
+            "peak_memory_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+            "train_loss": result.training_loss,
+            "bad_images": bad_images.count(),
+            "hardware": provenance.hardware(),
+            "seed": training_args.seed,
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        }
+        (adapter_dir / "training.json").write_text(json.dumps(training, ensure_ascii=False, indent=2), encoding="utf-8")
+
+    del trainer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    PartialState().wait_for_everyone()
+
+    # Evaluation: the base and the adapter as they lie on disk, on the same images with the same decoding.
+    names = (model_args.model_name_or_path, model_args.model_revision)
+    model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
+    dataset = {"id": data_args.dataset, "revision": revision, "split": data_args.test_split}
+    record = {"model": model_record(model, *names), "dataset": dataset, "saw": BASE_SAW}
+    base_predictions = output_dir / "base/predictions.jsonl"
+    generate(model, processor, test_rows, base_predictions, generation_args, record)
+
+    model = load_adapter(model, str(adapter_dir))
+    yj_images = sum(train_rows["in_yj"])
+    record = {"model": model_record(model, *names, adapter=str(adapter_dir)), "dataset": dataset, "saw": {"STAIR": "train", "YJ": "train images" if yj_images else "no", "note": "Fine-tuned on the training split only."}}
+    adapter_predictions = adapter_dir / "predictions.jsonl"
+    generate(model, processor, test_rows, adapter_predictions, generation_args, record)
+    if not is_main:
+        return
+
+    # Scores, model card, a page of samples
+    references = {str(i): captions for i, captions in zip(test_rows["image_id"], test_rows["captions"], strict=True)}
+    base = write_metrics(base_predictions, references, output_dir / "base/metrics.json", data_args.tokenizer)
+    more = {"training": json.loads((adapter_dir / "training.json").read_text(encoding="utf-8")), "base": base}
+    metrics = write_metrics(adapter_predictions, references, adapter_dir / "metrics.json", data_args.tokenizer, more)
+    write_adapter_card(adapter_dir, training_args.hub_model_id)
+    page = write_run_page(output_dir, test_rows, metrics)
+    print(f"\n{comparison_table(metrics)}\n\nAdapter and model card: {adapter_dir}\nSamples: {page}")
+    if push:
+        print(f"Pushed to {push_adapter(adapter_dir, training_args.hub_model_id)}")
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
+    parser = TrlParser((DataArguments, ModelArguments, GenerationArguments, CaptionSFTConfig))
+    main(*parser.parse_args_and_config(arguments))

@@ -1,0 +1,119 @@
+"""Published datasets with their pictures: embedded in the dataset, or in a folder named by `file_name`."""
+
+import io
+from pathlib import Path
+
+import datasets
+from huggingface_hub import HfApi
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+
+class DatasetError(ValueError):
+    """A dataset cannot be used as asked. The message names the dataset, the value and the mend."""
+
+
+class BadImageError(OSError):
+    """A picture is missing or cannot be decoded. `name` is its file name (or image id), the message says why."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+def load_captions(dataset: str, split: str, image_dir: str | None = None, revision: str | None = None) -> datasets.Dataset:
+    """Loads one split of a published caption dataset with pictures that can be opened.
+
+    Args:
+        dataset: Hub id or local folder, as `load_dataset` takes it.
+        split: e.g. "train".
+        image_dir: folder that holds the `file_name`s, for a dataset published without embedded images.
+        revision: Hub revision.
+
+    Returns:
+        One row per image (see DESIGN: image_id, captions, ...). Column `image` is undecoded,
+        {"bytes": bytes | None, "path": str | None}; `open_image` reads it.
+
+    Raises:
+        DatasetError: no such split, or the dataset has neither embedded images nor an image_dir.
+    """
+    splits = datasets.get_dataset_split_names(dataset, revision=revision)
+    if split not in splits:
+        raise DatasetError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
+    rows = datasets.load_dataset(dataset, split=split, revision=revision)
+    if image_dir:
+        folder = Path(image_dir)
+        if not folder.is_dir():
+            raise DatasetError(f"--image_dir {image_dir} is not a folder")
+        if "image" in rows.column_names:
+            rows = rows.remove_columns("image")
+        paths = [{"bytes": None, "path": str(folder / name)} for name in rows["file_name"]]
+        return rows.add_column("image", paths, feature=datasets.Image(decode=False))
+    if "image" not in rows.column_names:
+        raise DatasetError(
+            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python scripts/fetch_images.py"
+            f" --dataset {dataset} --split {split} --output_dir images` and add `--image_dir images`, or build the dataset"
+            " with `publish_datasets.py --images DIR`."
+        )
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def open_image(row: dict) -> Image.Image:
+    """Reads the picture of a row of `load_captions` as RGB.
+
+    Raises:
+        BadImageError: the file is missing, truncated or no image.
+    """
+    cell = row["image"]
+    name = row.get("file_name") or cell["path"] or str(row["image_id"])
+    try:
+        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise BadImageError(name, f"no such file: {cell['path']}") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImageError(name, str(error)) from error
+
+
+def dataset_revision(dataset: str, revision: str | None = None) -> str | None:
+    """Commit of a dataset on the Hub, None for a local folder."""
+    return None if Path(dataset).exists() else HfApi().dataset_info(dataset, revision=revision).sha
+
+
+def check_no_overlap(train: datasets.Dataset, test: datasets.Dataset) -> None:
+    """Raises DatasetError when an image is both trained on and tested on."""
+    both = sorted(set(train["image_id"]) & set(test["image_id"]))
+    if both:
+        raise DatasetError(
+            f"{len(both)} images are in the training and in the test split (image_id {', '.join(map(str, both[:5]))}, ...)."
+            " Scores on them would mean nothing: publish the dataset again with disjoint splits, or name other splits."
+        )
+
+
+def missing_files(rows: datasets.Dataset) -> list[int]:
+    """Indices of the rows whose picture is neither embedded nor a file. Looks at names only."""
+    cells = rows.select_columns("image").with_format("arrow")[:]["image"].combine_chunks()
+    embedded = cells.field("bytes").is_valid().to_pylist()
+    paths = cells.field("path").to_pylist()
+    return [i for i, (inside, path) in enumerate(zip(embedded, paths, strict=True)) if not inside and not Path(path).is_file()]
+
+
+def check_images(rows: datasets.Dataset, split: str) -> None:
+    """Decodes every picture of a split, with a progress bar, before a run that will need all of them.
+
+    Raises:
+        DatasetError: naming the pictures that cannot be read.
+    """
+    bad = []
+    for row in tqdm(rows.select_columns(["image", "image_id", "file_name"]), desc=f"checking images of {split}"):
+        try:
+            open_image(row)
+        except BadImageError as error:
+            bad.append(str(error))
+    if bad:
+        raise DatasetError(
+            f"{len(bad)} of {len(rows)} pictures of the {split} split cannot be read, so it could not be scored whole:\n  "
+            + "\n  ".join(bad[:20])
+            + ("\n  ..." if len(bad) > 20 else "")
+            + "\nFetch them again with scripts/fetch_images.py."
+        )

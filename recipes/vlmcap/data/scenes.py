@@ -1,0 +1,178 @@
+"""The miniature's world: drawn scenes of two coloured shapes, with English and Japanese captions.
+
+Everything is drawn and written from a seed, so no file is needed. A scene is two different shapes side by side or one
+above the other. One combination in ten (colours, shapes and arrangement together) is held out: validation and test
+scenes show only combinations that no training scene shows.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+SIZE = 84  # pixels: 6 x 6 ViT patches of 14, which Qwen2-VL merges 2 x 2 to 9 image tokens
+
+# colour -> (RGB, English, Japanese modifier)
+COLOURS = {
+    "red": ((220, 50, 47), "red", "赤い"),
+    "blue": ((38, 89, 200), "blue", "青い"),
+    "yellow": ((235, 200, 20), "yellow", "黄色い"),
+    "green": ((40, 150, 60), "green", "緑の"),
+    "purple": ((140, 60, 170), "purple", "紫の"),
+    "black": ((30, 30, 30), "black", "黒い"),
+}
+SHAPES = {"circle": ("circle", "丸"), "square": ("square", "四角"), "triangle": ("triangle", "三角"), "star": ("star", "星")}
+
+ENGLISH = {
+    "horizontal": (
+        "a {a} on the left and a {b} on the right",
+        "a {a} to the left of a {b}",
+        "a {b} to the right of a {a}",
+        "there is a {a} on the left of a {b}",
+        "a {a} and a {b} side by side",
+    ),
+    "vertical": (
+        "a {a} at the top and a {b} at the bottom",
+        "a {a} above a {b}",
+        "a {b} below a {a}",
+        "there is a {a} above a {b}",
+        "a {a} and a {b} one above the other",
+    ),
+}
+# Plain form without a final 。, as STAIR writes; each image has all five.
+JAPANESE = {
+    "horizontal": (
+        "{a}が左に、{b}が右にある",
+        "左に{a}、右に{b}が描かれている",
+        "{b}の左に{a}がある",
+        "{a}の右に{b}が置かれている",
+        "{a}と{b}が横に並んでいる",
+    ),
+    "vertical": (
+        "{a}が上に、{b}が下にある",
+        "上に{a}、下に{b}が描かれている",
+        "{b}の上に{a}がある",
+        "{a}の下に{b}が置かれている",
+        "{a}と{b}が縦に並んでいる",
+    ),
+}
+# Polite form with 。, as YJ Captions writes.
+JAPANESE_POLITE = {
+    "horizontal": ("{a}が左に、{b}が右にあります。", "{a}と{b}が横に並んでいます。"),
+    "vertical": ("{a}が上に、{b}が下にあります。", "{a}と{b}が縦に並んでいます。"),
+}
+
+
+class Thing(NamedTuple):
+    colour: str
+    shape: str
+
+
+class Scene(NamedTuple):
+    """`first` is left of (horizontal) or above (vertical) `second`; `seed` fixes the drawing."""
+
+    first: Thing
+    second: Thing
+    arrangement: str
+    seed: int
+
+    def held_out(self) -> bool:
+        """Whether this combination of things and arrangement is kept for validation and test."""
+        key = f"{self.first}|{self.second}|{self.arrangement}"
+        return hashlib.sha256(key.encode()).digest()[0] % 10 == 0
+
+    def english(self) -> list[str]:
+        a, b = (f"{COLOURS[t.colour][1]} {SHAPES[t.shape][0]}" for t in (self.first, self.second))
+        return [template.format(a=a, b=b) for template in ENGLISH[self.arrangement]]
+
+    def japanese(self, polite: bool = False) -> list[str]:
+        a, b = (COLOURS[t.colour][2] + SHAPES[t.shape][1] for t in (self.first, self.second))
+        templates = JAPANESE_POLITE if polite else JAPANESE
+        return [template.format(a=a, b=b) for template in templates[self.arrangement]]
+
+    def draw(self) -> Image.Image:
+        """The scene as an 84 x 84 RGB picture: place, size, paper and brightness vary with the seed."""
+        rng = random.Random(self.seed)
+        paper = rng.randint(225, 255)
+        image = Image.new("RGB", (SIZE * 4, SIZE * 4), (paper, paper, paper - rng.randint(0, 12)))
+        pen = ImageDraw.Draw(image)
+        for place, thing in enumerate((self.first, self.second)):
+            along = (0.26 if place == 0 else 0.74) + rng.uniform(-0.02, 0.02)
+            across = 0.5 + rng.uniform(-0.14, 0.14)
+            x, y = (along, across) if self.arrangement == "horizontal" else (across, along)
+            radius = rng.uniform(0.17, 0.205)
+            shade = rng.uniform(0.88, 1.0)
+            fill = tuple(int(channel * shade) for channel in COLOURS[thing.colour][0])
+            _draw_shape(pen, thing.shape, *(v * SIZE * 4 for v in (x, y, radius)), fill)
+        return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple) -> None:
+    if shape == "circle":
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+    elif shape == "square":
+        side = radius * 0.88
+        pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
+    else:
+        points = 3 if shape == "triangle" else 10
+        radii = itertools.cycle([radius * 1.12] if shape == "triangle" else [radius * 1.15, radius * 0.48])
+        corners = []
+        for corner, length in zip(range(points), radii, strict=False):
+            angle = 2 * math.pi * corner / points - math.pi / 2
+            corners.append((x + length * math.cos(angle), y + length * math.sin(angle)))
+        pen.polygon(corners, fill=fill)
+
+
+def scenes(count: int, seed: int, held_out: bool) -> Iterator[Scene]:
+    """`count` random scenes, all from the held-out combinations or all from the others. Seeded."""
+    rng = random.Random(seed)
+    things = [Thing(colour, shape) for colour in COLOURS for shape in SHAPES]
+    while count:
+        first, second = rng.sample(things, 2)
+        scene = Scene(first, second, rng.choice(("horizontal", "vertical")), rng.getrandbits(32))
+        if scene.held_out() == held_out:
+            count -= 1
+            yield scene
+
+
+def write_scene_dataset(directory: Path, train: int, validation: int, test: int, seed: int = 0) -> None:
+    """Writes a Japanese scene dataset as STAIR and YJ Captions come: pictures and COCO-format annotation files.
+
+    `directory/images/*.png`, `stair_train.json`, `stair_val.json` (plain form, five captions an image),
+    `yj.json` (polite form, two captions on a tenth of the training images), `val_ids.txt` and `test_ids.txt`.
+    """
+    images = directory / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    train_scenes = list(scenes(train, seed, held_out=False))
+    heldout_scenes = list(scenes(validation + test, seed + 1, held_out=True))
+    numbered = list(enumerate(train_scenes + heldout_scenes, start=1))
+    names = {}
+    for number, scene in numbered:
+        names[number] = f"COCO_{'train2014' if number <= train else 'val2014'}_{number:012d}.png"
+        scene.draw().save(images / names[number])
+
+    def write(name: str, selected: list[tuple[int, Scene]], polite: bool = False) -> None:
+        annotations = [(number, text) for number, scene in selected for text in scene.japanese(polite)]
+        document = {
+            "info": {"description": "Drawn scenes with Japanese captions, generated by vlmcap"},
+            "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
+            "images": [{"id": n, "file_name": names[n], "coco_url": "", "license": 1} for n, _ in selected],
+            "annotations": [
+                {"id": index, "image_id": number, "caption": text}
+                for index, (number, text) in enumerate(annotations, start=1 + 10_000_000 * polite)
+            ],
+        }
+        (directory / name).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+
+    write("stair_train.json", numbered[:train])
+    write("stair_val.json", numbered[train:])
+    write("yj.json", numbered[: train // 10], polite=True)
+    heldout_ids = [number for number, _ in numbered[train:]]
+    (directory / "val_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[:validation]))
+    (directory / "test_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[validation:]))

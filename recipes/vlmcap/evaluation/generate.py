@@ -1,0 +1,190 @@
+"""Captions by beam search, in batches, resumable, with a record of how they were made."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+
+from vlmcap import provenance
+from vlmcap.data.images import open_image
+from vlmcap.models.load import base_model, count_parameters
+
+
+@dataclass
+class GenerationArguments:
+    """How captions are generated."""
+
+    prompt: str = field(
+        default="この画像を日本語で短く説明してください。", metadata={"help": "The user's text behind the image."}
+    )
+    num_beams: int = field(default=3, metadata={"help": "Beam width; 1 is greedy search."})
+    max_new_tokens: int = field(default=64, metadata={"help": "A caption is cut after this many tokens."})
+    generation_batch_size: int = field(default=16, metadata={"help": "Images generated for at once."})
+
+
+class PredictionsError(ValueError):
+    """A predictions file cannot be continued. The message names the file and the mend."""
+
+
+def run_record_path(predictions: Path) -> Path:
+    """predictions.jsonl -> predictions.run.json, which records how the predictions were made."""
+    return predictions.with_suffix(".run.json")
+
+
+def read_done(predictions: Path, asked: dict) -> set:
+    """Ids already in a predictions file; a half-written last line is cut off.
+
+    Raises:
+        PredictionsError: the file was begun with another model, dataset, prompt or decoding than `asked`.
+    """
+    if not predictions.exists():
+        return set()
+    record = run_record_path(predictions)
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    differs = [key for key in asked if before.get(key) != json.loads(json.dumps(asked[key]))]
+    if differs:
+        raise PredictionsError(
+            f"{predictions} was begun with another {', '.join(differs)}: {[before.get(k) for k in differs]} instead of"
+            f" {[asked[k] for k in differs]}. Delete it or choose another --output."
+        )
+    whole = predictions.read_bytes().rpartition(b"\n")[0]
+    predictions.write_bytes(whole + b"\n" if whole else b"")
+    return {json.loads(line)["image_id"] for line in whole.decode("utf-8").splitlines()}
+
+
+@torch.inference_mode()
+def caption_images(
+    model: PreTrainedModel | PeftModel, processor: ProcessorMixin, images: list, args: GenerationArguments
+) -> list[str]:
+    """Captions of a list of PIL images, by one beam search over the batch."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.prompt}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(
+        images=[[image] for image in images],
+        text=[text] * len(images),
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    ).to(model.device)
+    own = model.generation_config
+    # A fresh configuration: the one published with Qwen2-VL-2B-Instruct samples (temperature 0.01, top_k 1).
+    config = GenerationConfig(
+        num_beams=args.num_beams,
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=own.pad_token_id,
+    )
+    device = model.device.type
+    with torch.autocast(device, dtype=model.dtype, enabled=device == "cuda"):
+        output = model.generate(**inputs, generation_config=config)
+    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [" ".join(text.split()) for text in texts]
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset,
+    output: Path,
+    args: GenerationArguments,
+    record: dict,
+) -> None:
+    """Captions every row and writes `output` (JSON lines) and its run record; continues where an earlier call stopped.
+
+    With several processes each captions its share and process 0 joins the shares.
+
+    Args:
+        rows: as `load_captions` returns them.
+        record: "model", "dataset" and "saw" of the run record.
+
+    Raises:
+        BadImageError: a picture cannot be read; a score over fewer images than its split would be no score of the split.
+        PredictionsError: `output` was begun with other settings.
+    """
+    state = PartialState()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    size = processor.image_processor.size
+    record = record | {
+        "prompt": args.prompt,
+        "decoding": {
+            "num_beams": args.num_beams,
+            "max_new_tokens": args.max_new_tokens,
+            "do_sample": False,
+            "batch_size": args.generation_batch_size,
+            "min_pixels": size["shortest_edge"],
+            "max_pixels": size["longest_edge"],
+        },
+    }
+    shares = [output.with_suffix(f".rank{rank}.jsonl") for rank in range(state.num_processes)]
+    asked = {key: record[key] for key in ("model", "dataset", "prompt", "decoding")}
+    done = read_done(output, asked)
+    state.wait_for_everyone()  # process 0 writes the record again only when all have read it
+    run_record = run_record_path(output)
+    earlier = json.loads(run_record.read_text(encoding="utf-8")) if done else {"seconds": 0.0}
+    record["seconds"] = earlier["seconds"]
+    todo = [i for i, image_id in enumerate(rows["image_id"]) if image_id not in done]
+    mine = todo[state.process_index :: state.num_processes]
+    model.eval()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    target = output if state.num_processes == 1 else shares[state.process_index]
+    with (
+        target.open("a", encoding="utf-8") as file,
+        tqdm(total=len(rows), initial=len(done), desc=f"captions {output.parent.name}", disable=not state.is_main_process) as bar,
+    ):
+        for begin in range(0, len(mine), args.generation_batch_size):
+            batch = rows.select(mine[begin : begin + args.generation_batch_size])
+            captions = caption_images(model, processor, [open_image(row) for row in batch], args)
+            for image_id, caption in zip(batch["image_id"], captions, strict=True):
+                file.write(json.dumps({"image_id": image_id, "caption": caption}, ensure_ascii=False) + "\n")
+            file.flush()
+            if state.is_main_process:  # with the time so far, so that a continued run reports all of it
+                record["seconds"] = earlier["seconds"] + time.perf_counter() - start
+                run_record.write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
+            bar.update(len(batch) * state.num_processes)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if state.num_processes > 1:
+            with output.open("a", encoding="utf-8") as file:
+                for share in shares:
+                    file.write(share.read_text(encoding="utf-8"))
+                    share.unlink()
+        record |= {
+            "hardware": provenance.hardware(),
+            "images_per_second": len(rows) / record["seconds"],
+            "peak_memory_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+            "versions": provenance.versions(),
+            "commit": provenance.git_commit(),
+            "created": provenance.now(),
+        }
+        run_record.write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
+    state.wait_for_everyone()
+
+
+def model_record(
+    model: PreTrainedModel | PeftModel,
+    name: str,
+    revision: str | None,
+    adapter: str | None = None,
+    adapter_revision: str | None = None,
+) -> dict:
+    """The "model" part of the run record."""
+    base = base_model(model)
+    return {
+        "id": name,
+        "revision": revision or getattr(base.config, "_commit_hash", None),
+        "adapter": adapter,
+        "adapter_revision": adapter_revision,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantization": "nf4" if getattr(base, "is_loaded_in_4bit", False) else None,
+        "parameters": count_parameters(model),
+    }

@@ -1,0 +1,196 @@
+"""Loading Qwen2-VL for QLoRA and for inference: precision, NF4, LoRA on the top layers, projector, frozen tower."""
+
+import os
+from dataclasses import dataclass, field
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+# Where the parts of the Qwen2-VL family lie (transformers 5.23). `lm_head` shares the embedding matrix.
+VISION_TOWER = "model.visual"
+PROJECTOR = "visual.merger"
+LAYERS_PATTERN = "layers"  # language_model.layers; the ViT's are called `blocks`
+
+
+class ModelError(ValueError):
+    """The model is not what the configuration asks for. The message names the value and the mend."""
+
+
+@dataclass
+class ModelArguments:
+    """What is loaded and what of it is trained."""
+
+    model_name_or_path: str = field(
+        default="Qwen/Qwen2-VL-2B-Instruct", metadata={"help": "Base model: Hub id or local folder."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the Hub."})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention: sdpa, eager or flash_attention_2 (must be installed)."}
+    )
+    load_in_4bit: bool = field(
+        default=True,
+        metadata={"help": "NF4 with double quantisation for the language model; the vision tower stays unquantised."},
+    )
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates are multiplied by alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
+    lora_top_layers: int = field(
+        default=6, metadata={"help": "LoRA goes on this many of the last language layers"}
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        metadata={"help": "Linear layers inside a language layer that get LoRA."},
+    )
+    train_projector: bool = field(
+        default=True, metadata={"help": "Train the projector (visual.merger) in full; otherwise it stays frozen."}
+    )
+    min_pixels: int = field(default=56 * 56, metadata={"help": "Images are scaled up to at least this many pixels."})
+    max_pixels: int = field(
+        default=400 * 28 * 28,
+        metadata={"help": "Images are scaled down to at most this many pixels; 28 x 28 of them are one image token."},
+    )
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 on compute capability 8.0 and later, float16 on older GPUs (T4: 7.5), float32 on a CPU.
+
+    `torch.cuda.is_bf16_supported()` is no test for this: it says yes on a T4, by slow emulation.
+    """
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def load_model(
+    name: str, revision: str | None = None, load_in_4bit: bool = True, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """Loads an image-text-to-text model on this process's device, its language layers in NF4 unless told otherwise.
+
+    Raises:
+        ModelError: after a 4-bit load, the projector is quantised or a language layer is not.
+    """
+    dtype = compute_dtype()
+    quantization = None
+    if load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            # FSDP flattens and shards parameters of one dtype, so the 4-bit weights are stored in the dtype of the rest.
+            bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,
+            llm_int8_skip_modules=[VISION_TOWER, "lm_head"],
+        )
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(
+        name,
+        revision=revision,
+        dtype=dtype,
+        quantization_config=quantization,
+        attn_implementation=attn_implementation,
+        device_map={"": device},
+    )
+    if load_in_4bit:
+        check_quantisation(model)
+    return model
+
+
+def check_quantisation(model: PreTrainedModel) -> None:
+    """Every linear layer of the language layers is 4-bit, none of the vision tower is; else ModelError."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantised = {name for name, module in linears.items() if isinstance(module, bnb.nn.Linear4bit)}
+    wrong = sorted(name for name in quantised if VISION_TOWER.split(".")[-1] in name.split("."))
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} linear layers of the vision tower are quantised (first: {wrong[0]}), so the projector could not"
+            f" be trained. llm_int8_skip_modules={[VISION_TOWER, 'lm_head']} does not match the module names of"
+            f" {type(model).__name__}."
+        )
+    missed = sorted(name for name in linears if f".{LAYERS_PATTERN}." in name and name not in quantised)
+    if missed or not quantised:
+        raise ModelError(f"load_in_4bit left {missed[0] if missed else 'every layer'} of {type(model).__name__} in full precision")
+
+
+def load_processor(
+    name: str, revision: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
+) -> ProcessorMixin:
+    """Loads a processor; given pixel bounds replace its own. The bounds are saved with it."""
+    processor = AutoProcessor.from_pretrained(name, revision=revision)
+    size = processor.image_processor.size
+    processor.image_processor.size = {
+        "shortest_edge": min_pixels or size["shortest_edge"],
+        "longest_edge": max_pixels or size["longest_edge"],
+    }
+    return processor
+
+
+def load_adapter(model: PreTrainedModel, adapter: str, revision: str | None = None) -> PeftModel:
+    """Puts a trained adapter on a base model, for inference."""
+    return PeftModel.from_pretrained(model, adapter, revision=revision).eval()
+
+
+def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:
+    """LoRA on the last `lora_top_layers` language layers, and the projector in full.
+
+    Raises:
+        ModelError: more layers asked for than there are, or a target module that no layer has.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    if not 1 <= args.lora_top_layers <= depth:
+        raise ModelError(
+            f"lora_top_layers={args.lora_top_layers}: {args.model_name_or_path} has {depth} language layers, so choose 1 to {depth}"
+        )
+    top = [name for name, _ in model.named_modules() if f"language_model.{LAYERS_PATTERN}.{depth - 1}." in name]
+    for target in args.lora_target_modules:
+        if not any(name.split(".")[-1] == target for name in top):
+            leaves = sorted({n.split(".")[-1] for n in top if n.split(".")[-1].endswith("proj")})
+            raise ModelError(f"lora_target_modules: {target!r} matches nothing in a language layer; there are {', '.join(leaves)}")
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
+        layers_to_transform=list(range(depth - args.lora_top_layers, depth)),
+        layers_pattern=LAYERS_PATTERN,
+        modules_to_save=[PROJECTOR] if args.train_projector else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the base model, adapter left out; a packed 4-bit weight counts as the two numbers it stands for."""
+    count = 0
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            packed = isinstance(parameter, bnb.nn.Params4bit)
+            count += parameter.numel() * (2 * parameter.element_size() if packed else 1)
+    return count
+
+
+def free_vision_tower(model: nn.Module) -> None:
+    """Makes the frozen ViT free: below the projector nothing records gradients and nothing is checkpointed.
+
+    Under gradient checkpointing, TRL and PEFT call `enable_input_require_grads()`, which hooks every embedding, the ViT's
+    `patch_embed` too, so that the whole frozen tower is checkpointed, run again and back-propagated. Cutting the graph at
+    the entry of the first block undoes that whatever was hooked before. The projector above still gets its gradients.
+    """
+    tower = base_model(model).get_submodule(VISION_TOWER)
+
+    def detach(module, args, kwargs):
+        return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args), kwargs
+
+    tower.blocks[0].register_forward_pre_hook(detach, with_kwargs=True)

@@ -1,0 +1,58 @@
+"""Where a number came from: library versions, git commit, hardware. Every metrics file and card carries these."""
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+LIBRARIES = (
+    "vlmcap torch torchvision transformers trl peft bitsandbytes datasets accelerate huggingface-hub fugashi unidic-lite"
+).split()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that shape a result."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, with `-dirty` for uncommitted changes; None outside a checkout."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return None
+    return commit + ("-dirty" if status.strip() else "")
+
+
+def hardware() -> dict:
+    """The device the work ran on. Memory sizes are bytes; `device_memory_bytes` is None on a CPU."""
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return {
+        "device": gpu.name if gpu else "CPU",
+        "device_memory_bytes": gpu.total_memory if gpu else None,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def now() -> str:
+    """Current time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

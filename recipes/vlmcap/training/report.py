@@ -1,0 +1,108 @@
+"""What a training run is about to do, said before it does it."""
+
+import math
+import re
+from collections import defaultdict
+
+import bitsandbytes as bnb
+import psutil
+import torch
+from datasets import Dataset
+from torch import nn
+from trl import SFTConfig
+
+from vlmcap.models.load import VISION_TOWER, ModelArguments, base_model, count_parameters
+
+
+def trainable_modules(model: nn.Module) -> dict[str, tuple[int, torch.dtype]]:
+    """Module name -> (trainable parameters, dtype), LoRA's A and B counted as one module."""
+    modules = defaultdict(lambda: [0, None])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = re.sub(r"^base_model\.model\.(model\.)?", "", name)
+            name = re.sub(r"\.lora_[AB]\..*$", " (LoRA)", name)
+            name = re.sub(r"\.modules_to_save\.default", "", re.sub(r"\.(weight|bias)$", "", name))
+            modules[name][0] += parameter.numel()
+            modules[name][1] = parameter.dtype
+    return {name: (count, dtype) for name, (count, dtype) in modules.items()}
+
+
+def estimate_memory(model: nn.Module, args: SFTConfig, sequence_length: int, caption_tokens: int) -> dict[str, int]:
+    """Bytes of one training step on one device, by part. An estimate for planning, not a measurement.
+
+    weights: as they lie in memory (4-bit ones packed). trainables: a float32 gradient and AdamW's two float32 moments.
+    activations: for B sequences of L tokens in 2 bytes (4 without mixed precision); with gradient checkpointing the
+    inputs of every layer and one layer in full, otherwise every layer in full; a layer in full is L * (10 * hidden +
+    4 * intermediate) numbers (attention without its L x L matrix). logits: three float32 copies of the caption
+    positions over the vocabulary (the logits, their exponentials, the gradient).
+    """
+    text = base_model(model).config.get_text_config()
+    batch = args.per_device_train_batch_size
+    number = 2 if args.bf16 or args.fp16 else 4
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokens = batch * sequence_length
+    layer = tokens * (10 * text.hidden_size + 4 * text.intermediate_size) * number
+    stored = tokens * text.hidden_size * number * text.num_hidden_layers
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gradients and optimizer": trainable * 12,
+        "activations": stored + layer if args.gradient_checkpointing else layer * text.num_hidden_layers,
+        "logits": 3 * 4 * batch * caption_tokens * text.vocab_size,
+    }
+
+
+def training_report(
+    model: nn.Module, args: SFTConfig, model_args: ModelArguments, rows: Dataset, captions: int, caption_tokens: int
+) -> str:
+    """The text printed at the start: what trains, what is quantised, how much of everything, and whether it fits.
+
+    Args:
+        rows: training rows, one an image.
+        captions: training examples.
+        caption_tokens: tokens of a long caption, for the memory estimate.
+    """
+    trainables = trainable_modules(model)
+    trained = sum(count for count, _ in trainables.values())
+    total = count_parameters(model)
+    lines = [f"Trainable modules of {model_args.model_name_or_path}"]
+    width = max(map(len, trainables))
+    for name, (count, dtype) in trainables.items():
+        lines.append(f"  {name:<{width}}  {count:>12,}  {str(dtype).removeprefix('torch.')}")
+    lines.append(f"  {'all':<{width}}  {trained:>12,}  of {total:,} ({trained / total:.2%})")
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    packed = sum(isinstance(m, bnb.nn.Linear4bit) for _, m in linears)
+    tower = [m for n, m in linears if VISION_TOWER in n]
+    tower_dtype = str(tower[0].weight.dtype).removeprefix("torch.")
+    lines.append(
+        f"Quantised: {packed} linear layers in NF4 (double quantisation); vision tower in {tower_dtype}, frozen"
+        if packed
+        else "Quantised: nothing"
+    )
+
+    devices = args.world_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
+    per_epoch = math.ceil(captions / batch)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    lines.append(
+        f"Data: {len(rows):,} images, {captions:,} captions an epoch; {batch} captions a step ({args.per_device_train_batch_size}"
+        f" a device x {args.gradient_accumulation_steps} accumulated x {devices} processes); {per_epoch:,} steps an epoch,"
+        f" {steps:,} steps in all; {precision}, seed {args.seed}"
+    )
+
+    image_tokens = model_args.max_pixels // (28 * 28)
+    parts = estimate_memory(model, args, image_tokens + 40 + caption_tokens, caption_tokens)
+    if torch.cuda.is_available():
+        device, has = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    else:
+        device, has = "this machine", psutil.virtual_memory().available
+    needs = sum(parts.values())
+    detail = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    lines.append(f"Memory: about {needs / 2**30:.1f} GiB a device ({detail}); {device} has {has / 2**30:.1f} GiB")
+    if needs > has:
+        lines.append(
+            "  That may not fit: lower per_device_train_batch_size (and raise gradient_accumulation_steps) or max_pixels,"
+            " or set gradient_checkpointing: true."
+        )
+    return "\n".join(lines)

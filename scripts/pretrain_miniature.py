@@ -1,0 +1,28 @@
+"""Pretrain the miniature Qwen2-VL on English scene captions: the base model of `make demo` and of the tests.
+
+The checkpoint in recipes/miniature was written by
+
+    python scripts/pretrain_miniature.py --output_dir recipes/miniature
+
+(about 15 minutes on 2 CPU cores, seeded). It is a demonstration model of 3.4 million parameters and no evidence about
+the quality of Qwen2-VL.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import TrlParser
+
+from vlmcap.models.miniature import pretrain
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(metadata={"help": "Folder for the model and its processor, e.g. recipes/miniature."})
+    steps: int = field(default=2500, metadata={"help": "Optimizer steps of 48 captions each."})
+    seed: int = field(default=0, metadata={"help": "Seed of scenes, weights and batches."})
+
+
+if __name__ == "__main__":
+    (args,) = TrlParser(Arguments).parse_args_and_config()
+    pretrain(Path(args.output_dir), steps=args.steps, seed=args.seed)

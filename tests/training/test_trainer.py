@@ -1,0 +1,214 @@
+"""The reference engine against the stock SFTTrainer, unreadable pictures, resumed runs, the start-up report."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from transformers.trainer_pt_utils import LabelSmoother
+from trl import SFTConfig, SFTTrainer
+
+from vlmcap.data.images import DatasetError, load_captions
+from vlmcap.data.scenes import scenes
+from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
+from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
+from vlmcap.training.report import training_report
+from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer, smoothed_cross_entropy
+
+PROMPT = "この画像を日本語で短く説明してください。"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Pictures of twelve scenes and their captions as a published dataset without images."""
+    folder = tmp_path_factory.mktemp("scenes")
+    rows = []
+    for number, scene in enumerate(scenes(12, seed=3, held_out=False)):
+        scene.draw().save(folder / f"{number}.png")
+        rows.append({"image_id": number, "file_name": f"{number}.png", "captions": scene.japanese()[: 1 + number % 3]})
+    datasets.Dataset.from_list(rows).to_parquet(folder / "data/train-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture
+def rows(folder):
+    return load_captions(str(folder / "data"), "train", image_dir=str(folder))
+
+
+@pytest.fixture(scope="module")
+def processor(miniature_dir):
+    return load_processor(str(miniature_dir))
+
+
+def config(tmp_path, **changes):
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
+    }
+    return CaptionSFTConfig(**settings | changes)
+
+
+def caption_trainer(miniature_dir, processor, rows, args, **changes):
+    model = load_model(str(miniature_dir))
+    arguments = ModelArguments(model_name_or_path=str(miniature_dir), lora_dropout=0.0, **changes)
+    bad_images = BadImages(Path(args.output_dir) / "bad_images.jsonl", limit=2)
+    return CaptionTrainer(
+        model=model,
+        args=args,
+        data_collator=CaptionCollator(rows, processor, PROMPT, bad_images),
+        train_dataset=caption_examples(rows),
+        processing_class=processor,
+        peft_config=lora_config(model, arguments),
+    )
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_smoothed_cross_entropy_is_the_label_smoother_of_transformers():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 7, 50), torch.randint(0, 50, (2, 7))
+    labels[0, :3] = -100
+    for epsilon in (0.0, 0.1):
+        expected = LabelSmoother(epsilon=epsilon)({"logits": logits}, labels)
+        ours = smoothed_cross_entropy(logits.flatten(0, 1), labels.flatten(), epsilon, (labels != -100).sum())
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_same_training_as_the_stock_trainer(miniature_dir, processor, rows, tmp_path, checkpointing):
+    """Two optimizer steps of two accumulated ragged batches end at the same weights as with TRL's own SFTTrainer."""
+    ours = caption_trainer(
+        miniature_dir, processor, rows, config(tmp_path / "ours", gradient_checkpointing=checkpointing)
+    )
+    examples = caption_examples(rows)
+    stock_rows = [
+        {
+            "images": [Image.open(rows[e["row"]]["image"]["path"]).convert("RGB")],
+            "prompt": [{"role": "user", "content": PROMPT}],
+            "completion": [{"role": "assistant", "content": e["caption"]}],
+        }
+        for e in examples
+    ]
+    model = load_model(str(miniature_dir))
+    args = {key: getattr(ours.args, key) for key in SFTConfig.__dataclass_fields__ if key != "dataset_kwargs"}
+    args |= {"output_dir": str(tmp_path / "stock"), "fp16": False, "bf16": False}
+    stock = SFTTrainer(
+        model=model,
+        args=SFTConfig(**args),
+        train_dataset=datasets.Dataset.from_list(stock_rows),
+        processing_class=processor,
+        peft_config=lora_config(
+            model, ModelArguments(model_name_or_path=str(miniature_dir), lora_dropout=0.0)
+        ),
+    )
+    for parameter in stock.model.parameters():  # from TRL's bfloat16, so that both start from the same float32 weights
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    start = weights(ours)
+    stock_parameters = dict(stock.model.named_parameters())
+    for name, value in start.items():
+        stock_parameters[name].data.copy_(value)
+    ours.train()
+    stock.train()
+    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (ours, stock)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    after = weights(stock)
+    for name, value in weights(ours).items():
+        moved = (value - start[name]).abs().max()
+        assert moved > 0, f"{name} did not train"
+        assert (value - after[name]).abs().max() < 2e-2 * moved, name
+
+
+def test_trainables_are_float32(miniature_dir, processor, rows, tmp_path):
+    trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path))
+    assert {value.dtype for value in weights(trainer).values()} == {torch.float32}
+
+
+def test_resumed_run_ends_where_an_uninterrupted_one_does(miniature_dir, processor, rows, tmp_path):
+    whole = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "whole", max_steps=4))
+    whole.train()
+    half = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "half", max_steps=4, save_steps=2))
+    half.train()
+    continued = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "half", max_steps=4))
+    continued.train(resume_from_checkpoint=str(tmp_path / "half/checkpoint-2"))
+    assert continued.state.global_step == 4
+    expected = weights(whole)
+    for name, value in weights(continued).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_checkpoints_carry_no_generic_model_card(miniature_dir, processor, rows, tmp_path):
+    trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path, save_steps=2))
+    (tmp_path / "README.md").write_text("our card")
+    trainer.train()
+    assert (tmp_path / "checkpoint-2/adapter_model.safetensors").exists()
+    assert (tmp_path / "README.md").read_text() == "our card"
+
+
+def test_unreadable_picture_is_replaced_listed_and_counted(folder, processor, tmp_path):
+    copy = tmp_path / "images"
+    copy.mkdir()
+    for number in range(12):
+        (copy / f"{number}.png").write_bytes((folder / f"{number}.png").read_bytes())
+    (copy / "4.png").write_bytes((folder / "4.png").read_bytes()[:400])
+    rows = load_captions(str(folder / "data"), "train", image_dir=str(copy))
+    bad_images = BadImages(tmp_path / "bad.jsonl", limit=1)
+    collate = CaptionCollator(rows, processor, PROMPT, bad_images)
+    batch = collate([{"row": 4, "caption": "これは学習されない"}])
+    neighbour = CaptionCollator(rows, processor, PROMPT, bad_images)([{"row": 5, "caption": rows[5]["captions"][0]}])
+    assert torch.equal(batch["pixel_values"], neighbour["pixel_values"])
+    assert torch.equal(batch["input_ids"], neighbour["input_ids"])
+    collate([{"row": 4, "caption": ""}])
+    assert bad_images.count() == 1
+    entry = json.loads(bad_images.path.read_text().splitlines()[0])
+    assert (entry["image_id"], entry["file_name"]) == (4, "4.png") and "truncated" in entry["reason"]
+    (copy / "6.png").unlink()
+    with pytest.raises(DatasetError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"):
+        collate([{"row": 6, "caption": ""}])
+
+
+def test_missing_files_are_dropped_and_listed_before_training(folder, tmp_path):
+    copy = tmp_path / "images"
+    copy.mkdir()
+    for number in range(1, 12):
+        (copy / f"{number}.png").write_bytes((folder / f"{number}.png").read_bytes())
+    rows = load_captions(str(folder / "data"), "train", image_dir=str(copy))
+    bad_images = BadImages(tmp_path / "bad.jsonl", limit=1)
+    assert drop_missing(rows, bad_images)["image_id"][:] == list(range(1, 12))
+    assert bad_images.count() == 1
+
+
+def test_dataset_without_images_names_the_mend(folder):
+    with pytest.raises(DatasetError, match=r"holds captions but no images.*fetch_images.py.*--image_dir"):
+        load_captions(str(folder / "data"), "train")
+
+
+def test_loss_covers_the_caption_alone(rows, processor, tmp_path):
+    collate = CaptionCollator(rows, processor, PROMPT, BadImages(tmp_path / "bad.jsonl", 0))
+    batch = collate([{"row": 0, "caption": "赤い丸がある"}, {"row": 1, "caption": "青い四角が左にある"}])
+    trained = [processor.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+    assert trained == ["赤い丸がある<|im_end|>\n", "青い四角が左にある<|im_end|>\n"]
+
+
+def test_report_says_what_trains_and_how_much(miniature_dir, processor, rows, tmp_path):
+    trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path, max_steps=-1, num_train_epochs=3))
+    arguments = ModelArguments(model_name_or_path="a/b", max_pixels=7056)
+    text = training_report(trainer.model, trainer.args, arguments, rows, 24, 16)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert f"{trained:,}  of " in text
+    assert "language_model.layers.7.mlp.up_proj (LoRA)" in text and "visual.merger.mlp.0" in text
+    assert "56 linear layers in NF4" in text
+    assert "12 images, 24 captions an epoch; 8 captions a step" in text and "9 steps in all" in text
