@@ -34,12 +34,20 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from vlmcap import provenance
-from vlmcap.data.images import check_images, check_no_overlap, dataset_revision, load_captions
-from vlmcap.evaluation.generate import GenerationArguments, generate, model_record
-from vlmcap.evaluation.metrics import evaluate_predictions, write_references
-from vlmcap.models.load import ModelArguments, load_adapter, load_model, load_processor, lora_config
-from vlmcap.reporting.cards import check_push_rights, push_adapter, write_adapter_card
-from vlmcap.reporting.gallery import write_run_page
+from vlmcap.data.images import (
+    DatasetError,
+    check_images,
+    check_no_overlap,
+    dataset_record,
+    load_captions,
+    open_image,
+)
+from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record
+from vlmcap.evaluation.metrics import read_predictions, write_metrics
+from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
+from vlmcap.reporting.cards import score_rows, write_adapter_card
+from vlmcap.reporting.gallery import write_sample_page
+from vlmcap.reporting.hub import check_push_rights, push_adapter
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
 from vlmcap.training.report import training_report
 from vlmcap.training.trainer import BadImageReport, CaptionSFTConfig, CaptionTrainer
@@ -52,7 +60,9 @@ class DataArguments:
     """What is trained and evaluated on."""
 
     dataset: str = field(
-        metadata={"help": "Caption dataset made by scripts/publish_datasets.py: Hub id (you/stair-captions-ja) or folder."}
+        metadata={
+            "help": "Caption dataset made by scripts/publish_datasets.py: Hub id (you/stair-captions-ja) or folder."
+        }
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
     image_dir: str | None = field(
@@ -61,7 +71,8 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str = field(default="test", metadata={"help": "Split on which base and adapter are scored."})
     include_yj_images: bool = field(
-        default=False, metadata={"help": "Train on images that YJ Captions describes too; YJ is then no held-out test."}
+        default=False,
+        metadata={"help": "Train on images that YJ Captions describes too; YJ is then no held-out test."},
     )
     max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
     max_test_images: int | None = field(default=None, metadata={"help": "Score on the first N test images only."})
@@ -72,7 +83,11 @@ class DataArguments:
 
 
 # What the models have seen of the data they are scored on, for the model card.
-BASE_SAW = {"STAIR": "unknown", "YJ": "unknown", "note": "The makers of the base model do not list its training images."}
+BASE_SAW = {
+    "STAIR": "unknown",
+    "YJ": "unknown",
+    "note": "The makers of the base model do not list its training images.",
+}
 
 # The trainer's settings that the model card prints.
 REPORTED_SETTINGS = (
@@ -87,7 +102,8 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
     latest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if resume is None and latest:
         raise SystemExit(
-            f"{output_dir} holds {Path(latest).name} of an earlier run. Continue it with --resume_from_checkpoint latest,"
+            f"{output_dir} holds {Path(latest).name} of an earlier run. Continue it with --resume_from_checkpoint "
+            "latest,"
             " choose another --output_dir, or delete it."
         )
     if resume == "latest" and not latest:
@@ -111,10 +127,11 @@ def main(
     checkpoint = find_checkpoint(output_dir, training_args.resume_from_checkpoint)
 
     # Data: one row an image. What cannot be read is found before hours are spent, what overlaps ends the run.
-    revision = dataset_revision(data_args.dataset, data_args.dataset_revision)
+    train_set = dataset_record(data_args.dataset, data_args.train_split, data_args.dataset_revision)
+    test_set = train_set | {"split": data_args.test_split}
     with PartialState().local_main_process_first():
-        train_rows = load_captions(data_args.dataset, data_args.train_split, data_args.image_dir, revision)
-        test_rows = load_captions(data_args.dataset, data_args.test_split, data_args.image_dir, revision)
+        train_rows = load_captions(data_args.dataset, data_args.train_split, data_args.image_dir, train_set["revision"])
+        test_rows = load_captions(data_args.dataset, data_args.test_split, data_args.image_dir, train_set["revision"])
     check_no_overlap(train_rows, test_rows)
     if not data_args.include_yj_images:
         train_rows = train_rows.select([i for i, in_yj in enumerate(train_rows["in_yj"]) if not in_yj])
@@ -157,10 +174,12 @@ def main(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(adapter_dir))
     if is_main:
-        (adapter_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle of this machine's paths; the card has the settings
+        (adapter_dir / "training_args.bin").unlink(
+            missing_ok=True
+        )  # a pickle of this machine's paths; the card has the settings
         training = {
-            "config": asdict(data_args) | asdict(model_args) | {key: getattr(training_args, key) for key in REPORTED_SETTINGS},
-            "dataset": {"id": data_args.dataset, "revision": revision, "split": data_args.train_split},
+            "config": asdict(model_args) | {key: getattr(training_args, key) for key in REPORTED_SETTINGS},
+            "dataset": train_set,
             "images": len(train_rows),
             "captions": len(examples),
             "in_yj_images": sum(train_rows["in_yj"]),
@@ -174,7 +193,9 @@ def main(
             "seed": training_args.seed,
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         }
-        (adapter_dir / "training.json").write_text(json.dumps(training, ensure_ascii=False, indent=2), encoding="utf-8")
+        (adapter_dir / "training.json").write_text(
+            json.dumps(training, ensure_ascii=False, indent=2), encoding="utf-8"
+        )
 
     del trainer, model
     gc.collect()
@@ -184,14 +205,21 @@ def main(
     # Evaluation: the base and the adapter as they lie on disk, on the same images with the same decoding.
     names = (model_args.model_name_or_path, model_args.model_revision)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    dataset = {"id": data_args.dataset, "revision": revision, "split": data_args.test_split}
-    record = {"model": model_record(model, *names), "dataset": dataset, "saw": BASE_SAW}
+    record = {"model": model_record(model, *names), "dataset": test_set, "saw": BASE_SAW}
     base_predictions = output_dir / "base/predictions.jsonl"
     generate(model, processor, test_rows, base_predictions, generation_args, record)
 
     model = load_adapter(model, str(adapter_dir))
     yj_images = sum(train_rows["in_yj"])
-    record = {"model": model_record(model, *names, adapter=str(adapter_dir)), "dataset": dataset, "saw": {"STAIR": "train", "YJ": "train images" if yj_images else "no", "note": "Fine-tuned on the training split only."}}
+    record = {
+        "model": model_record(model, *names, adapter=str(adapter_dir)),
+        "dataset": test_set,
+        "saw": {
+            "STAIR": "train",
+            "YJ": "train images" if yj_images else "no",
+            "note": "Fine-tuned on the training split only.",
+        },
+    }
     adapter_predictions = adapter_dir / "predictions.jsonl"
     generate(model, processor, test_rows, adapter_predictions, generation_args, record)
     if not is_main:
@@ -203,13 +231,27 @@ def main(
     more = {"training": json.loads((adapter_dir / "training.json").read_text(encoding="utf-8")), "base": base}
     metrics = write_metrics(adapter_predictions, references, adapter_dir / "metrics.json", data_args.tokenizer, more)
     write_adapter_card(adapter_dir, training_args.hub_model_id)
-    page = write_run_page(output_dir, test_rows, metrics)
-    print(f"\n{comparison_table(metrics)}\n\nAdapter and model card: {adapter_dir}\nSamples: {page}")
+    said = {"base": read_predictions(base_predictions), "adapter": read_predictions(adapter_predictions)}
+    samples = [
+        {"image": open_image(row), "image_id": row["image_id"], "references": row["captions"]}
+        | {system: captions[str(row["image_id"])] for system, captions in said.items()}
+        for row in test_rows.shuffle(seed=training_args.seed).select(range(min(24, len(test_rows))))
+    ]
+    note = f"{len(samples)} of {len(test_rows)} images of {data_args.test_split}, drawn at random."
+    page = write_sample_page(output_dir / "samples.html", "Before and after", samples, score_rows(metrics), note)
+    print()
+    for name, *values in score_rows(metrics):
+        print(f"{name:<12}" + "".join(f"{value:>18}" for value in values))
+    print(f"\nAdapter and model card: {adapter_dir}\nSample captions:        {page}")
     if push:
         print(f"Pushed to {push_adapter(adapter_dir, training_args.hub_model_id)}")
 
 
+ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, CaptionSFTConfig)
+
 if __name__ == "__main__":
-    arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
-    parser = TrlParser((DataArguments, ModelArguments, GenerationArguments, CaptionSFTConfig))
-    main(*parser.parse_args_and_config(arguments))
+    command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
+    try:
+        main(*TrlParser(ARGUMENTS).parse_args_and_config(command_line))
+    except (DatasetError, ModelError, PredictionsError) as error:
+        sys.exit(f"error: {error}")

@@ -13,7 +13,8 @@ The same with a trained adapter, from the Hub or a folder:
         --dataset you/stair-captions-ja --split test --image_dir images --output outputs/adapter/predictions.jsonl
 
 Beside predictions.jsonl it writes predictions.run.json: model, dataset, prompt, decoding, hardware, seconds, versions.
-An interrupted run continues when the same command is given again. Several GPUs share the work under `accelerate launch`.
+An interrupted run continues when the same command is given again. Several GPUs share the work under `accelerate
+launch`.
 """
 
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from vlmcap.data.images import DatasetError, check_images, dataset_revision, load_captions
+from vlmcap.data.images import DatasetError, check_images, dataset_record, load_captions
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record
 from vlmcap.models.load import ModelError, load_adapter, load_model, load_processor
 
@@ -45,8 +46,12 @@ class Arguments:
         default=False, metadata={"help": "Language model in NF4, as adapters of this project are trained and scored."}
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
-    min_pixels: int | None = field(default=None, metadata={"help": "Smallest image in pixels; default the processor's."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Largest image in pixels; default the processor's."})
+    min_pixels: int | None = field(
+        default=None, metadata={"help": "Smallest image in pixels; default the processor's."}
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Largest image in pixels; default the processor's."}
+    )
     saw_stair: str = field(
         default="unknown", metadata={"help": "Whether the model was trained on STAIR: train, no or unknown. Recorded."}
     )
@@ -54,8 +59,8 @@ class Arguments:
 
 
 def main(args: Arguments, generation_args: GenerationArguments) -> None:
-    revision = dataset_revision(args.dataset, args.dataset_revision)
-    rows = load_captions(args.dataset, args.split, args.image_dir, revision)
+    dataset = dataset_record(args.dataset, args.split, args.dataset_revision)
+    rows = load_captions(args.dataset, args.split, args.image_dir, dataset["revision"])
     if args.max_images:
         rows = rows.select(range(min(args.max_images, len(rows))))
     check_images(rows, args.split)
@@ -71,12 +76,15 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         model = load_adapter(model, args.adapter, args.adapter_revision)
     record = {
         "model": model_record(model, args.model, args.model_revision, args.adapter, args.adapter_revision),
-        "dataset": {"id": args.dataset, "revision": revision, "split": args.split},
+        "dataset": dataset,
         "saw": {"STAIR": args.saw_stair, "YJ": args.saw_yj, "note": "As stated on the command line."},
     }
     generate(model, processor, rows, Path(args.output), generation_args, record)
-    print(f"{len(rows):,} captions in {args.output}; score them with\n  python scripts/eval_captioning.py --predictions"
-          f" {args.output} --dataset {args.dataset} --split {args.split} --output {Path(args.output).parent}/metrics.json")
+    print(
+        f"{len(rows):,} captions in {args.output}; score them with\n  python scripts/eval_captioning.py --predictions"
+        f" {args.output} --dataset {args.dataset} --split {args.split} --output "
+        f"{Path(args.output).parent}/metrics.json"
+    )
 
 
 if __name__ == "__main__":

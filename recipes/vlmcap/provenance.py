@@ -11,7 +11,8 @@ import psutil
 import torch
 
 LIBRARIES = (
-    "vlmcap torch torchvision transformers trl peft bitsandbytes datasets accelerate huggingface-hub fugashi unidic-lite"
+    "vlmcap torch torchvision transformers trl peft bitsandbytes datasets accelerate huggingface-hub fugashi "
+    "unidic-lite"
 ).split()
 
 
@@ -21,10 +22,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with `-dirty` for uncommitted changes; None outside a checkout."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
+    """Commit of the checkout this package runs from, `-dirty` behind it for uncommitted changes; None outside one."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
     try:
+        # Fails when the package is installed inside the checkout of another project.
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (subprocess.CalledProcessError, FileNotFoundError):
@@ -47,7 +50,9 @@ def hardware() -> dict:
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         if names:
             return names[0]
     return platform.processor() or platform.machine()
@@ -55,4 +60,4 @@ def _cpu_name() -> str:
 
 def now() -> str:
     """Current time in UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -110,9 +110,7 @@ def test_same_training_as_the_stock_trainer(miniature_dir, processor, rows, tmp_
         args=SFTConfig(**args),
         train_dataset=datasets.Dataset.from_list(stock_rows),
         processing_class=processor,
-        peft_config=lora_config(
-            model, ModelArguments(model_name_or_path=str(miniature_dir), lora_dropout=0.0)
-        ),
+        peft_config=lora_config(model, ModelArguments(model_name_or_path=str(miniature_dir), lora_dropout=0.0)),
     )
     for parameter in stock.model.parameters():  # from TRL's bfloat16, so that both start from the same float32 weights
         if parameter.requires_grad:
@@ -176,7 +174,9 @@ def test_unreadable_picture_is_replaced_listed_and_counted(folder, processor, tm
     entry = json.loads(bad_images.path.read_text().splitlines()[0])
     assert (entry["image_id"], entry["file_name"]) == (4, "4.png") and "truncated" in entry["reason"]
     (copy / "6.png").unlink()
-    with pytest.raises(DatasetError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"):
+    with pytest.raises(
+        DatasetError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"
+    ):
         collate([{"row": 6, "caption": ""}])
 
 
@@ -199,7 +199,9 @@ def test_dataset_without_images_names_the_mend(folder):
 def test_loss_covers_the_caption_alone(rows, processor, tmp_path):
     collate = CaptionCollator(rows, processor, PROMPT, BadImages(tmp_path / "bad.jsonl", 0))
     batch = collate([{"row": 0, "caption": "赤い丸がある"}, {"row": 1, "caption": "青い四角が左にある"}])
-    trained = [processor.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+    trained = [
+        processor.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
     assert trained == ["赤い丸がある<|im_end|>\n", "青い四角が左にある<|im_end|>\n"]
 
 

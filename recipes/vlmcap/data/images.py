@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import datasets
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -21,7 +21,9 @@ class BadImageError(OSError):
         self.name, self.reason = name, reason
 
 
-def load_captions(dataset: str, split: str, image_dir: str | None = None, revision: str | None = None) -> datasets.Dataset:
+def load_captions(
+    dataset: str, split: str, image_dir: str | None = None, revision: str | None = None
+) -> datasets.Dataset:
     """Loads one split of a published caption dataset with pictures that can be opened.
 
     Args:
@@ -51,8 +53,10 @@ def load_captions(dataset: str, split: str, image_dir: str | None = None, revisi
         return rows.add_column("image", paths, feature=datasets.Image(decode=False))
     if "image" not in rows.column_names:
         raise DatasetError(
-            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python scripts/fetch_images.py"
-            f" --dataset {dataset} --split {split} --output_dir images` and add `--image_dir images`, or build the dataset"
+            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python "
+            "scripts/fetch_images.py"
+            f" --dataset {dataset} --split {split} --output_dir images` and add `--image_dir images`, or build the "
+            "dataset"
             " with `publish_datasets.py --images DIR`."
         )
     return rows.cast_column("image", datasets.Image(decode=False))
@@ -75,9 +79,14 @@ def open_image(row: dict) -> Image.Image:
         raise BadImageError(name, str(error)) from error
 
 
-def dataset_revision(dataset: str, revision: str | None = None) -> str | None:
-    """Commit of a dataset on the Hub, None for a local folder."""
-    return None if Path(dataset).exists() else HfApi().dataset_info(dataset, revision=revision).sha
+def dataset_record(dataset: str, split: str, revision: str | None = None) -> dict:
+    """What a run record says of a dataset: id, revision (its commit on the Hub, None for a folder), split, licence."""
+    if Path(dataset).exists():
+        card, revision = Path(dataset) / "README.md", None
+    else:
+        revision = HfApi().dataset_info(dataset, revision=revision).sha
+        card = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=revision)
+    return {"id": dataset, "revision": revision, "split": split, "license": DatasetCard.load(card).data.license}
 
 
 def check_no_overlap(train: datasets.Dataset, test: datasets.Dataset) -> None:
@@ -85,7 +94,8 @@ def check_no_overlap(train: datasets.Dataset, test: datasets.Dataset) -> None:
     both = sorted(set(train["image_id"]) & set(test["image_id"]))
     if both:
         raise DatasetError(
-            f"{len(both)} images are in the training and in the test split (image_id {', '.join(map(str, both[:5]))}, ...)."
+            f"{len(both)} images are in the training and in the test split (image_id "
+            f"{', '.join(map(str, both[:5]))}, ...)."
             " Scores on them would mean nothing: publish the dataset again with disjoint splits, or name other splits."
         )
 
@@ -95,7 +105,11 @@ def missing_files(rows: datasets.Dataset) -> list[int]:
     cells = rows.select_columns("image").with_format("arrow")[:]["image"].combine_chunks()
     embedded = cells.field("bytes").is_valid().to_pylist()
     paths = cells.field("path").to_pylist()
-    return [i for i, (inside, path) in enumerate(zip(embedded, paths, strict=True)) if not inside and not Path(path).is_file()]
+    return [
+        i
+        for i, (inside, path) in enumerate(zip(embedded, paths, strict=True))
+        if not inside and not Path(path).is_file()
+    ]
 
 
 def check_images(rows: datasets.Dataset, split: str) -> None:
@@ -112,7 +126,8 @@ def check_images(rows: datasets.Dataset, split: str) -> None:
             bad.append(str(error))
     if bad:
         raise DatasetError(
-            f"{len(bad)} of {len(rows)} pictures of the {split} split cannot be read, so it could not be scored whole:\n  "
+            f"{len(bad)} of {len(rows)} pictures of the {split} split cannot be read, so it could not be scored "
+            "whole:\n  "
             + "\n  ".join(bad[:20])
             + ("\n  ..." if len(bad) > 20 else "")
             + "\nFetch them again with scripts/fetch_images.py."

@@ -27,7 +27,12 @@ COLOURS = {
     "purple": ((140, 60, 170), "purple", "紫の"),
     "black": ((30, 30, 30), "black", "黒い"),
 }
-SHAPES = {"circle": ("circle", "丸"), "square": ("square", "四角"), "triangle": ("triangle", "三角"), "star": ("star", "星")}
+SHAPES = {
+    "circle": ("circle", "丸"),
+    "square": ("square", "四角"),
+    "triangle": ("triangle", "三角"),
+    "star": ("star", "星"),
+}
 
 ENGLISH = {
     "horizontal": (

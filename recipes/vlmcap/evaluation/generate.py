@@ -106,7 +106,8 @@ def generate(
         record: "model", "dataset" and "saw" of the run record.
 
     Raises:
-        BadImageError: a picture cannot be read; a score over fewer images than its split would be no score of the split.
+        BadImageError: a picture cannot be read; a score over fewer images than its split would be no score of the
+            split.
         PredictionsError: `output` was begun with other settings.
     """
     state = PartialState()
@@ -139,7 +140,12 @@ def generate(
     target = output if state.num_processes == 1 else shares[state.process_index]
     with (
         target.open("a", encoding="utf-8") as file,
-        tqdm(total=len(rows), initial=len(done), desc=f"captions {output.parent.name}", disable=not state.is_main_process) as bar,
+        tqdm(
+            total=len(rows),
+            initial=len(done),
+            desc=f"captions {output.parent.name}",
+            disable=not state.is_main_process,
+        ) as bar,
     ):
         for begin in range(0, len(mine), args.generation_batch_size):
             batch = rows.select(mine[begin : begin + args.generation_batch_size])

@@ -43,9 +43,7 @@ class ModelArguments:
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates are multiplied by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
-    lora_top_layers: int = field(
-        default=6, metadata={"help": "LoRA goes on this many of the last language layers"}
-    )
+    lora_top_layers: int = field(default=6, metadata={"help": "LoRA goes on this many of the last language layers"})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         metadata={"help": "Linear layers inside a language layer that get LoRA."},
@@ -86,7 +84,8 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            # FSDP flattens and shards parameters of one dtype, so the 4-bit weights are stored in the dtype of the rest.
+            # FSDP flattens and shards parameters of one dtype, so the 4-bit weights are stored in the dtype of the
+            # rest.
             bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,
             llm_int8_skip_modules=[VISION_TOWER, "lm_head"],
         )
@@ -111,13 +110,16 @@ def check_quantisation(model: PreTrainedModel) -> None:
     wrong = sorted(name for name in quantised if VISION_TOWER.split(".")[-1] in name.split("."))
     if wrong:
         raise ModelError(
-            f"{len(wrong)} linear layers of the vision tower are quantised (first: {wrong[0]}), so the projector could not"
+            f"{len(wrong)} linear layers of the vision tower are quantised (first: {wrong[0]}), so the projector "
+            "could not"
             f" be trained. llm_int8_skip_modules={[VISION_TOWER, 'lm_head']} does not match the module names of"
             f" {type(model).__name__}."
         )
     missed = sorted(name for name in linears if f".{LAYERS_PATTERN}." in name and name not in quantised)
     if missed or not quantised:
-        raise ModelError(f"load_in_4bit left {missed[0] if missed else 'every layer'} of {type(model).__name__} in full precision")
+        raise ModelError(
+            f"load_in_4bit left {missed[0] if missed else 'every layer'} of {type(model).__name__} in full precision"
+        )
 
 
 def load_processor(
@@ -147,13 +149,16 @@ def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:
     depth = model.config.get_text_config().num_hidden_layers
     if not 1 <= args.lora_top_layers <= depth:
         raise ModelError(
-            f"lora_top_layers={args.lora_top_layers}: {args.model_name_or_path} has {depth} language layers, so choose 1 to {depth}"
+            f"lora_top_layers={args.lora_top_layers}: {args.model_name_or_path} has {depth} language layers, so "
+            f"choose 1 to {depth}"
         )
     top = [name for name, _ in model.named_modules() if f"language_model.{LAYERS_PATTERN}.{depth - 1}." in name]
     for target in args.lora_target_modules:
         if not any(name.split(".")[-1] == target for name in top):
             leaves = sorted({n.split(".")[-1] for n in top if n.split(".")[-1].endswith("proj")})
-            raise ModelError(f"lora_target_modules: {target!r} matches nothing in a language layer; there are {', '.join(leaves)}")
+            raise ModelError(
+                f"lora_target_modules: {target!r} matches nothing in a language layer; there are {', '.join(leaves)}"
+            )
     return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -172,7 +177,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the base model, adapter left out; a packed 4-bit weight counts as the two numbers it stands for."""
+    """Parameters of the base model, adapter left out; a packed 4-bit byte counts as the two numbers it holds."""
     count = 0
     for name, parameter in model.named_parameters():
         if ".lora_" not in name and ".modules_to_save." not in name:
@@ -184,9 +189,10 @@ def count_parameters(model: nn.Module) -> int:
 def free_vision_tower(model: nn.Module) -> None:
     """Makes the frozen ViT free: below the projector nothing records gradients and nothing is checkpointed.
 
-    Under gradient checkpointing, TRL and PEFT call `enable_input_require_grads()`, which hooks every embedding, the ViT's
-    `patch_embed` too, so that the whole frozen tower is checkpointed, run again and back-propagated. Cutting the graph at
-    the entry of the first block undoes that whatever was hooked before. The projector above still gets its gradients.
+    Under gradient checkpointing, TRL and PEFT call `enable_input_require_grads()`, which hooks every embedding, the
+    ViT's `patch_embed` too, so that the whole frozen tower is checkpointed, run again and back-propagated. Cutting
+    the graph at the entry of the first block undoes that whatever was hooked before. The projector above still gets
+    its gradients.
     """
     tower = base_model(model).get_submodule(VISION_TOWER)
 

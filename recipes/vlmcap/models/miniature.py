@@ -1,9 +1,9 @@
 """The miniature: a Qwen2-VL of a few million parameters that has seen drawn scenes with English captions.
 
-It has the classes, module names, processor and chat format of Qwen2-VL-2B-Instruct, so the recipe runs on it unchanged,
-on a CPU, in minutes. It read Japanese only as unpaired text, as small models read languages they were not made for:
-asked in Japanese about a picture it fails until it is adapted. It is a demonstration that the machinery learns and says
-nothing about the quality of the real model.
+It has the classes, module names, processor and chat format of Qwen2-VL-2B-Instruct, so the recipe runs on it
+unchanged, on a CPU, in minutes. It read Japanese only as unpaired text, as small models read languages they were not
+made for: asked in Japanese about a picture it fails until it is adapted. It is a demonstration that the machinery
+learns and says nothing about the quality of the real model.
 """
 
 import random
@@ -31,7 +31,8 @@ JAPANESE_PROMPT = "この画像を日本語で短く説明してください。"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif "
+    "%}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = (
@@ -41,7 +42,7 @@ VOCAB_SIZE = 600
 
 
 def build_processor(seed: int = 0) -> Qwen2VLProcessor:
-    """A byte-level BPE of at most 600 pieces, learned from scene captions and prompts, with the Qwen2-VL image processor.
+    """A byte-level BPE of at most 600 pieces learned from scene captions, with the Qwen2-VL image processor.
 
     A piece holds at most six bytes (two Japanese characters), or the few templates would become single tokens.
     """
@@ -62,7 +63,7 @@ def build_processor(seed: int = 0) -> Qwen2VLProcessor:
 
 
 def build_model(processor: Qwen2VLProcessor, seed: int = 0) -> Qwen2VLForConditionalGeneration:
-    """A randomly initialised Qwen2-VL: ViT of 3 layers x 128, language model of 8 layers x 160, about 3.5M parameters."""
+    """A randomly initialised Qwen2-VL: ViT of 3 layers x 128, language model of 8 x 160, 3.4M parameters."""
     token = processor.tokenizer.convert_tokens_to_ids
     torch.manual_seed(seed)
     config = Qwen2VLConfig(
@@ -100,12 +101,17 @@ def chat_prompt(processor: Qwen2VLProcessor, prompt: str) -> str:
 
 
 def pretrain(
-    output_dir: Path, steps: int = 2500, batch_size: int = 48, scene_count: int = 8000, seed: int = 0, lr: float = 1.5e-3
+    output_dir: Path,
+    steps: int = 2500,
+    batch_size: int = 48,
+    scene_count: int = 8000,
+    seed: int = 0,
+    lr: float = 1.5e-3,
 ) -> None:
-    """Trains the miniature on English scene captions and unpaired Japanese text, and saves it (bfloat16) with its processor.
+    """Trains the miniature on English scene captions and unpaired Japanese text, and saves it in bfloat16.
 
-    Three quarters of every batch are a picture with an English caption, one quarter is a Japanese caption of some other
-    scene without its picture. Held-out combinations (`Scene.held_out`) are in neither.
+    Three quarters of every batch are a picture with an English caption, one quarter is a Japanese caption of some
+    other scene without its picture. Held-out combinations (`Scene.held_out`) are in neither.
     """
     rng = random.Random(seed)
     processor = build_processor(seed)

@@ -28,8 +28,10 @@ class BadImages:
         count = self.count()
         if count > self.limit:
             raise DatasetError(
-                f"{count} training pictures cannot be read, more than the {self.limit} that max_bad_images allows; the last:"
-                f" {name}: {reason}. They are listed in {self.path}. Fetch them again (scripts/fetch_images.py) or raise"
+                f"{count} training pictures cannot be read, more than the {self.limit} that max_bad_images allows; "
+                "the last:"
+                f" {name}: {reason}. They are listed in {self.path}. Fetch them again (scripts/fetch_images.py) or "
+                "raise"
                 " max_bad_images, then continue with --resume_from_checkpoint latest."
             )
 
@@ -62,8 +64,8 @@ def caption_examples(rows: datasets.Dataset) -> datasets.Dataset:
 class CaptionCollator:
     """Turns examples of `caption_examples` into TRL's prompt-completion batches.
 
-    The loss covers the caption and its end-of-turn tokens. A picture that cannot be decoded is never fed as a blank: it is
-    listed in `bad_images`, and the next picture that can be read takes its place with its first caption.
+    The loss covers the caption and its end-of-turn tokens. A picture that cannot be decoded is never fed as a blank:
+    it is listed in `bad_images`, and the next picture that can be read takes its place with its first caption.
 
     Args:
         rows: as `load_captions` returns them.

@@ -1,9 +1,9 @@
 """TRL's SFTTrainer for captions: precision by device, one forward a step, a free vision tower, our own model card."""
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn import functional as F
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -15,8 +15,8 @@ from vlmcap.training.collator import BadImages, CaptionCollator
 class CaptionSFTConfig(SFTConfig):
     """SFTConfig with the defaults that caption training needs.
 
-    `bf16` and `fp16` may be left out: bfloat16 on compute capability 8.0 and later, float16 on older GPUs, float32 on a
-    CPU. Asking for bf16 on an older GPU is an error, since torch would emulate it.
+    `bf16` and `fp16` may be left out: bfloat16 on compute capability 8.0 and later, float16 on older GPUs, float32 on
+    a CPU. Asking for bf16 on an older GPU is an error, since torch would emulate it.
     """
 
     max_length: int | None = field(
@@ -39,7 +39,8 @@ class CaptionSFTConfig(SFTConfig):
         if self.bf16 and dtype == torch.float16:
             raise ValueError(
                 f"bf16=true, but {torch.cuda.get_device_name()} has compute capability"
-                f" {'.'.join(map(str, torch.cuda.get_device_capability()))} and no bfloat16. Set fp16: true, or leave both out."
+                f" {'.'.join(map(str, torch.cuda.get_device_capability()))} and no bfloat16. Set fp16: true, or "
+                "leave both out."
             )
         super().__post_init__()
 
@@ -69,17 +70,21 @@ class CaptionTrainer(SFTTrainer):
     """SFTTrainer that trains on `caption_examples` through a `CaptionCollator`.
 
     It differs from its parent in cost, not in result: the loss equals the stock trainer's. Logits are computed for the
-    caption positions alone and once a step (the stock trainer computes them for all positions and runs a second forward
-    when labels are smoothed), and nothing is back-propagated through the frozen ViT.
+    caption positions alone and once a step (the stock trainer computes them for all positions and runs a second
+    forward when labels are smoothed), and nothing is back-propagated through the frozen ViT.
     """
 
     _tag_names = ["trl", "sft", "image-captioning", "japanese"]
 
     def __init__(self, *args, data_collator: CaptionCollator, **kwargs):
-        super().__init__(*args, data_collator=data_collator, **kwargs)
+        with warnings.catch_warnings():
+            # TRL warns that smoothing costs it a second forward and will go; `compute_loss` below needs neither.
+            warnings.filterwarnings("ignore", message="`label_smoothing_factor` is deprecated")
+            super().__init__(*args, data_collator=data_collator, **kwargs)
         free_vision_tower(self.model)
         # TRL casts the trainable weights of a quantised model to bfloat16. There, most AdamW updates of this size are
-        # rounded away, and on a T4 the float16 GradScaler fails on bfloat16 gradients. FSDP needs one dtype throughout.
+        # rounded away, and on a T4 the float16 GradScaler fails on bfloat16 gradients. FSDP needs one dtype
+        # throughout.
         if not self.is_fsdp_enabled:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -105,8 +110,8 @@ class CaptionTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Does nothing: the card is written from measured results (`vlmcap.reporting.cards`), and this method, which the
-        parent calls at every checkpoint and push, would replace it by a generic one."""
+        """Does nothing. The card is written from measured results (`vlmcap.reporting.cards`); the parent calls this at
+        every checkpoint and push, and would replace it by a generic one."""
 
 
 class BadImageReport(TrainerCallback):
@@ -118,4 +123,3 @@ class BadImageReport(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if count := self.bad_images.count():
             logs["bad_images"] = count
-

@@ -1,0 +1,78 @@
+"""Captions into tokens: the step that decides more about a Japanese score than the metric does.
+
+    unidic-lite   words of MeCab (fugashi) with the frozen dictionary unidic-lite; the default
+    characters    one token a character
+    none          the text split at white space, otherwise as it is: for captions that are tokenised already
+
+`unidic-lite` and `characters` normalise first (Unicode NFKC, then lower case) and drop every token without a letter or
+digit; pycocoevalcap's PTB tokenizer lowers case and drops punctuation too. UniDic's part of speech is no guide to what
+is punctuation: in 32,944 human captions it called 51 word fragments such as 梁, ク and 々 symbols, and no sign a word.
+Numerals stay as written: 2 and 二 are different tokens.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import metadata
+
+import fugashi
+import unidic_lite
+
+
+class TokenizerError(ValueError):
+    """There is no tokenizer of that name; the message lists those there are."""
+
+
+def tokenise(texts: Iterable[str], tokenizer: str = "unidic-lite") -> list[list[str]]:
+    """Tokens of each text, in the order of `texts`. A text without any word gives an empty list.
+
+    No token is empty or holds white space, so that `" ".join(tokens)` loses nothing. Repeated texts are tokenised once
+    and share one list. Raises TokenizerError on an unknown name.
+    """
+    texts = list(texts)
+    split = _splitter(tokenizer)
+    tokens = {text: split(text) for text in set(texts)}
+    return [tokens[text] for text in texts]
+
+
+def tokenizer_signature(tokenizer: str = "unidic-lite") -> str:
+    """What `tokenise` does, for a metric's signature: `tok:unidic-lite-1.0.8|norm:nfkc|punct:drop|case:lc`.
+
+    Raises TokenizerError on an unknown name.
+    """
+    _splitter(tokenizer)
+    if tokenizer == "none":
+        return "tok:none|norm:none|punct:keep|case:mixed"
+    version = f"-{metadata.version('unidic-lite')}" if tokenizer == "unidic-lite" else ""
+    return f"tok:{tokenizer}{version}|norm:nfkc|punct:drop|case:lc"
+
+
+def _splitter(tokenizer: str) -> Callable[[str], list[str]]:
+    splitters = {"unidic-lite": _words, "characters": _characters, "none": str.split}
+    if tokenizer not in splitters:
+        raise TokenizerError(f"unknown tokenizer {tokenizer!r}: choose one of {', '.join(splitters)}")
+    return splitters[tokenizer]
+
+
+def _words(text: str) -> list[str]:
+    return [token for token in _tagger().parse(_normalise(text)).split() if _has_letter_or_digit(token)]
+
+
+def _characters(text: str) -> list[str]:
+    return [character for character in _normalise(text) if character.isalnum()]
+
+
+def _normalise(text: str) -> str:
+    # MeCab reads a C string: whatever follows a NUL would be lost.
+    return unicodedata.normalize("NFKC", text).lower().replace("\0", " ")
+
+
+@cache
+def _has_letter_or_digit(token: str) -> bool:
+    return any(character.isalnum() for character in token)
+
+
+@cache
+def _tagger() -> fugashi.GenericTagger:
+    # The dictionary by its path: fugashi.Tagger() would take the full unidic wherever that is installed.
+    return fugashi.GenericTagger(f'-r "{unidic_lite.DICDIR}/mecabrc" -d "{unidic_lite.DICDIR}" -Owakati')

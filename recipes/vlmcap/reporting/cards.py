@@ -1,0 +1,312 @@
+"""The adapter's model card: README.md and .eval_results/, written from its metrics.json and from nothing else."""
+
+import json
+import re
+from pathlib import Path
+
+import jinja2
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump
+
+REPOSITORY = Path(__file__).parents[3]
+TEMPLATE = REPOSITORY / "model_cards" / "adapter.md.j2"
+EVAL_RESULTS = ".eval_results/captioning.yaml"
+SCORE_LABELS = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {"rouge_l": "ROUGE-L", "cider_d": "CIDEr-D"}
+# The smallest published Qwen2-VL has 2 billion parameters and the project's miniature about 3 million.
+MINIATURE_PARAMETERS = 100_000_000
+# What a document must hold before a card can be printed: the scorer's part, the run record's, the recipe's.
+REQUIRED = (
+    "scores signatures counts model dataset prompt decoding saw hardware seconds images_per_second peak_memory_bytes "
+    "versions commit created"
+).split()
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
+
+
+def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> Path:
+    """Writes `README.md` into `adapter_dir` and, for scores on a Hub dataset, `.eval_results/captioning.yaml`.
+
+    Both are written whole from `adapter_dir/metrics.json`, whatever stood there before, so a README that the trainer
+    or PEFT's `save_pretrained` has rewritten is put right by calling this again. Returns the path of the README.
+
+    Raises:
+        FileNotFoundError: there is no metrics.json in the folder.
+        ValueError: metrics.json is not the document of an adapter scored beside its base (see `render_adapter_card`).
+    """
+    adapter_dir = Path(adapter_dir)
+    metrics = read_metrics(adapter_dir)
+    try:
+        card = render_adapter_card(metrics, repo_id)
+    except ValueError as error:
+        raise ValueError(f"{adapter_dir / 'metrics.json'}: {error}") from error
+    readme = adapter_dir / "README.md"
+    readme.write_text(card, encoding="utf-8")
+
+    results = adapter_dir / EVAL_RESULTS
+    entries = eval_result_entries(metrics, repo_id)
+    if entries:
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(yaml_dump(eval_result_entries_to_yaml(entries)), encoding="utf-8")
+    else:
+        results.unlink(missing_ok=True)
+    return readme
+
+
+def read_metrics(adapter_dir: str | Path) -> dict:
+    """`adapter_dir/metrics.json` as a dict. Raises FileNotFoundError or ValueError (no JSON), naming the file."""
+    path = Path(adapter_dir) / "metrics.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: a model card is printed from measured results. recipes/sft_qwen2vl_jp.py writes "
+            "the file after training, when it has scored the base and the adapter."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def render_adapter_card(metrics: dict, repo_id: str | None = None) -> str:
+    """The model card (YAML block and Markdown) of an adapter, as text.
+
+    Args:
+        metrics: the adapter's metrics document: its own scores and run record, with the training run under "training"
+            and the whole document of the zero-shot base, scored alike, under "base".
+        repo_id: "user/name" on the Hub for the quick start; None makes the quick start name the local folder.
+
+    Raises:
+        ValueError: keys are missing, or base and adapter were not scored on the same data in the same way, so that a
+            table with both would mislead.
+    """
+    _check(metrics)
+    base, training = metrics["base"], metrics["training"]
+    base_id = metrics["model"]["id"]
+    adapter_name = repo_id or local_name(metrics["model"]["adapter"] or ".")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
+    )
+    environment.filters |= {
+        "cell": _cell,
+        "device": _device,
+        "duration": _duration,
+        "memory": _memory,
+        "rate": lambda value: "not measured" if value is None else f"{value:.2f}",
+        "recorded": lambda value: "not recorded" if value is None else f"`{value}`",
+        "value": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
+    }
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        m=metrics,
+        base=base,
+        training=training,
+        metadata=_metadata(metrics, repo_id).to_yaml(),
+        title=_title(metrics),
+        miniature=is_miniature(metrics),
+        base_on_hub=is_hub_id(base_id),
+        base_name=_name(base_id),
+        base_link=_link(base_id),
+        adapter_name=adapter_name,
+        dataset_link=_link(metrics["dataset"]["id"], "datasets/"),
+        training_dataset_link=_link(training["dataset"]["id"], "datasets/"),
+        scores=[
+            {
+                "label": SCORE_LABELS.get(name, name),
+                "base": f"{base['scores'][name]:.4f}",
+                "adapter": f"{score:.4f}",
+                "signature": metrics["signatures"][name],
+            }
+            for name, score in metrics["scores"].items()
+        ],
+        quick_start=quick_start(metrics, adapter_name),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def score_rows(metrics: dict) -> list[list[str]]:
+    """The base/adapter table as rows of text, the header first: for the sample page and for the terminal."""
+    rows = [["", "base, zero-shot", "adapter"]]
+    for name, score in metrics["scores"].items():
+        rows.append([SCORE_LABELS.get(name, name), f"{metrics['base']['scores'][name]:.4f}", f"{score:.4f}"])
+    return rows
+
+
+def eval_result_entries(metrics: dict, repo_id: str | None = None) -> list[EvalResultEntry]:
+    """One entry per score for `.eval_results/*.yaml` (https://huggingface.co/docs/hub/eval-results).
+
+    The format requires a dataset id of the Hub: scores on a local dataset give an empty list. The task id is
+    "<split>_<metric>"; the Hub shows an entry once the dataset's own eval.yaml registers that task.
+    """
+    dataset = metrics["dataset"]
+    if not is_hub_id(dataset["id"]):
+        return []
+    source = {}
+    if repo_id:
+        source = {
+            "source_url": f"https://huggingface.co/{repo_id}/blob/main/metrics.json",
+            "source_name": "metrics.json",
+        }
+    beams = metrics["decoding"]["num_beams"]
+    return [
+        EvalResultEntry(
+            dataset_id=dataset["id"],
+            task_id=f"{dataset['split']}_{name}",
+            dataset_revision=dataset["revision"],
+            value=score,
+            date=metrics["created"],
+            notes=f"{metrics['signatures'][name]}, num_beams {beams}",
+            **source,
+        )
+        for name, score in metrics["scores"].items()
+    ]
+
+
+def is_miniature(metrics: dict) -> bool:
+    """Whether the base is the project's own miniature, told by its size."""
+    return metrics["base"]["model"]["parameters"] < MINIATURE_PARAMETERS
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model or dataset id is "user/name" of the Hub and not a local folder that happens to look like one."""
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not (REPOSITORY / name).exists()
+
+
+def local_name(path: str) -> str:
+    """How a card names a local folder: relative to this repository when inside it, else by its last part alone, so
+    that no card tells the world where somebody's home folder is."""
+    full = Path(path) if Path(path).is_absolute() else REPOSITORY / path
+    full = full.resolve()
+    return full.relative_to(REPOSITORY).as_posix() if full.is_relative_to(REPOSITORY) else full.name
+
+
+def load_snippet(base_id: str, repo_id: str) -> str:
+    """Four lines of Python that load the base model, the adapter and the processor."""
+    base = f'AutoModelForImageTextToText.from_pretrained("{base_id}")'
+    return f'''\
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained("{repo_id}")
+model = PeftModel.from_pretrained({base}, "{repo_id}")'''
+
+
+def quick_start(metrics: dict, adapter: str) -> str:
+    """Python that captions one photograph with the settings of the measured run, ready to paste."""
+    model, decoding = metrics["model"], metrics["decoding"]
+    revision = f', revision="{model["revision"]}"' if model["revision"] and is_hub_id(model["id"]) else ""
+    dtype = model["dtype"].removeprefix("torch.")
+    # Despite the names, transformers 5 means by these the least and the greatest area of the image in pixels.
+    size = {"shortest_edge": decoding["min_pixels"], "longest_edge": decoding["max_pixels"]}
+    generate = f"num_beams={decoding['num_beams']}, max_new_tokens={decoding['max_new_tokens']}"
+    return f'''\
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base, adapter = "{_name(model["id"])}", "{adapter}"
+processor = AutoProcessor.from_pretrained(adapter, size={json.dumps(size)})
+model = AutoModelForImageTextToText.from_pretrained(
+    base{revision}, dtype="{dtype}", device_map="auto"
+)
+model = PeftModel.from_pretrained(model, adapter).eval()
+
+prompt = {json.dumps(metrics["prompt"], ensure_ascii=False)}
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": prompt}}]}}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+image = Image.open("photo.jpg").convert("RGB")
+inputs = processor(text=[text], images=[image], return_tensors="pt").to(model.device)
+output = model.generate(**inputs, {generate}, do_sample={decoding["do_sample"]})
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())'''
+
+
+def _check(metrics: dict) -> None:
+    missing = [key for key in (*REQUIRED, "training", "base") if key not in metrics]
+    missing += [f"base.{key}" for key in REQUIRED if key not in metrics.get("base", {})]
+    if missing:
+        raise ValueError(
+            f"the document lacks {', '.join(missing)}. A card needs the adapter's scores and run record, the training "
+            "run and the base's whole document: recipes/sft_qwen2vl_jp.py writes all of it after training."
+        )
+    base = metrics["base"]
+    for what, theirs, ours in (
+        ("dataset", base["dataset"], metrics["dataset"]),
+        ("number of images", base["counts"]["images"], metrics["counts"]["images"]),
+        ("number of references", base["counts"]["references"], metrics["counts"]["references"]),
+        ("prompt", base["prompt"], metrics["prompt"]),
+        ("decoding", base["decoding"] | {"batch_size": 0}, metrics["decoding"] | {"batch_size": 0}),
+        ("signatures", base["signatures"], metrics["signatures"]),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"base and adapter differ in {what} and cannot stand in one table (base: {theirs}; adapter: {ours}). "
+                "Score both again with the same settings."
+            )
+
+
+def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
+    model, dataset, training_id = metrics["model"], metrics["dataset"], metrics["training"]["dataset"]["id"]
+    on_hub = is_hub_id(model["id"])
+    tags = ["image-captioning", "japanese", "lora", "qwen2_vl", "sft", "trl", "vlmcap"]
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            task_name="Japanese image captioning",
+            dataset_type=_name(dataset["id"]),
+            dataset_name=_name(dataset["id"]),
+            dataset_split=dataset["split"],
+            dataset_revision=dataset["revision"],
+            metric_type=name.split("_")[0],
+            metric_name=SCORE_LABELS.get(name, name),
+            metric_value=score,
+            metric_args={"signature": metrics["signatures"][name]},
+        )
+        for name, score in metrics["scores"].items()
+    ]
+    return ModelCardData(
+        # The Hub's validation refuses a local path in base_model or datasets, so they are given for Hub ids only.
+        base_model=model["id"] if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        datasets=[training_id] if is_hub_id(training_id) else None,
+        language=["ja"],
+        library_name="peft",
+        license="apache-2.0",
+        pipeline_tag="image-text-to-text",
+        tags=tags + (["miniature"] if is_miniature(metrics) else []),
+        model_name=repo_id.split("/")[1] if repo_id else _title(metrics),
+        eval_results=results,
+    )
+
+
+def _title(metrics: dict) -> str:
+    return f"{_name(metrics['model']['id']).split('/')[-1]}, adapted to Japanese image captions"
+
+
+def _name(name: str) -> str:
+    return name if is_hub_id(name) else local_name(name)
+
+
+def _link(name: str, kind: str = "") -> str:
+    if is_hub_id(name):
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return f"`{local_name(name)}` (a local folder)"
+
+
+def _cell(text: str) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _device(hardware: dict) -> str:
+    memory = hardware["device_memory_bytes"]
+    device = "" if hardware["device"] == "CPU" else f"{hardware['device']} ({_memory(memory)}), "
+    return f"{device}{hardware['cpu']}, {hardware['cores']} cores, {_memory(hardware['memory_bytes'])} RAM"
+
+
+def _memory(n_bytes: int | None) -> str:
+    if n_bytes is None:
+        return "not measured"
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "not measured"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

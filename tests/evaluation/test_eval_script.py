@@ -1,0 +1,122 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import HfApi
+from vlmcap.evaluation.metrics import ScoreError, dataset_references, score, write_metrics
+
+PREDICTIONS = {1: "赤い車が道路を走っている", 2: "白い猫が窓辺で眠っている"}
+REFERENCES = {1: ["赤い車が道を走っている", "道路を走る赤い車"], 2: ["窓辺で白い猫が寝ている", "眠る白猫"]}
+
+
+def expected(tokenizer: str = "unidic-lite") -> dict:
+    return score(
+        {str(i): caption for i, caption in PREDICTIONS.items()},
+        {str(i): captions for i, captions in REFERENCES.items()},
+        tokenizer,
+    )
+
+
+@pytest.fixture
+def predictions(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps({"image_id": i, "caption": c}) + "\n" for i, c in PREDICTIONS.items()))
+    return path
+
+
+@pytest.fixture
+def references(tmp_path):
+    path = tmp_path / "references.jsonl"
+    path.write_text("".join(json.dumps({"image_id": i, "captions": c}) + "\n" for i, c in REFERENCES.items()))
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A published split with embedded photographs, none of which is a readable image."""
+    folder = tmp_path / "dataset"
+    (folder / "data").mkdir(parents=True)
+    table = pa.table(
+        {
+            "image": [{"bytes": b"not an image", "path": None}] * 2,
+            "image_id": list(REFERENCES),
+            "captions": list(REFERENCES.values()),
+        }
+    )
+    pq.write_table(table, folder / "data" / "test-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\n"
+        "configs:\n- config_name: default\n  data_files:\n  - split: test\n    path: data/test-*\n"
+        "dataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: image_id\n    dtype: int64\n"
+        "  - name: captions\n    list: string\n"
+        "---\n"
+    )
+    return folder
+
+
+def test_scores_two_files_and_prints_them_with_their_signatures(run_script, tmp_path, predictions, references):
+    output = tmp_path / "new" / "metrics.json"
+    done = run_script(
+        "eval_captioning.py", "--predictions", predictions, "--references", references, "--output", output
+    )
+    metrics = json.loads(output.read_text(encoding="utf-8"))
+    assert metrics == expected()
+    for name, value in metrics["scores"].items():
+        assert f"{value:.4f}   {metrics['signatures'][name]}" in done.stdout
+    assert str(output) in done.stdout
+
+
+def test_the_run_record_beside_the_predictions_goes_in(run_script, tmp_path, predictions, references):
+    record = {"model": {"id": "user/モデル"}, "decoding": {"num_beams": 3}, "seconds": 1.5}
+    (tmp_path / "predictions.run.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+    config, output = tmp_path / "eval.yaml", tmp_path / "metrics.json"
+    config.write_text(
+        f"predictions: {predictions}\nreferences: {references}\ntokenizer: characters\noutput: {output}\n"
+    )
+    run_script("eval_captioning.py", "--config", config)
+    assert json.loads(output.read_text(encoding="utf-8")) == expected("characters") | record
+
+
+def test_scores_against_a_local_dataset_whose_images_cannot_be_read(run_script, tmp_path, predictions, dataset):
+    output = tmp_path / "metrics.json"
+    run_script("eval_captioning.py", "--predictions", predictions, "--dataset", dataset, "--output", output)
+    assert json.loads(output.read_text(encoding="utf-8")) == expected()
+
+
+def test_references_of_a_dataset_on_the_hub(hub, dataset):
+    HfApi().create_repo("user/captions", repo_type="dataset")
+    HfApi().upload_folder(repo_id="user/captions", repo_type="dataset", folder_path=dataset)
+    assert dataset_references("user/captions", "test") == {str(i): captions for i, captions in REFERENCES.items()}
+
+
+def test_an_image_twice_in_a_dataset_is_named(dataset):
+    shard = dataset / "data" / "test-00000-of-00001.parquet"
+    table = pq.read_table(shard)
+    pq.write_table(pa.concat_tables([table, table.slice(1)]), shard)
+    with pytest.raises(ScoreError, match="split test: image_id 2 comes twice"):
+        dataset_references(str(dataset), "test")
+
+
+def test_more_keys_stand_beside_the_scores(tmp_path, predictions):
+    references = {str(i): captions for i, captions in REFERENCES.items()}
+    metrics = write_metrics(predictions, references, tmp_path / "metrics.json", "characters", {"base": expected()})
+    assert metrics == expected("characters") | {"base": expected()}
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
+
+
+def test_mistakes_stop_the_script_with_what_to_do(run_script, tmp_path, predictions, references):
+    neither = run_script("eval_captioning.py", "--predictions", predictions, expect=1)
+    assert neither.stderr.startswith("error: give the references either as --references FILE or as --dataset")
+    missing = run_script(
+        "eval_captioning.py", "--predictions", tmp_path / "none", "--references", references, expect=1
+    )
+    assert f"No such file or directory: '{tmp_path / 'none'}'" in missing.stderr
+    output = tmp_path / "metrics.json"
+    files = ["--predictions", predictions, "--references", references, "--output", output]
+    unknown = run_script("eval_captioning.py", *files, "--tokenizer", "mecab", expect=1)
+    assert "unknown tokenizer 'mecab': choose one of unidic-lite, characters, none" in unknown.stderr
+    (tmp_path / "predictions.run.json").write_text('{"model": ')
+    broken = run_script("eval_captioning.py", *files, expect=1)
+    assert "predictions.run.json: not JSON" in broken.stderr
+    assert not output.exists()

@@ -1,0 +1,83 @@
+import unicodedata
+
+import fugashi
+import pytest
+import unidic_lite
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vlmcap.evaluation.tokenise import TokenizerError, tokenise, tokenizer_signature
+
+TOKENIZERS = ["unidic-lite", "characters", "none"]
+
+
+def words(text: str) -> list[str]:
+    return tokenise([text])[0]
+
+
+def test_words_are_the_surfaces_of_unidic_without_punctuation():
+    assert words("白い犬が、公園で「ボール」を追いかけています。") == (
+        "白い 犬 が 公園 で ボール を 追いかけ て い ます".split()
+    )
+
+
+def test_every_kind_of_punctuation_and_sign_is_dropped():
+    assert words("犬・猫！？（鳥）…〜★♪🎂&%-,.:'\"") == ["犬", "猫", "鳥"]
+    assert words("。、！") == words("🎂") == words("") == words(" 　\n") == []
+
+
+def test_single_letters_digits_and_word_fragments_are_words():
+    assert words("Tシャツを着たA君") == ["t", "シャツ", "を", "着", "た", "a", "君"]
+    assert words("α と β") == ["α", "と", "β"]
+    assert words("犬 々 ー") == ["犬", "々", "ー"]  # UniDic calls 々 and ー alone symbols
+    assert words("〇") == ["〇"]
+
+
+def test_width_and_case_make_no_difference():
+    assert words("ＴＶとｹｰｷ、３個") == words("tvとケーキ､3個") == ["tv", "と", "ケーキ", "3", "個"]
+
+
+def test_text_after_a_nul_character_counts():
+    assert words("犬\0猫") == ["犬", "猫"]
+
+
+def test_characters_and_none():
+    assert tokenise(["犬と Ｔシャツ。"], "characters") == [["犬", "と", "t", "シ", "ャ", "ツ"]]
+    assert tokenise(["A  dog , ケーキ。\t"], "none") == [["A", "dog", ",", "ケーキ。"]]
+
+
+def test_order_and_repeats_are_kept():
+    assert tokenise(iter(["猫", "犬", "猫"])) == [["猫"], ["犬"], ["猫"]]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_tokens_survive_joining_with_spaces(tokenizer, text):
+    (tokens,) = tokenise([text], tokenizer)
+    assert " ".join(tokens).split() == tokens
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet="犬猫公園でボールを追い走っているＡBcｹｰｷ12。、！・ 　-「」", max_size=30))
+def test_no_letter_or_digit_is_lost(text):
+    kept = [c for c in unicodedata.normalize("NFKC", text).lower() if c.isalnum()]
+    assert [c for c in "".join(words(text)) if c.isalnum()] == kept
+    assert tokenise([text], "characters") == [kept]
+
+
+def test_segmentation_is_that_of_fugashi_nodes():
+    text = "赤い傘をさした女性が雨の横断歩道を渡っている"
+    tagger = fugashi.GenericTagger(f'-r "{unidic_lite.DICDIR}/mecabrc" -d "{unidic_lite.DICDIR}"')
+    assert words(text) == [node.surface for node in tagger(text)]
+
+
+def test_signatures_name_what_was_done():
+    assert tokenizer_signature() == "tok:unidic-lite-1.0.8|norm:nfkc|punct:drop|case:lc"
+    assert tokenizer_signature("characters") == "tok:characters|norm:nfkc|punct:drop|case:lc"
+    assert tokenizer_signature("none") == "tok:none|norm:none|punct:keep|case:mixed"
+
+
+@pytest.mark.parametrize("call", [lambda: tokenise(["犬"], "mecab"), lambda: tokenizer_signature("mecab")])
+def test_an_unknown_tokenizer_names_the_choices(call):
+    with pytest.raises(TokenizerError, match="'mecab'.*unidic-lite, characters, none"):
+        call()

@@ -1,0 +1,69 @@
+"""Every configuration file is one the recipe and accelerate can read."""
+
+import importlib.util
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from trl import TrlParser
+
+NAMES = ("base", "t4", "demo")
+
+
+@pytest.fixture(scope="module")
+def recipe(repo_root):
+    spec = importlib.util.spec_from_file_location("sft_qwen2vl_jp", repo_root / "recipes/sft_qwen2vl_jp.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def parse(recipe, tmp_path):
+    def parse(path, *overrides):
+        parser = TrlParser(recipe.ARGUMENTS)
+        return parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path), *overrides])
+
+    return parse
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_config_parses(repo_root, parse, name):
+    path = repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml"
+    # float16 is refused where there is no GPU, which is what t4.yaml is for.
+    data, model, generation, training = parse(path, *(["--fp16", "false"] if name == "t4" else []))
+    assert model.load_in_4bit and model.train_projector
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.lora_top_layers) == (32, 32, 0.05, 6)
+    assert generation.num_beams == 3
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 16
+    assert training.label_smoothing_factor == 0.1
+    assert training.lr_scheduler_type == "cosine" and training.optim == "adamw_torch"
+    assert training.max_length is None and not training.remove_unused_columns
+    assert not (training.bf16 or training.fp16)  # chosen by the device: float32 on a CPU
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_says_what_it_does(repo_root, name):
+    text = (repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml").read_text(encoding="utf-8")
+    assert "accelerate launch" in text.split("\n\n")[0], "the exact command stands at the top"
+    if name == "base":
+        keys = [line for line in text.splitlines() if line and not line.startswith("#")]
+        plain = {"train_split", "test_split", "output_dir", "seed", "logging_steps", "save_steps", "save_total_limit"}
+        plain |= {"model_name_or_path", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim", "prompt"}
+        plain |= {"num_beams", "max_new_tokens", "generation_batch_size"}
+        assert [k for k in keys if "#" not in k and k.split(":")[0] not in plain] == []
+
+
+def test_unknown_keys_are_refused(repo_root, parse, tmp_path):
+    document = yaml.safe_load((repo_root / "recipes/configs/sft_qwen2vl_jp/demo.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / "typo.yaml"
+    path.write_text(yaml.safe_dump(document | {"lora_rank": 8}))
+    with pytest.raises(ValueError, match="lora_rank"):
+        parse(path)
+
+
+@pytest.mark.parametrize("name", ["cpu", "single_gpu", "t4", "ddp", "fsdp_qlora"])
+def test_accelerate_config_loads(repo_root, name):
+    config = load_config_from_file(str(repo_root / f"accelerate_configs/{name}.yaml"))
+    assert config.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp_qlora": "FSDP"}.get(name, "NO")
+    assert config.use_cpu == (name == "cpu")

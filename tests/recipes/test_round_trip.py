@@ -1,0 +1,106 @@
+"""The main path with real clients over HTTP: publish, train, push, and use what was pushed from other processes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from huggingface_hub import HfApi, ModelCard
+
+from vlmcap.data.scenes import write_scene_dataset
+
+SETTINGS = "--config recipes/configs/sft_qwen2vl_jp/demo.yaml --max_steps 6 --save_steps 3 --max_new_tokens 24".split()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scene_dataset(folder, train=40, validation=4, test=6)
+    return folder
+
+
+def publish(run_script, scenes, miniature_dir, output_dir, *more):
+    files = [scenes / "stair_train.json", scenes / "stair_val.json"]
+    ids = ["--val_ids", scenes / "val_ids.txt", "--test_ids", scenes / "test_ids.txt"]
+    arguments = ["--source", "stair", "--tokenizer", miniature_dir, "--output_dir", output_dir]
+    arguments += ["--annotations", *files, "--yj_annotations", scenes / "yj.json", *ids]
+    return run_script("publish_datasets.py", *arguments, *more)
+
+
+def captions(path: Path) -> dict[int, str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {line["image_id"]: line["caption"] for line in map(json.loads, lines)}
+
+
+def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_root, tmp_path):
+    images = ["--images", scenes / "images"]
+    publish(
+        run_script, scenes, miniature_dir, tmp_path / "dataset", *images, "--push_to_hub", "--repo_id", "user/scenes"
+    )
+    assert HfApi().dataset_info("user/scenes").private
+    rows = load_dataset("user/scenes", split="test", cache_dir=tmp_path / "clean")
+    assert len(rows) == 6 and rows[0]["image"].size == (84, 84) and len(rows[0]["captions"]) == 5
+
+    run = tmp_path / "run"
+    publication = ["--push_to_hub", "--hub_model_id", "user/miniature-ja"]
+    recipe = ["recipes/sft_qwen2vl_jp.py", *SETTINGS, "--dataset", "user/scenes", "--output_dir", run]
+    done = run_script(*recipe, *publication)
+    assert "language_model.layers.7.mlp.up_proj (LoRA)" in done.stdout and "36 images, 180 captions" in done.stdout
+    metrics = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))
+    assert metrics["training"]["steps"] == 6 and metrics["training"]["in_yj_images"] == 0
+    assert metrics["counts"]["images"] == metrics["base"]["counts"]["images"] == 6
+    assert metrics["dataset"]["revision"] == HfApi().dataset_info("user/scenes").sha
+    assert json.loads((run / "base/metrics.json").read_text(encoding="utf-8")) == metrics["base"]
+    assert (run / "samples.html").stat().st_size > 10_000
+
+    # On the Hub: adapter, processor, card and scores, and nothing of the trainer's own.
+    files = set(HfApi().list_repo_files("user/miniature-ja"))
+    assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json", "README.md"} <= files
+    assert {"metrics.json", ".eval_results/captioning.yaml"} <= files
+    assert not [name for name in files if "optimizer" in name or "training_args" in name or "checkpoint" in name]
+    card = ModelCard.load("user/miniature-ja")
+    card.validate()
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.datasets == ["user/scenes"]
+    assert f"{metrics['scores']['cider_d']:.4f}" in card.text
+
+    # Another process, a clean cache: the pushed adapter and processor say what was said before the push.
+    again = tmp_path / "again/predictions.jsonl"
+    model = ["--model", "recipes/miniature", "--adapter", "user/miniature-ja", "--load_in_4bit"]
+    data = ["--dataset", "user/scenes", "--output", again, "--generation_batch_size", 50, "--max_new_tokens", 24]
+    run_script("infer_baseline.py", *model, *data, env={"HF_HOME": str(tmp_path / "clean_home")})
+    assert captions(again) == captions(run / "adapter/predictions.jsonl")
+    references = ["--dataset", "user/scenes", "--split", "test"]
+    run_script("eval_captioning.py", "--predictions", again, *references, "--output", tmp_path / "again/metrics.json")
+    scores = json.loads((tmp_path / "again/metrics.json").read_text(encoding="utf-8"))["scores"]
+    assert scores == metrics["scores"]
+
+    # The card's quick start, pasted: it runs and writes a caption.
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
+    rows[0]["image"].save(tmp_path / "photo.jpg")
+    code = code.replace('"recipes/miniature"', repr(str(miniature_dir)))
+    pasted = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert pasted.returncode == 0 and pasted.stdout.strip(), pasted.stderr
+
+    # The same command again does not overwrite the run; asked to, it continues it.
+    assert "--resume_from_checkpoint latest" in run_script(*recipe, expect=1).stderr
+    run_script(*recipe, "--resume_from_checkpoint", "latest", "--max_steps", "8")
+    training = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))["training"]
+    assert training["steps"] == 8
+
+
+def test_recipe_stops_before_training(run_script, scenes, miniature_dir, tmp_path):
+    """Captions without photographs: the message names the mend, and nothing was written."""
+    publish(run_script, scenes, miniature_dir, tmp_path / "captions")
+    recipe = [
+        "recipes/sft_qwen2vl_jp.py",
+        *SETTINGS,
+        "--dataset",
+        tmp_path / "captions",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    assert "fetch_images.py" in run_script(*recipe, expect=1).stderr
+    assert not (tmp_path / "run").exists()

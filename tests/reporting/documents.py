@@ -1,0 +1,93 @@
+"""A metrics document as the recipe writes it for an adapter, with invented figures."""
+
+import copy
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+GPU = {
+    "device": "Tesla T4",
+    "device_memory_bytes": 15_843_721_216,
+    "cpu": "Intel(R) Xeon(R) CPU @ 2.00GHz",
+    "cores": 4,
+    "memory_bytes": 33_670_000_000,
+}
+CPU = {"device": "CPU", "device_memory_bytes": None, "cpu": "Some CPU", "cores": 2, "memory_bytes": 8_000_000_000}
+NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
+
+
+def document(scores: tuple[float, ...], seconds: float, adapter: str | None) -> dict:
+    return {
+        "scores": dict(zip(NAMES, scores, strict=True)),
+        "signatures": {name: f"{name}|tok:unidic-lite-1.0.8|norm:nfkc|punct:drop|nref:5|v:0.1" for name in NAMES},
+        "counts": {"images": 5000, "references": 25010, "empty_predictions": 3, "mean_caption_tokens": 11.72},
+        "model": {
+            "id": "Qwen/Qwen2-VL-2B-Instruct",
+            "revision": SHA,
+            "adapter": adapter,
+            "adapter_revision": None,
+            "dtype": "float16",
+            "quantization": "nf4",
+            "parameters": 2_208_985_600,
+            "trainable_parameters": None,
+        },
+        "dataset": {"id": "user/stair-captions", "revision": SHA[::-1], "split": "test", "license": "cc-by-4.0"},
+        "prompt": 'この画像を日本語の一文で説明してください。"短く"',
+        "decoding": {
+            "num_beams": 3,
+            "max_new_tokens": 64,
+            "do_sample": False,
+            "batch_size": 8,
+            "min_pixels": 3136,
+            "max_pixels": 401408,
+        },
+        "saw": {"STAIR": "train" if adapter else "unknown", "YJ": "no", "note": "Split of Karpathy, by image."},
+        "hardware": GPU,
+        "seconds": seconds,
+        "images_per_second": 5000 / seconds,
+        "peak_memory_bytes": 5_200_000_000,
+        "versions": {"python": "3.11.7", "torch": "2.15.0", "transformers": "5.23.0"},
+        "commit": SHA[5:] + "abcde",
+        "created": "2026-01-02T03:04:05+00:00",
+    }
+
+
+def adapter_document() -> dict:
+    """An adapter of Qwen2-VL-2B, base and data on the Hub."""
+    adapter = document((0.65432, 0.51234, 0.41239, 0.3217, 0.5128, 0.91827364), 2500.0, "outputs/run/adapter")
+    adapter["base"] = document((0.2101, 0.1202, 0.0703, 0.0404, 0.2505, 0.1606), 2600.0, None)
+    adapter["training"] = {
+        "config": {"lora_r": 32, "bf16": False, "target": ["q_proj", "v_proj"], "scheduler": "cosine", "note": "a|b"},
+        "dataset": {"id": "user/stair-captions", "revision": SHA[::-1], "split": "train"},
+        "images": 86787,
+        "captions": 433_935,
+        "in_yj_images": 0,
+        "steps": 81363,
+        "epochs": 3.0,
+        "seconds": 40_000.4,
+        "peak_memory_bytes": 11_000_000_000,
+        "train_loss": 1.7421,
+        "bad_images": 2,
+        "hardware": GPU,
+        "seed": 42,
+        "trainable_parameters": 26_345_984,
+    }
+    return adapter
+
+
+def miniature_document(model: str = "recipes/miniature", adapter: str = "outputs/demo/adapter") -> dict:
+    """The miniature's adapter: everything local, on a CPU, where peak memory is not measured."""
+    metrics = copy.deepcopy(adapter_document())
+    for run in (metrics, metrics["base"]):
+        run["model"] |= {
+            "id": model,
+            "revision": None,
+            "dtype": "float32",
+            "quantization": None,
+            "parameters": 3_312_345,
+        }
+        run["dataset"] |= {"id": "outputs/demo/dataset", "revision": None}
+        run |= {"hardware": CPU, "peak_memory_bytes": None}
+        run["decoding"] |= {"min_pixels": 7056, "max_pixels": 7056}
+    metrics["model"]["adapter"] = adapter
+    metrics["training"]["dataset"] |= {"id": "outputs/demo/dataset", "revision": None}
+    metrics["training"] |= {"hardware": CPU, "peak_memory_bytes": None}
+    return metrics

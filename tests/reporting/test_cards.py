@@ -1,0 +1,234 @@
+"""The card: everything the document says, nothing it does not say."""
+
+import ast
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from vlmcap.reporting.cards import load_snippet, render_adapter_card, score_rows, write_adapter_card
+
+from tests.reporting.documents import NAMES, SHA, adapter_document, miniature_document
+
+LABELS = dict(zip(NAMES, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"), strict=True))
+
+
+def table_cells(card: str, first: str) -> list[str]:
+    """The cells after the first in the table row that starts with `first`."""
+    (row,) = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", card, re.M)
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]
+
+
+def snippet(card: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    return code
+
+
+def write(folder, metrics):
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    return write_adapter_card(folder)
+
+
+def test_every_score_is_the_document_s():
+    metrics = adapter_document()
+    card = render_adapter_card(metrics, "user/adapter")
+    (result,) = ModelCard(card).data.to_dict()["model-index"][0]["results"]
+    assert {m["name"]: m["value"] for m in result["metrics"]} == {LABELS[n]: metrics["scores"][n] for n in NAMES}
+    assert result["dataset"] == {
+        "name": "user/stair-captions",
+        "type": "user/stair-captions",
+        "split": "test",
+        "revision": SHA[::-1],
+    }
+    for name in NAMES:
+        base, adapter, signature = table_cells(card, LABELS[name])
+        assert (base, adapter) == (f"{metrics['base']['scores'][name]:.4f}", f"**{metrics['scores'][name]:.4f}**")
+        assert signature.replace("\\|", "|") == f"`{metrics['signatures'][name]}`"
+    assert score_rows(metrics)[-1] == ["CIDEr-D", "0.1606", "0.9183"]
+
+
+def test_metadata_of_an_adapter_on_the_hub():
+    data = ModelCard(render_adapter_card(adapter_document(), "user/adapter")).data.to_dict()
+    expected = {
+        "base_model": "Qwen/Qwen2-VL-2B-Instruct",
+        "base_model_relation": "adapter",
+        "datasets": ["user/stair-captions"],
+        "language": ["ja"],
+        "library_name": "peft",
+        "license": "apache-2.0",
+        "pipeline_tag": "image-text-to-text",
+    }
+    assert {key: data[key] for key in expected} == expected
+    assert data["model-index"][0]["name"] == "adapter"
+
+
+def test_the_card_states_how_the_scores_came_about():
+    metrics = adapter_document()
+    card = render_adapter_card(metrics, "user/adapter")
+    assert metrics["prompt"] in card
+    assert re.findall(r"\| peak device memory \|(.*)\|", card) == [" 4.84 GiB | 4.84 GiB ", " 10.24 GiB "]
+    assert re.findall(r"\| time \|(.*)\|", card) == [" 43 min 20 s | 41 min 40 s ", " 11 h 6 min "]
+    assert table_cells(card, "saw STAIR in training") == ["unknown", "train"]
+    assert table_cells(card, "revision") == [f"`{SHA}`", "not recorded"]
+    assert table_cells(card, "`num_beams`") == ["3"] and table_cells(card, "`max_pixels`") == ["401408"]
+    assert table_cells(card, "`target`") == ['["q_proj", "v_proj"]'] and table_cells(card, "`note`") == ["a\\|b"]
+    assert "Tesla T4 (14.76 GiB)" in card and "torch 2.15.0" in card and metrics["commit"] in card
+    assert "Split of Karpathy, by image." in card
+    assert "measured with the base quantised to NF4" in card
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [(0, "None of the 86,787 images trained on"), (13555, "**13,555 are also images of YJ Captions**")],
+)
+def test_training_on_images_of_yj_is_said(count, says):
+    metrics = adapter_document()
+    metrics["training"]["in_yj_images"] = count
+    assert says in render_adapter_card(metrics)
+
+
+def test_changing_any_number_of_the_document_changes_the_card():
+    """No figure is dropped on the way, and none comes from elsewhere."""
+    metrics = adapter_document()
+    card = render_adapter_card(metrics)
+    silent = []
+
+    def walk(node, path):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, [*path, key])
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                node[key] = value * 3 + 1
+                try:
+                    changed = render_adapter_card(metrics) != card
+                except ValueError as error:  # base and adapter no longer scored alike: refused, not ignored
+                    changed = "cannot stand in one table" in str(error)
+                if not changed:
+                    silent.append(".".join([*path, key]))
+                node[key] = value
+
+    walk(metrics, [])
+    assert not silent
+
+
+def test_what_was_not_measured_is_not_zero():
+    card = render_adapter_card(miniature_document())
+    assert re.findall(r"\| peak device memory \|(.*)\|", card) == [" not measured | not measured ", " not measured "]
+    assert "None" not in card.replace("None of the", "") and " 0 MiB" not in card
+
+
+def test_local_folders_stay_out_of_the_metadata(tmp_path, repo_root):
+    """recipes/vlmcap looks like a Hub id; an absolute path would tell where the author's home is."""
+    for model, name in (
+        ("recipes/vlmcap", "recipes/vlmcap"),
+        (str(repo_root / "recipes" / "vlmcap"), "recipes/vlmcap"),
+        (str(tmp_path / "my-base"), "my-base"),
+    ):
+        metrics = miniature_document(model)
+        metrics["dataset"]["id"] = metrics["base"]["dataset"]["id"] = str(tmp_path / "scenes")
+        metrics["training"]["dataset"]["id"] = "../elsewhere/scenes"
+        card = render_adapter_card(metrics)
+        data = ModelCard(card).data.to_dict()
+        assert not {"base_model", "base_model_relation", "datasets"} & data.keys()
+        assert f"makes `{name}` (a local folder) describe" in card
+        assert str(tmp_path) not in card and str(repo_root) not in card
+        assert data["model-index"][0]["results"][0]["dataset"]["type"] == "scenes"
+
+
+def test_the_miniature_is_no_evidence_about_qwen2_vl():
+    card = render_adapter_card(miniature_document())
+    assert "demonstration that the machinery learns, and no evidence about Qwen2-VL" in card
+    assert "demonstration" not in render_adapter_card(adapter_document())
+
+    large = miniature_document()
+    large["model"]["parameters"] = large["base"]["model"]["parameters"] = 700_000_000
+    card = render_adapter_card(large)
+    assert "no evidence about Qwen2-VL" in card and "demonstration" not in card
+
+
+@pytest.mark.parametrize("metrics", [adapter_document(), miniature_document()], ids=["hub", "local"])
+@pytest.mark.parametrize("repo_id", ["user/adapter", None])
+def test_quick_start_is_python(metrics, repo_id):
+    code = snippet(render_adapter_card(metrics, repo_id))
+    strings = {n.value for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    assert metrics["prompt"] in strings
+    assert (repo_id or metrics["model"]["adapter"]) in strings
+    assert "num_beams=3, max_new_tokens=64" in code
+    ast.parse(load_snippet("a/b", "user/adapter"))
+
+
+def test_eval_results_are_of_the_hub_s_format(tmp_path):
+    metrics = adapter_document()
+    write(tmp_path, metrics)
+    (path,) = (tmp_path / ".eval_results").iterdir()
+    entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    assert path.suffix == ".yaml"
+    assert {entry.task_id: entry.value for entry in entries} == {f"test_{n}": metrics["scores"][n] for n in NAMES}
+    assert {(entry.dataset_id, entry.dataset_revision, entry.date) for entry in entries} == {
+        ("user/stair-captions", SHA[::-1], metrics["created"])
+    }
+    assert all(metrics["signatures"][n] in entry.notes for n, entry in zip(NAMES, entries, strict=True))
+
+    write(tmp_path, miniature_document())  # a local dataset has no id that the format would take
+    assert not path.exists()
+
+
+def test_the_card_survives_what_peft_does_to_a_readme(tmp_path):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    readme = write(tmp_path, adapter_document())
+    card = readme.read_text()
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    assert readme.read_text() != card
+    assert write_adapter_card(tmp_path).read_text() == card
+
+
+def test_what_makes_no_honest_card_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="metrics.json does not exist.*sft_qwen2vl_jp.py"):
+        write_adapter_card(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"scores": ')
+    with pytest.raises(ValueError, match="metrics.json is not JSON"):
+        write_adapter_card(tmp_path)
+
+    only_scores = {key: adapter_document()[key] for key in ("scores", "signatures", "counts")}
+    with pytest.raises(ValueError, match="metrics.json: the document lacks model, dataset.*training, base"):
+        write(tmp_path, only_scores)
+
+    other = copy.deepcopy(adapter_document())
+    other["base"]["dataset"]["split"] = "validation"
+    with pytest.raises(ValueError, match="differ in dataset .*'validation'.*'test'"):
+        write(tmp_path, other)
+    other = copy.deepcopy(adapter_document())
+    other["base"]["decoding"]["batch_size"] = 1  # does not change what is decoded
+    write(tmp_path, other)
+    other["base"]["decoding"]["num_beams"] = 1
+    with pytest.raises(ValueError, match="differ in decoding"):
+        write(tmp_path, other)
+
+
+def test_quick_start_runs(tmp_path, miniature_dir, repo_root):
+    """The card's own code, in a fresh process, on the miniature with an untrained adapter."""
+    if not (miniature_dir / "config.json").exists():
+        pytest.skip(f"needs the committed miniature at {miniature_dir}")
+    from peft import LoraConfig, get_peft_model
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(miniature_dir)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    AutoProcessor.from_pretrained(miniature_dir).save_pretrained(tmp_path / "adapter")
+    Image.new("RGB", (84, 84), "red").save(tmp_path / "photo.jpg")
+
+    metrics = miniature_document(str(miniature_dir), str(tmp_path / "adapter"))
+    code = snippet(render_adapter_card(metrics)).replace('"adapter"', repr(str(tmp_path / "adapter")))
+    code = code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg")))
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")

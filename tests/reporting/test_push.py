@@ -1,0 +1,133 @@
+"""scripts/push_adapter.py against the local hub: what arrives, what stays, what is said when it fails."""
+
+import ast
+import hashlib
+import json
+
+import pytest
+import yaml
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from vlmcap.reporting.hub import push_adapter
+
+from tests.local_hub.faults import Fault
+from tests.reporting.documents import adapter_document, miniature_document
+
+REPO = "user/adapter"
+
+
+@pytest.fixture
+def adapter_dir(tmp_path):
+    """What the recipe leaves, with invented bytes for weights, and what the trainer may leave beside it."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(adapter_document()))
+    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 40)
+    for name in ("adapter_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    (folder / "checkpoint-10").mkdir()
+    for name in (
+        "checkpoint-10/model.safetensors",
+        "training_args.bin",
+        "optimizer.pt",
+        "rng_state.pth",
+        "samples.html",
+    ):
+        (folder / name).write_bytes(b"not for others")
+    return folder
+
+
+def hashes(folder):
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "README.md" and ".eval_results" not in p.parts)
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_script_pushes_privately_in_one_commit_and_prints_how_to_load(hub, adapter_dir, run_script):
+    done = run_script("push_adapter.py", "--adapter_dir", adapter_dir, "--repo_id", REPO)
+
+    info = HfApi().model_info(REPO)
+    assert info.private
+    assert {sibling.rfilename for sibling in info.siblings} == {
+        ".gitattributes",
+        "README.md",
+        ".eval_results/captioning.yaml",
+        "metrics.json",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "processor_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+    }
+    assert len(HfApi().list_repo_commits(REPO)) == 2  # the repository's first and ours
+    address, code = done.stdout.split("To load it:\n")
+    assert f"{hub.endpoint}/{REPO} (private)" in address
+    assert len(code.strip().splitlines()) == 4 and REPO in code
+    ast.parse(code)
+    assert "hf_user_write" not in done.stdout + done.stderr
+
+
+def test_the_pushed_card_names_the_repository_and_was_validated(hub, adapter_dir, tmp_path):
+    assert push_adapter(adapter_dir, REPO, private=False) == f"{hub.endpoint}/{REPO}"
+    assert not HfApi().model_info(REPO).private
+    card = ModelCard.load(hf_hub_download(REPO, "README.md", cache_dir=tmp_path / "cache"))
+    assert card.data.base_model == "Qwen/Qwen2-VL-2B-Instruct" and f'"{REPO}"' in card.text
+    entries = yaml.safe_load(hub.file("models", REPO, ".eval_results/captioning.yaml"))
+    assert entries[0]["source"]["url"] == f"https://huggingface.co/{REPO}/blob/main/metrics.json"
+    assert [entry["path"] for entry in hub.log][0] == "/api/validate-yaml"
+
+
+def test_a_miniature_with_local_base_and_data_can_be_pushed(hub, adapter_dir):
+    (adapter_dir / "metrics.json").write_text(json.dumps(miniature_document("/nowhere/base")))
+    push_adapter(adapter_dir, REPO)
+    assert b"base_model" not in hub.file("models", REPO, "README.md")
+
+
+def test_a_refused_commit_is_reported_and_the_folder_stays(hub, adapter_dir, run_script):
+    before = hashes(adapter_dir)
+    hub.faults.append(Fault(method="POST", path="/commit/main", status=403, body={"error": "storage quota"}, times=99))
+    done = run_script("push_adapter.py", "--adapter_dir", adapter_dir, "--repo_id", REPO, expect=1)
+    assert "Traceback" not in done.stderr
+    assert "failed while uploading the files" in done.stderr and "storage quota" in done.stderr
+    assert f"python scripts/push_adapter.py --adapter_dir {adapter_dir} --repo_id {REPO}" in done.stderr
+    assert hashes(adapter_dir) == before
+
+    hub.faults.clear()
+    push_adapter(adapter_dir, REPO)  # the command that the message gives
+    assert hub.file("models", REPO, "metrics.json") == (adapter_dir / "metrics.json").read_bytes()
+
+
+def test_a_connection_that_breaks_is_reported(hub, adapter_dir):
+    hub.faults.append(Fault(method="POST", path="/validate-yaml", action="drop", times=99))
+    with pytest.raises(RuntimeError, match="(?s)failed while validating the card.*Nothing was lost"):
+        push_adapter(adapter_dir, REPO)
+
+
+def test_metadata_that_the_hub_refuses_creates_no_repository(hub, adapter_dir):
+    refusal = {"errors": [{"message": '"license" must be one of a list'}]}
+    hub.faults.append(Fault(method="POST", path="/validate-yaml", status=400, body=refusal))
+    with pytest.raises(RuntimeError, match='validating the card: .*"license.* must be one of a list'):
+        push_adapter(adapter_dir, REPO)
+    assert not [entry for entry in hub.log if entry["path"] == "/api/repos/create"]
+
+
+def test_somebody_else_s_namespace_is_refused(hub, adapter_dir):
+    with pytest.raises(RuntimeError, match="(?s)failed while creating the repository.*403.*hf auth login"):
+        push_adapter(adapter_dir, "other/adapter")
+
+
+def test_a_private_push_does_not_land_in_a_public_repository(hub, adapter_dir):
+    HfApi().create_repo(REPO, private=False)
+    with pytest.raises(RuntimeError, match="exists and is public, but private was asked for.*pass --public"):
+        push_adapter(adapter_dir, REPO)
+    assert HfApi().list_repo_files(REPO) == [".gitattributes"]
+    push_adapter(adapter_dir, REPO, private=False)
+
+
+def test_an_incomplete_folder_is_named_before_anything_is_sent(hub, adapter_dir):
+    (adapter_dir / "metrics.json").unlink()
+    (adapter_dir / "processor_config.json").unlink()
+    lacks = "lacks processor_config.json or preprocessor_config.json, metrics.json"
+    with pytest.raises(FileNotFoundError, match=f"(?s){lacks}.*recipes/sft_qwen2vl_jp.py"):
+        push_adapter(adapter_dir, REPO)
+    with pytest.raises(FileNotFoundError, match="there is no adapter folder"):
+        push_adapter(adapter_dir / "nowhere", REPO)
+    assert not hub.log
