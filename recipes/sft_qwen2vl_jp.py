@@ -130,8 +130,9 @@ def main(
     train_set = dataset_record(data_args.dataset, data_args.train_split, data_args.dataset_revision)
     test_set = train_set | {"split": data_args.test_split}
     with PartialState().local_main_process_first():
-        train_rows = load_captions(data_args.dataset, data_args.train_split, data_args.image_dir, train_set["revision"])
-        test_rows = load_captions(data_args.dataset, data_args.test_split, data_args.image_dir, train_set["revision"])
+        source = {"image_dir": data_args.image_dir, "revision": train_set["revision"]}
+        train_rows = load_captions(data_args.dataset, data_args.train_split, **source)
+        test_rows = load_captions(data_args.dataset, data_args.test_split, **source)
     check_no_overlap(train_rows, test_rows)
     if not data_args.include_yj_images:
         train_rows = train_rows.select([i for i, in_yj in enumerate(train_rows["in_yj"]) if not in_yj])

@@ -4,7 +4,7 @@ The checkpoint in recipes/miniature was written by
 
     python scripts/pretrain_miniature.py --output_dir recipes/miniature
 
-(about 15 minutes on 2 CPU cores, seeded). It is a demonstration model of 3.4 million parameters and no evidence about
+(20 minutes on one CPU core, seeded). It is a demonstration model of 3.4 million parameters and no evidence about
 the quality of Qwen2-VL.
 """
 
@@ -19,7 +19,7 @@ from vlmcap.models.miniature import pretrain
 @dataclass
 class Arguments:
     output_dir: str = field(metadata={"help": "Folder for the model and its processor, e.g. recipes/miniature."})
-    steps: int = field(default=2500, metadata={"help": "Optimizer steps of 48 captions each."})
+    steps: int = field(default=1800, metadata={"help": "Optimizer steps of 48 captions each."})
     seed: int = field(default=0, metadata={"help": "Seed of scenes, weights and batches."})
 
 

@@ -1,6 +1,7 @@
 """From annotation files to a folder and a Hub repository that load_dataset reads, and every way it must stop."""
 
 import json
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -131,12 +132,10 @@ def test_splits_without_lists_are_drawn(world):
 
 
 def test_card_metadata_is_that_of_the_hub(world):
-    build(world("yj", pretty_name="Dogs | of Japan"))
+    shards = f"data/test-{build(world('yj', pretty_name='Dogs | of Japan'))['fingerprint']}-*.parquet"
     card = DatasetCard.load(world.folder / "out" / "README.md")
     metadata = card.data.to_dict()
-    assert metadata["configs"] == [
-        {"config_name": "default", "data_files": [{"split": "test", "path": "data/test-*.parquet"}]}
-    ]
+    assert metadata["configs"] == [{"config_name": "default", "data_files": [{"split": "test", "path": shards}]}]
     assert (metadata["language"], metadata["license"]) == (["ja"], "cc-by-sa-4.0")  # as the file's info says
     assert (metadata["task_categories"], metadata["size_categories"]) == (["image-to-text"], ["n<1K"])
     assert metadata["pretty_name"] == "Dogs | of Japan"
@@ -173,16 +172,29 @@ def test_photographs_are_embedded_byte_for_byte(world, photographs, tmp_path):
 
 def test_photographs_make_several_bounded_shards(world, photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "SHARD_BYTES", 1)
-    build(world("yj", images=str(photographs)))
+    build_id = build(world("yj", images=str(photographs)))["fingerprint"]
     names = sorted(path.name for path in (tmp_path / "out" / "data").iterdir())
-    assert names == ["test-00000-of-00002.parquet", "test-00001-of-00002.parquet"]
+    assert names == [f"test-{build_id}-00000-of-00002.parquet", f"test-{build_id}-00001-of-00002.parquet"]
     assert loaded(world().output_dir, tmp_path)["test"]["image_id"][:] == [2, 3]
+
+
+def test_another_build_in_a_folder_of_the_same_name_loads_as_itself(world, tmp_path):
+    """Through one cache, as two runs of `--output_dir outputs/X/dataset` meet in: datasets goes by the last name."""
+    first, second = world("yj"), world("yj", output_dir=str(tmp_path / "elsewhere" / "out"))
+    build(first)
+    assert loaded(first.output_dir, tmp_path)["test"]["captions"][0] == ["犬です。"]
+    annotations = json.loads(Path(second.annotations[0]).read_text(encoding="utf-8"))
+    annotations["annotations"][0]["caption"] = "猫です。"
+    Path(second.annotations[0]).write_text(json.dumps(annotations), encoding="utf-8")
+    build(second)
+    assert loaded(second.output_dir, tmp_path)["test"]["captions"][0] == ["猫です。"]
 
 
 def test_row_groups_of_photographs_are_small(world, photographs, monkeypatch):
     monkeypatch.setitem(build_module.ROW_GROUP, "images", 1)
     build(world("yj", images=str(photographs)))
-    assert pq.ParquetFile(world.folder / "out" / "data" / "test-00000-of-00001.parquet").num_row_groups == 2
+    (shard,) = (world.folder / "out" / "data").iterdir()
+    assert pq.ParquetFile(shard).num_row_groups == 2
 
 
 def test_bad_photographs_stop_the_build_or_are_left_out_and_counted(world, photographs, tmp_path):
@@ -246,8 +258,8 @@ def test_nothing_is_overwritten_unasked_and_a_failed_build_leaves_no_trace(world
         build(world(overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert loaded(world().output_dir, tmp_path)["test"]["image_id"][:] == [16]
-    build(world("yj", overwrite=True))
-    assert sorted(path.name for path in (tmp_path / "out" / "data").iterdir()) == ["test-00000-of-00001.parquet"]
+    build_id = build(world("yj", overwrite=True))["fingerprint"]
+    assert [path.name for path in (tmp_path / "out" / "data").iterdir()] == [f"test-{build_id}-00000-of-00001.parquet"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == before
 
 
@@ -288,9 +300,9 @@ def test_push_and_load_from_the_hub(world, photographs, hub, tmp_path):
 def test_a_second_push_leaves_no_stale_shards(world, hub, tmp_path):
     publish(world(push_to_hub=True, repo_id="user/captions", public=True))
     assert not HfApi().dataset_info("user/captions").private
-    publish(world("yj", push_to_hub=True, repo_id="user/captions", overwrite=True))
+    build_id = publish(world("yj", push_to_hub=True, repo_id="user/captions", overwrite=True))["fingerprint"]
     files = HfApi().list_repo_files("user/captions", repo_type="dataset")
-    assert [name for name in files if name.endswith(".parquet")] == ["data/test-00000-of-00001.parquet"]
+    assert [name for name in files if name.endswith(".parquet")] == [f"data/test-{build_id}-00000-of-00001.parquet"]
     assert load_dataset("user/captions", cache_dir=str(tmp_path / "fresh"))["test"]["image_id"][:] == [2, 3]
 
 

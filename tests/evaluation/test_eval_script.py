@@ -4,6 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
+
 from vlmcap.evaluation.metrics import ScoreError, dataset_references, score, write_metrics
 
 PREDICTIONS = {1: "赤い車が道路を走っている", 2: "白い猫が窓辺で眠っている"}

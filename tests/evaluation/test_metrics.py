@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
+
 from vlmcap.evaluation.metrics import (
     ScoreError,
     bleu,

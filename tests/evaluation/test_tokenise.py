@@ -5,6 +5,7 @@ import pytest
 import unidic_lite
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vlmcap.evaluation.tokenise import TokenizerError, tokenise, tokenizer_signature
 
 TOKENIZERS = ["unidic-lite", "characters", "none"]

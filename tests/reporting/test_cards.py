@@ -11,9 +11,9 @@ import sys
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from vlmcap.reporting.cards import load_snippet, render_adapter_card, score_rows, write_adapter_card
 
 from tests.reporting.documents import NAMES, SHA, adapter_document, miniature_document
+from vlmcap.reporting.cards import load_snippet, render_adapter_card, score_rows, write_adapter_card
 
 LABELS = dict(zip(NAMES, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"), strict=True))
 

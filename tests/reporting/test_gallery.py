@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image, ImageDraw
+
 from vlmcap.reporting.gallery import write_sample_page
 
 ROWS = [["", "base", "adapter"], ["CIDEr-D", "0.0100", "2.3400"]]

@@ -7,10 +7,10 @@ import json
 import pytest
 import yaml
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from vlmcap.reporting.hub import push_adapter
 
 from tests.local_hub.faults import Fault
 from tests.reporting.documents import adapter_document, miniature_document
+from vlmcap.reporting.hub import push_adapter
 
 REPO = "user/adapter"
 

@@ -1,5 +1,6 @@
 """Rows to a published dataset: parquet shards, dataset card and cleaning report in a folder, and on the Hub."""
 
+import hashlib
 import json
 import os
 import re
@@ -116,8 +117,8 @@ def build(args: PublishArguments) -> dict:
     """Reads, splits, cleans and writes one dataset to `args.output_dir`, which appears only when it is complete.
 
     Returns {"source", "license", "files", "split_origin", "overlap", "splits": {split: {"images", "captions",
-    "in_yj"}}, "bad_images", "cleaning": the cleaner's report, "built_with", "folder", "seconds": {stage: seconds}};
-    all but the last two also lie in the folder's cleaning_report.json.
+    "in_yj"}}, "bad_images", "cleaning": the cleaner's report, "fingerprint", "built_with", "folder", "seconds":
+    {stage: seconds}}; all but the last two also lie in the folder's cleaning_report.json.
 
     Raises DataError on whatever is wrong with the annotations, the splits, the photographs or the output folder.
     """
@@ -176,6 +177,7 @@ def build(args: PublishArguments) -> dict:
             },
             "bad_images": bad_images,
             "cleaning": cleaner.report(),
+            "fingerprint": _fingerprint(by_split, image_paths),
             "built_with": {"vlmcap": provenance.versions()["vlmcap"], "commit": provenance.git_commit()},
         }
         with _replacing(output_dir) as folder:
@@ -345,6 +347,21 @@ def _bad_images_text(bad_images: list[dict], total: int, folder: str) -> str:
     return "\n".join(lines)
 
 
+def _fingerprint(by_split: dict, image_paths: dict | None) -> str:
+    """Eight hex digits of the rows and the sizes of their photographs; they stand in the names of the shards.
+
+    datasets caches a local folder by its last name and the file patterns of its card, not by what the files hold
+    (`LocalDatasetModuleFactory`, datasets 5.2): of two builds called `dataset` with the same patterns, the second
+    would silently load as the first.
+    """
+    digest = hashlib.sha256()
+    for split, rows in by_split.items():
+        for row in rows:
+            size = image_paths[row["image_id"]].stat().st_size if image_paths else 0
+            digest.update(f"{split} {size} {row}".encode())
+    return digest.hexdigest()[:8]
+
+
 def _write_folder(folder: Path, by_split: dict, image_paths: dict | None, summary: dict, card: str) -> None:
     (folder / "data").mkdir()
     total = sum(len(rows) for rows in by_split.values())
@@ -352,7 +369,7 @@ def _write_folder(folder: Path, by_split: dict, image_paths: dict | None, summar
         for split, rows in by_split.items():
             shards = _shards(rows, image_paths)
             for index, shard in enumerate(shards):
-                name = f"{split}-{index:05d}-of-{len(shards):05d}.parquet"
+                name = f"{split}-{summary['fingerprint']}-{index:05d}-of-{len(shards):05d}.parquet"
                 _write_parquet(folder / "data" / name, shard, image_paths, progress)
     (folder / REPORT).write_text(json.dumps(summary, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -397,7 +414,9 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
     images_read, captions_read = sum(file.images for file in files), sum(file.captions for file in files)
     complete = (images_read, captions_read) == (release["images"], release["captions"])
     pretty_name = args.pretty_name or f"{release['name']}, cleaned{'' if complete else ' (part of it)'}"
-    data_files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in summary["splits"]]
+    data_files = [
+        {"split": split, "path": f"data/{split}-{summary['fingerprint']}-*.parquet"} for split in summary["splits"]
+    ]
     metadata = DatasetCardData(
         language=["ja"],
         license=summary["license"],

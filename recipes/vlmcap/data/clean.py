@@ -122,10 +122,10 @@ def _drop_urls(text: str) -> str:
 # Spacing -----------------------------------------------------------------------------------------------------------
 # No space beside a Japanese character: in the real captions nearly every Latin word stands in its Japanese sentence
 # without one. A single space stays between Latin words and between katakana words, which nothing else separates. It
-# also stays beside a dash or a combining mark, which closing up would turn into part of a word.
+# also stays beside a dash and before a voicing mark, which closing up would turn into part of a word.
 _SPACE_RUN = _compile(f"[{_SPACES}]+")
 _NEEDLESS_SPACE = _compile(
-    rf"(?<![{_DASHES}\p{{M}}゛゜--[{_KANJI_VARIANTS}]]) (?![{_DASHES}\p{{M}}゛゜])"
+    rf"(?<![{_DASHES}]) (?![{_DASHES}\p{{M}}゛゜])"
     rf"(?:(?<=[{_JAPANESE}] )|(?=[{_JAPANESE}]))(?!(?<=[{_KATAKANA}] )[{_KATAKANA}])"
     r"|(?<=[(\[{]) | (?=[)\]}])| (?=[,.!?;:](?: |$))"
 )
@@ -159,7 +159,7 @@ TEXT_RULES = (
     TextRule("control", "control, zero-width, private-use and broken characters removed", _drop_control),
     TextRule(
         "width",
-        "full-width letters, digits and ASCII punctuation become half-width, half-width kana full-width, ～ 〜",
+        "full-width letters, digits and ASCII signs become half-width, half-width kana full-width, ～ becomes 〜",
         _one_width,
     ),
     TextRule("unicode", "kana and voicing marks, letters and accents composed (NFC; kanji left alone)", _compose),

@@ -167,7 +167,7 @@ def _fetch_all(rows: list[dict], folder: Path, concurrency: int, fetcher: "_Fetc
                     report.failed.append({"image_id": row["image_id"], "url": url, "reason": str(error)})
                     recent.append(True)
                     if sum(recent) == HOPELESS:
-                        raise FetchStopped(_why_stopped(report, folder)) from None
+                        raise FetchStopped(_why_stopped(report, folder, len(recent))) from None
                 else:
                     recent.append(False)
                     report.present += received == 0
@@ -221,10 +221,10 @@ def _write_failed(path: Path, failed: list[dict]) -> None:
         path.write_text("".join(lines), encoding="utf-8")
 
 
-def _why_stopped(report: FetchReport, folder: Path) -> str:
+def _why_stopped(report: FetchReport, folder: Path, recent: int) -> str:
     reason, _ = Counter(entry["reason"] for entry in report.failed[-HOPELESS:]).most_common(1)[0]
     return (
-        f"stopped, as {HOPELESS} of the last {RECENT} photographs failed. Most often: {reason}; "
+        f"stopped, as {HOPELESS} of the last {recent} photographs failed. Most often: {reason}; "
         f"last URL: {report.failed[-1]['url']}. Look whether this address opens in a browser, try a mirror "
         f"(--base_url), or come back later: the {report.present + report.fetched} photographs in {folder} are kept."
     )

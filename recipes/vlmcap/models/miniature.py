@@ -102,7 +102,7 @@ def chat_prompt(processor: Qwen2VLProcessor, prompt: str) -> str:
 
 def pretrain(
     output_dir: Path,
-    steps: int = 2500,
+    steps: int = 1800,
     batch_size: int = 48,
     scene_count: int = 8000,
     seed: int = 0,
