@@ -33,7 +33,8 @@ demo: setup
 	$(PYTHON) scripts/publish_datasets.py --source stair --tokenizer recipes/miniature \
 		--annotations $(DEMO)/scenes/stair_train.json $(DEMO)/scenes/stair_val.json --images $(DEMO)/scenes/images \
 		--yj_annotations $(DEMO)/scenes/yj.json --val_ids $(DEMO)/scenes/val_ids.txt \
-		--test_ids $(DEMO)/scenes/test_ids.txt --output_dir $(DEMO)/dataset
+		--test_ids $(DEMO)/scenes/test_ids.txt --output_dir $(DEMO)/dataset \
+		--card scenes --pretty_name "Drawn scenes with Japanese captions" --license cc0-1.0
 	.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_qwen2vl_jp.py \
 		--config recipes/configs/sft_qwen2vl_jp/demo.yaml
 

@@ -24,7 +24,6 @@ with its processor and model card in `adapter/`, and `samples.html`. `--push_to_
 import gc
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,15 +41,15 @@ from vlmcap.data.images import (
     load_captions,
     open_image,
 )
-from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record
+from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record, weights_hash
 from vlmcap.evaluation.metrics import read_predictions, write_metrics
 from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
 from vlmcap.reporting.cards import score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
-from vlmcap.reporting.hub import check_push_rights, push_adapter
+from vlmcap.reporting.hub import PushError, check_push_rights, push_adapter
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
 from vlmcap.training.report import training_report
-from vlmcap.training.trainer import BadImageReport, CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
 
@@ -102,12 +101,11 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
     latest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if resume is None and latest:
         raise SystemExit(
-            f"{output_dir} holds {Path(latest).name} of an earlier run. Continue it with --resume_from_checkpoint "
-            "latest,"
-            " choose another --output_dir, or delete it."
+            f"error: {output_dir} holds {Path(latest).name} of an earlier run. Continue it with"
+            " --resume_from_checkpoint latest, choose another --output_dir, or delete it."
         )
     if resume == "latest" and not latest:
-        raise SystemExit(f"--resume_from_checkpoint latest, but {output_dir} holds no checkpoint")
+        raise SystemExit(f"error: --resume_from_checkpoint latest, but {output_dir} holds no checkpoint")
     return latest if resume == "latest" else resume
 
 
@@ -163,40 +161,32 @@ def main(
         train_dataset=examples,
         processing_class=processor,
         peft_config=lora_config(model, model_args),
-        callbacks=[BadImageReport(bad_images)],
     )
     if is_main:
         print(training_report(trainer.model, training_args, model_args, train_rows, len(examples), 64), flush=True)
 
     # Training
-    start = time.perf_counter()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    adapter_predictions = adapter_dir / "predictions.jsonl"
+    before = weights_hash(adapter_dir)
     trainer.save_model(str(adapter_dir))
     if is_main:
-        (adapter_dir / "training_args.bin").unlink(
-            missing_ok=True
-        )  # a pickle of this machine's paths; the card has the settings
+        if weights_hash(adapter_dir) != before:
+            adapter_predictions.unlink(missing_ok=True)  # of the adapter before this training
+        (adapter_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; the card has the settings
         training = {
             "config": asdict(model_args) | {key: getattr(training_args, key) for key in REPORTED_SETTINGS},
             "dataset": train_set,
             "images": len(train_rows),
             "captions": len(examples),
             "in_yj_images": sum(train_rows["in_yj"]),
-            "steps": trainer.state.global_step,
-            "epochs": trainer.state.epoch,
-            "seconds": time.perf_counter() - start,
-            "peak_memory_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
-            "train_loss": result.training_loss,
             "bad_images": bad_images.count(),
             "hardware": provenance.hardware(),
             "seed": training_args.seed,
-            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         }
-        (adapter_dir / "training.json").write_text(
-            json.dumps(training, ensure_ascii=False, indent=2), encoding="utf-8"
-        )
+        training |= trainer.summary()
+        text = json.dumps(training, ensure_ascii=False, indent=2)
+        (adapter_dir / "training.json").write_text(text, encoding="utf-8")
 
     del trainer, model
     gc.collect()
@@ -221,7 +211,6 @@ def main(
             "note": "Fine-tuned on the training split only.",
         },
     }
-    adapter_predictions = adapter_dir / "predictions.jsonl"
     generate(model, processor, test_rows, adapter_predictions, generation_args, record)
     if not is_main:
         return
@@ -254,5 +243,5 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*TrlParser(ARGUMENTS).parse_args_and_config(command_line))
-    except (DatasetError, ModelError, PredictionsError) as error:
+    except (DatasetError, ModelError, PredictionsError, PushError) as error:
         sys.exit(f"error: {error}")

@@ -87,8 +87,12 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     # The same command again does not overwrite the run; asked to, it continues it.
     assert "--resume_from_checkpoint latest" in run_script(*recipe, expect=1).stderr
     run_script(*recipe, "--resume_from_checkpoint", "latest", "--max_steps", "8")
-    training = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))["training"]
-    assert training["steps"] == 8
+    continued = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))
+    assert continued["training"]["steps"] == 8
+    assert continued["training"]["seconds"] > metrics["training"]["seconds"]
+    # The longer-trained adapter was captioned with anew; the base, which did not change, was not.
+    assert continued["model"]["adapter_revision"] != metrics["model"]["adapter_revision"]
+    assert continued["created"] > metrics["created"] and continued["base"]["created"] == metrics["base"]["created"]
 
 
 def test_recipe_stops_before_training(run_script, scenes, miniature_dir, tmp_path):

@@ -92,6 +92,9 @@ class PublishArguments:
             "files states, else cc-by-4.0, under which STAIR and YJ Captions were released."
         },
     )
+    card: str | None = field(
+        default=None, metadata={"help": "Card template CARD_captions.md.j2 in dataset_cards/. Default: by source."}
+    )
     pretty_name: str | None = field(default=None, metadata={"help": "Title of the card. Default: by source."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the folder to the Hub as well."})
     repo_id: str | None = field(default=None, metadata={"help": "Hub dataset to push to, e.g. user/stair-captions."})
@@ -435,7 +438,7 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         keep_trailing_newline=True,
     )
     environment.filters |= {"thousands": "{:,}".format, "visible": _visible, "cell": _cell}
-    return environment.get_template(f"{args.source}_captions.md.j2").render(
+    return environment.get_template(f"{args.card or args.source}_captions.md.j2").render(
         summary,
         metadata=metadata.to_yaml(),
         pretty_name=pretty_name,

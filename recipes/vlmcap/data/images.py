@@ -4,7 +4,9 @@ import io
 from pathlib import Path
 
 import datasets
+import httpx2
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -29,7 +31,7 @@ def load_captions(
     Args:
         dataset: Hub id or local folder, as `load_dataset` takes it.
         split: e.g. "train".
-        image_dir: folder that holds the `file_name`s, for a dataset published without embedded images.
+        image_dir: folder that holds the `file_name`s; used when the dataset has no embedded images.
         revision: Hub revision.
 
     Returns:
@@ -43,23 +45,19 @@ def load_captions(
     if split not in splits:
         raise DatasetError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
     rows = datasets.load_dataset(dataset, split=split, revision=revision)
-    if image_dir:
-        folder = Path(image_dir)
-        if not folder.is_dir():
-            raise DatasetError(f"--image_dir {image_dir} is not a folder")
-        if "image" in rows.column_names:
-            rows = rows.remove_columns("image")
-        paths = [{"bytes": None, "path": str(folder / name)} for name in rows["file_name"]]
-        return rows.add_column("image", paths, feature=datasets.Image(decode=False))
-    if "image" not in rows.column_names:
+    if "image" in rows.column_names:
+        return rows.cast_column("image", datasets.Image(decode=False))
+    if not image_dir:
         raise DatasetError(
-            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python "
-            "scripts/fetch_images.py"
-            f" --dataset {dataset} --split {split} --output_dir images` and add `--image_dir images`, or build the "
-            "dataset"
-            " with `publish_datasets.py --images DIR`."
+            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python"
+            f" scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir images` and add `--image_dir"
+            " images`, or build the dataset with `publish_datasets.py --images DIR`."
         )
-    return rows.cast_column("image", datasets.Image(decode=False))
+    folder = Path(image_dir)
+    if not folder.is_dir():
+        raise DatasetError(f"--image_dir {image_dir} is not a folder")
+    paths = [{"bytes": None, "path": str(folder / name)} for name in rows["file_name"]]
+    return rows.add_column("image", paths, feature=datasets.Image(decode=False))
 
 
 def open_image(row: dict) -> Image.Image:
@@ -80,12 +78,23 @@ def open_image(row: dict) -> Image.Image:
 
 
 def dataset_record(dataset: str, split: str, revision: str | None = None) -> dict:
-    """What a run record says of a dataset: id, revision (its commit on the Hub, None for a folder), split, licence."""
+    """What a run record says of a dataset: id, revision (its commit on the Hub, None for a folder), split, licence.
+
+    Raises:
+        DatasetError: there is no such folder and no such dataset on the Hub.
+    """
     if Path(dataset).exists():
         card, revision = Path(dataset) / "README.md", None
     else:
-        revision = HfApi().dataset_info(dataset, revision=revision).sha
-        card = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=revision)
+        try:
+            revision = HfApi().dataset_info(dataset, revision=revision).sha
+            card = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=revision)
+        except (httpx2.HTTPError, OSError, HFValidationError) as error:
+            raise DatasetError(
+                f"{dataset} is no folder, and the Hub does not have it as a dataset ({str(error).splitlines()[0]})."
+                " Build it with: python scripts/publish_datasets.py --source stair --tokenizer"
+                f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"
+            ) from error
     return {"id": dataset, "revision": revision, "split": split, "license": DatasetCard.load(card).data.license}
 
 
@@ -94,9 +103,8 @@ def check_no_overlap(train: datasets.Dataset, test: datasets.Dataset) -> None:
     both = sorted(set(train["image_id"]) & set(test["image_id"]))
     if both:
         raise DatasetError(
-            f"{len(both)} images are in the training and in the test split (image_id "
-            f"{', '.join(map(str, both[:5]))}, ...)."
-            " Scores on them would mean nothing: publish the dataset again with disjoint splits, or name other splits."
+            f"{len(both)} images are in the training and in the test split (image_id {both[0]}, ...). Scores on them"
+            " would mean nothing: publish the dataset again with disjoint splits, or name other splits."
         )
 
 
@@ -105,11 +113,8 @@ def missing_files(rows: datasets.Dataset) -> list[int]:
     cells = rows.select_columns("image").with_format("arrow")[:]["image"].combine_chunks()
     embedded = cells.field("bytes").is_valid().to_pylist()
     paths = cells.field("path").to_pylist()
-    return [
-        i
-        for i, (inside, path) in enumerate(zip(embedded, paths, strict=True))
-        if not inside and not Path(path).is_file()
-    ]
+    cells = zip(embedded, paths, strict=True)
+    return [i for i, (inside, path) in enumerate(cells) if not inside and not Path(path).is_file()]
 
 
 def check_images(rows: datasets.Dataset, split: str) -> None:
@@ -126,8 +131,7 @@ def check_images(rows: datasets.Dataset, split: str) -> None:
             bad.append(str(error))
     if bad:
         raise DatasetError(
-            f"{len(bad)} of {len(rows)} pictures of the {split} split cannot be read, so it could not be scored "
-            "whole:\n  "
+            f"{len(bad)} of {len(rows)} pictures of the {split} split cannot be read, so it cannot be scored:\n  "
             + "\n  ".join(bad[:20])
             + ("\n  ..." if len(bad) > 20 else "")
             + "\nFetch them again with scripts/fetch_images.py."

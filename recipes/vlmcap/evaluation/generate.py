@@ -1,5 +1,6 @@
 """Captions by beam search, in batches, resumable, with a record of how they were made."""
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
+from huggingface_hub import HfApi
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
@@ -176,6 +178,15 @@ def generate(
     state.wait_for_everyone()
 
 
+def weights_hash(adapter: Path) -> str | None:
+    """SHA-256 of the weights in an adapter folder; None when there are none."""
+    weights = adapter / "adapter_model.safetensors"
+    if not weights.exists():
+        return None
+    with weights.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def model_record(
     model: PreTrainedModel | PeftModel,
     name: str,
@@ -183,8 +194,11 @@ def model_record(
     adapter: str | None = None,
     adapter_revision: str | None = None,
 ) -> dict:
-    """The "model" part of the run record."""
+    """The "model" part of the run record. An adapter's revision: its commit on the Hub, or the hash of its weights."""
     base = base_model(model)
+    if adapter:
+        local = Path(adapter).exists()
+        adapter_revision = weights_hash(Path(adapter)) if local else HfApi().model_info(adapter, adapter_revision).sha
     return {
         "id": name,
         "revision": revision or getattr(base.config, "_commit_hash", None),

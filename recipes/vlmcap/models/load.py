@@ -84,8 +84,7 @@ def load_model(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            # FSDP flattens and shards parameters of one dtype, so the 4-bit weights are stored in the dtype of the
-            # rest.
+            # FSDP shards parameters of one dtype, so the 4-bit weights are stored in the dtype of the rest.
             bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,
             llm_int8_skip_modules=[VISION_TOWER, "lm_head"],
         )
@@ -110,10 +109,9 @@ def check_quantisation(model: PreTrainedModel) -> None:
     wrong = sorted(name for name in quantised if VISION_TOWER.split(".")[-1] in name.split("."))
     if wrong:
         raise ModelError(
-            f"{len(wrong)} linear layers of the vision tower are quantised (first: {wrong[0]}), so the projector "
-            "could not"
-            f" be trained. llm_int8_skip_modules={[VISION_TOWER, 'lm_head']} does not match the module names of"
-            f" {type(model).__name__}."
+            f"{len(wrong)} linear layers of the vision tower are quantised (first: {wrong[0]}), so the projector"
+            f" could not be trained. llm_int8_skip_modules={[VISION_TOWER, 'lm_head']} does not match the module"
+            f" names of {type(model).__name__}."
         )
     missed = sorted(name for name in linears if f".{LAYERS_PATTERN}." in name and name not in quantised)
     if missed or not quantised:
@@ -149,8 +147,8 @@ def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:
     depth = model.config.get_text_config().num_hidden_layers
     if not 1 <= args.lora_top_layers <= depth:
         raise ModelError(
-            f"lora_top_layers={args.lora_top_layers}: {args.model_name_or_path} has {depth} language layers, so "
-            f"choose 1 to {depth}"
+            f"lora_top_layers={args.lora_top_layers}: {args.model_name_or_path} has {depth} language layers, so"
+            f" choose 1 to {depth}"
         )
     top = [name for name, _ in model.named_modules() if f"language_model.{LAYERS_PATTERN}.{depth - 1}." in name]
     for target in args.lora_target_modules:

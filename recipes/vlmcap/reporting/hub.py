@@ -33,6 +33,10 @@ PRIVATE = [
 ]
 
 
+class PushError(RuntimeError):
+    """Nothing was pushed. The message says at which step it failed, why, and how to go on."""
+
+
 def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) -> str:
     """Pushes an adapter folder to the model repository `repo_id` in one commit; returns the repository's URL.
 
@@ -43,7 +47,7 @@ def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) ->
     Raises:
         FileNotFoundError: the folder lacks a file; the message says which and what writes it.
         ValueError: metrics.json is no adapter's document.
-        RuntimeError: the Hub could not be reached or refused; the folder is as it was but for the card.
+        PushError: the Hub could not be reached or refused; the folder is as it was but for the card.
     """
     adapter_dir = Path(adapter_dir)
     check_adapter_folder(adapter_dir)
@@ -71,7 +75,7 @@ def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) ->
     # A push fails as HfHubHTTPError (an httpx2.HTTPError), as a bare httpx2 error without connection, as OSError
     # without token or in offline mode, as RuntimeError from an LFS or Xet upload, as ValueError from validation.
     except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise RuntimeError(
+        raise PushError(
             f"pushing {adapter_dir} to {repo_id} failed while {step}: {error}\n"
             "Nothing was lost: the folder is complete and the push can be repeated. Not logged in, or no write "
             "access? `hf auth login` takes a token with the right to write. Then:\n"
@@ -98,13 +102,13 @@ _WRITTEN_BY = (
 
 
 def check_push_rights(repo_id: str | None) -> None:
-    """Raises ValueError unless the Hub's token may write to `repo_id`'s namespace: asked before hours of work."""
+    """Raises PushError unless the Hub's token may write to `repo_id`'s namespace: asked before hours of work."""
     if not repo_id or "/" not in repo_id:
-        raise ValueError(f"--push_to_hub needs --hub_model_id USER/NAME, not {repo_id!r}")
+        raise PushError(f"--push_to_hub needs --hub_model_id USER/NAME, not {repo_id!r}")
     try:
         account = HfApi().whoami()
     except (httpx2.HTTPError, OSError) as error:
-        raise ValueError(f"--push_to_hub: not logged in to the Hub ({error}); `hf auth login` does it") from error
+        raise PushError(f"--push_to_hub: not logged in to the Hub ({error}); `hf auth login` does it") from error
     namespaces = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if repo_id.split("/")[0] not in namespaces:
-        raise ValueError(f"--hub_model_id {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")
+        raise PushError(f"--hub_model_id {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")

@@ -28,11 +28,10 @@ class BadImages:
         count = self.count()
         if count > self.limit:
             raise DatasetError(
-                f"{count} training pictures cannot be read, more than the {self.limit} that max_bad_images allows; "
-                "the last:"
-                f" {name}: {reason}. They are listed in {self.path}. Fetch them again (scripts/fetch_images.py) or "
-                "raise"
-                " max_bad_images, then continue with --resume_from_checkpoint latest."
+                f"{count} training pictures cannot be read, more than the {self.limit} that max_bad_images allows;"
+                f" the last: {name}: {reason}. They are listed in {self.path}. Fetch them again"
+                " (scripts/fetch_images.py) or raise max_bad_images, then continue with --resume_from_checkpoint"
+                " latest."
             )
 
     def count(self) -> int:

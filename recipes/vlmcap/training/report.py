@@ -86,11 +86,9 @@ def training_report(
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     lines.append(
-        f"Data: {len(rows):,} images, {captions:,} captions an epoch; {batch} captions a step "
-        f"({args.per_device_train_batch_size}"
-        f" a device x {args.gradient_accumulation_steps} accumulated x {devices} processes); {per_epoch:,} steps an "
-        "epoch,"
-        f" {steps:,} steps in all; {precision}, seed {args.seed}"
+        f"Data: {len(rows):,} images, {captions:,} captions an epoch; {batch} captions a step"
+        f" ({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x {devices}"
+        f" processes); {per_epoch:,} steps an epoch, {steps:,} steps in all; {precision}, seed {args.seed}"
     )
 
     image_tokens = model_args.max_pixels // (28 * 28)
@@ -104,8 +102,7 @@ def training_report(
     lines.append(f"Memory: about {needs / 2**30:.1f} GiB a device ({detail}); {device} has {has / 2**30:.1f} GiB")
     if needs > has:
         lines.append(
-            "  That may not fit: lower per_device_train_batch_size (and raise gradient_accumulation_steps) or "
-            "max_pixels,"
-            " or set gradient_checkpointing: true."
+            "  That may not fit: lower per_device_train_batch_size (and raise gradient_accumulation_steps) or"
+            " max_pixels, or set gradient_checkpointing: true."
         )
     return "\n".join(lines)

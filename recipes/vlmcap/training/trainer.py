@@ -1,5 +1,6 @@
 """TRL's SFTTrainer for captions: precision by device, one forward a step, a free vision tower, our own model card."""
 
+import time
 import warnings
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap.models.load import compute_dtype, free_vision_tower
-from vlmcap.training.collator import BadImages, CaptionCollator
+from vlmcap.training.collator import CaptionCollator
 
 
 @dataclass
@@ -39,8 +40,8 @@ class CaptionSFTConfig(SFTConfig):
         if self.bf16 and dtype == torch.float16:
             raise ValueError(
                 f"bf16=true, but {torch.cuda.get_device_name()} has compute capability"
-                f" {'.'.join(map(str, torch.cuda.get_device_capability()))} and no bfloat16. Set fp16: true, or "
-                "leave both out."
+                f" {'.'.join(map(str, torch.cuda.get_device_capability()))} and no bfloat16. Set fp16: true, or leave"
+                " both out."
             )
         super().__post_init__()
 
@@ -81,10 +82,11 @@ class CaptionTrainer(SFTTrainer):
             # TRL warns that smoothing costs it a second forward and will go; `compute_loss` below needs neither.
             warnings.filterwarnings("ignore", message="`label_smoothing_factor` is deprecated")
             super().__init__(*args, data_collator=data_collator, **kwargs)
+        self.clock = RunClock()
+        self.add_callback(self.clock)
         free_vision_tower(self.model)
         # TRL casts the trainable weights of a quantised model to bfloat16. There, most AdamW updates of this size are
-        # rounded away, and on a T4 the float16 GradScaler fails on bfloat16 gradients. FSDP needs one dtype
-        # throughout.
+        # rounded away, and on a T4 the float16 GradScaler fails on bfloat16 gradients. FSDP needs a single dtype.
         if not self.is_fsdp_enabled:
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
@@ -109,17 +111,39 @@ class CaptionTrainer(SFTTrainer):
         self._metrics[mode]["mean_token_accuracy"].append((hits / count).item())
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs, *args, **kwargs):
+        """Adds the seconds so far, and the number of unreadable training pictures once there is one."""
+        if self.model.training:
+            logs["elapsed_seconds"] = self.clock.seconds()
+            if count := self.data_collator.bad_images.count():
+                logs["bad_images"] = count
+        super().log(logs, *args, **kwargs)
+
+    def summary(self) -> dict:
+        """What the run came to, interruptions included: steps, epochs, seconds, bytes, the last logged loss."""
+        cuda = torch.cuda.is_available()
+        return {
+            "steps": self.state.global_step,
+            "epochs": round(self.state.epoch, 4),
+            "seconds": [entry["elapsed_seconds"] for entry in self.state.log_history if "elapsed_seconds" in entry][
+                -1
+            ],
+            "train_loss": [entry["loss"] for entry in self.state.log_history if "loss" in entry][-1],
+            "peak_memory_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+        }
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Does nothing. The card is written from measured results (`vlmcap.reporting.cards`); the parent calls this at
         every checkpoint and push, and would replace it by a generic one."""
 
 
-class BadImageReport(TrainerCallback):
-    """Adds the number of unreadable training pictures to every log line once there is one."""
+class RunClock(TrainerCallback):
+    """Seconds spent training, over all interruptions: log lines carry them, and checkpoints carry the log lines."""
 
-    def __init__(self, bad_images: BadImages):
-        self.bad_images = bad_images
+    def on_train_begin(self, args, state, control, **kwargs):
+        earlier = [entry["elapsed_seconds"] for entry in state.log_history if "elapsed_seconds" in entry]
+        self.start = time.perf_counter() - (earlier[-1] if earlier else 0)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if count := self.bad_images.count():
-            logs["bad_images"] = count
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.start, 1)

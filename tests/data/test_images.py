@@ -1,0 +1,78 @@
+"""Loading published datasets with their pictures, and everything that must stop a run before it begins."""
+
+import datasets
+import pytest
+from PIL import Image
+
+from vlmcap.data.images import (
+    BadImageError,
+    DatasetError,
+    check_images,
+    check_no_overlap,
+    dataset_record,
+    load_captions,
+    missing_files,
+    open_image,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three rows without pictures in a dataset folder with a card, and the pictures of two of them beside it."""
+    names = ["a.jpg", "b.png", "c.jpg"]
+    rows = {"image_id": [1, 2, 3], "file_name": names, "captions": [["犬"], ["猫"], ["馬", "白い馬"]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "dataset/data/test-00000-of-00001.parquet")
+    (tmp_path / "dataset/README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Captions\n")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "images/a.jpg")
+    Image.new("LA", (40, 30)).save(tmp_path / "images/b.png")
+    return tmp_path
+
+
+def test_pictures_from_a_folder(folder):
+    rows = load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "images"))
+    assert missing_files(rows) == [2]
+    assert open_image(rows[0]).size == (40, 30)
+    assert open_image(rows[1]).mode == "RGB"
+    with pytest.raises(BadImageError, match="c.jpg: no such file"):
+        open_image(rows[2])
+
+
+def test_embedded_pictures_need_no_folder(folder):
+    rows = load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "images")).select([0, 1])
+    embedded = [{"bytes": (folder / "images" / name).read_bytes(), "path": name} for name in rows["file_name"]]
+    rows = rows.remove_columns("image").add_column("image", embedded, feature=datasets.Image(decode=False))
+    rows.to_parquet(folder / "embedded/data/test-00000-of-00001.parquet")
+    # A configuration that names a folder for another dataset does no harm.
+    loaded = load_captions(str(folder / "embedded"), "test", image_dir="not/there")
+    assert missing_files(loaded) == [] and open_image(loaded[0]).size == (40, 30)
+
+
+def test_unreadable_pictures_are_all_named(folder):
+    (folder / "images/a.jpg").write_bytes((folder / "images/a.jpg").read_bytes()[:300])
+    rows = load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "images"))
+    with pytest.raises(
+        DatasetError, match=r"2 of 3 pictures of the test split(.|\n)*a.jpg: (.|\n)*c.jpg: no such file"
+    ):
+        check_images(rows, "test")
+
+
+def test_wrong_split_and_folder_are_named(folder):
+    with pytest.raises(DatasetError, match="no split 'tset'; it has test"):
+        load_captions(str(folder / "dataset"), "tset")
+    with pytest.raises(DatasetError, match="--image_dir .*nowhere is not a folder"):
+        load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "nowhere"))
+
+
+def test_overlap_is_refused(folder):
+    rows = load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "images"))
+    check_no_overlap(rows.select([0]), rows.select([1, 2]))
+    with pytest.raises(DatasetError, match=r"1 images are in the training and in the test split \(image_id 2"):
+        check_no_overlap(rows.select([0, 1]), rows.select([1, 2]))
+
+
+def test_record_of_a_folder_and_of_nothing(folder, hub):
+    path = str(folder / "dataset")
+    assert dataset_record(path, "test") == {"id": path, "revision": None, "split": "test", "license": "cc-by-4.0"}
+    with pytest.raises(DatasetError, match="data/stair is no folder, and the Hub .*publish_datasets.py.*data/stair"):
+        dataset_record("data/stair", "train")
