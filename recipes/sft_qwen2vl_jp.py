@@ -44,7 +44,7 @@ from vlmcap.data.images import (
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record, weights_hash
 from vlmcap.evaluation.metrics import read_predictions, write_metrics
 from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
-from vlmcap.reporting.cards import score_rows, write_adapter_card
+from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
 from vlmcap.reporting.hub import PushError, check_push_rights, push_adapter
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
@@ -228,6 +228,8 @@ def main(
         for row in test_rows.shuffle(seed=training_args.seed).select(range(min(24, len(test_rows))))
     ]
     note = f"{len(samples)} of {len(test_rows)} images of {data_args.test_split}, drawn at random."
+    if is_miniature(metrics):
+        note += " Drawn scenes and a miniature model: a demonstration, no evidence about Qwen2-VL."
     page = write_sample_page(output_dir / "samples.html", "Before and after", samples, score_rows(metrics), note)
     print()
     for name, *values in score_rows(metrics):

@@ -79,7 +79,7 @@ def test_the_card_states_how_the_scores_came_about():
     assert table_cells(card, "`target`") == ['["q_proj", "v_proj"]'] and table_cells(card, "`note`") == ["a\\|b"]
     assert "Tesla T4 (14.76 GiB)" in card and "torch 2.15.0" in card and metrics["commit"] in card
     assert "Split of Karpathy, by image." in card
-    assert "measured with the base quantised to NF4" in card
+    assert "measured with the base quantised to NF4, as here" in card
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,7 @@ def caption_images(
         eos_token_id=own.eos_token_id,
         pad_token_id=own.pad_token_id,
     )
-    device = model.device.type
-    with torch.autocast(device, dtype=model.dtype, enabled=device == "cuda"):
-        output = model.generate(**inputs, generation_config=config)
+    output = model.generate(**inputs, generation_config=config)
     texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 

@@ -194,15 +194,27 @@ def quick_start(metrics: dict, adapter: str) -> str:
     # Despite the names, transformers 5 means by these the least and the greatest area of the image in pixels.
     size = {"shortest_edge": decoding["min_pixels"], "longest_edge": decoding["max_pixels"]}
     generate = f"num_beams={decoding['num_beams']}, max_new_tokens={decoding['max_new_tokens']}"
+    imports, quantised, load = "", "", f'dtype="{dtype}", device_map="auto"'
+    if model["quantization"]:
+        imports = "import torch\n"
+        quantised = f"""
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.{dtype},
+    llm_int8_skip_modules=["model.visual", "lm_head"],
+)"""
+        load += ", quantization_config=nf4"
     return f'''\
-from peft import PeftModel
+{imports}from peft import PeftModel
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor{", BitsAndBytesConfig" if quantised else ""}
 
 base, adapter = "{_name(model["id"])}", "{adapter}"
-processor = AutoProcessor.from_pretrained(adapter, size={json.dumps(size)})
+processor = AutoProcessor.from_pretrained(adapter, size={json.dumps(size)}){quantised}
 model = AutoModelForImageTextToText.from_pretrained(
-    base{revision}, dtype="{dtype}", device_map="auto"
+    base{revision}, {load}
 )
 model = PeftModel.from_pretrained(model, adapter).eval()
 
