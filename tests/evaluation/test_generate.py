@@ -55,7 +55,8 @@ def test_a_batch_says_what_single_images_say(model, processor):
 def test_the_miniature_speaks_english_about_unseen_scenes(model, processor):
     """The committed checkpoint is the pretrained one, not random weights: colours and shapes of new combinations."""
     drawn = list(scenes(20, seed=77, held_out=True))
-    said = caption_images(model, processor, [s.draw() for s in drawn], ARGS)
+    args = GenerationArguments(prompt="Describe this image briefly.", max_new_tokens=40)
+    said = caption_images(model, processor, [s.draw() for s in drawn], args)
     right = sum(
         s.first.colour in t and s.first.shape in t and s.second.shape in t for s, t in zip(drawn, said, strict=True)
     )
@@ -82,6 +83,17 @@ def test_an_interrupted_run_is_continued(model, processor, rows, tmp_path):
     generate(model, processor, rows, broken, ARGS, record(model))
     assert broken.read_bytes().startswith(first)
     assert broken.read_bytes() == whole.read_bytes()
+
+
+def test_shares_of_a_crashed_distributed_run_are_kept(model, processor, rows, tmp_path):
+    output = tmp_path / "predictions.jsonl"
+    generate(model, processor, rows.select([0]), output, ARGS, record(model))
+    (tmp_path / "predictions.rank1.jsonl").write_text('{"image_id": 5, "caption": "kept"}\n{"image_id": 6, "ca')
+    generate(model, processor, rows, output, ARGS, record(model))
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert sorted(line["image_id"] for line in lines) == list(range(7))
+    assert {"image_id": 5, "caption": "kept"} in lines
+    assert not list(tmp_path.glob("*rank*"))
 
 
 def test_predictions_of_other_settings_are_not_continued(model, processor, rows, tmp_path):

@@ -40,6 +40,15 @@ def run_record_path(predictions: Path) -> Path:
     return predictions.with_suffix(".run.json")
 
 
+def join_shares(predictions: Path) -> None:
+    """Appends what several processes wrote to `predictions`, also after a crash, and removes their files."""
+    for share in sorted(predictions.parent.glob(f"{predictions.stem}.rank*.jsonl")):
+        with predictions.open("ab") as file:
+            whole, newline, _ = share.read_bytes().rpartition(b"\n")
+            file.write(whole + newline)
+        share.unlink()
+
+
 def read_done(predictions: Path, asked: dict) -> set:
     """Ids already in a predictions file; a half-written last line is cut off.
 
@@ -124,20 +133,31 @@ def generate(
             "max_pixels": size["longest_edge"],
         },
     }
-    shares = [output.with_suffix(f".rank{rank}.jsonl") for rank in range(state.num_processes)]
     asked = {key: record[key] for key in ("model", "dataset", "prompt", "decoding")}
-    done = read_done(output, asked)
-    state.wait_for_everyone()  # process 0 writes the record again only when all have read it
     run_record = run_record_path(output)
+    if state.is_main_process:
+        join_shares(output)
+    state.wait_for_everyone()
+    done = read_done(output, asked)
     earlier = json.loads(run_record.read_text(encoding="utf-8")) if done else {"seconds": 0.0}
-    record["seconds"] = earlier["seconds"]
+    state.wait_for_everyone()  # process 0 writes the record anew only when all have read it
     todo = [i for i, image_id in enumerate(rows["image_id"]) if image_id not in done]
+    if not todo and "created" in earlier:
+        return  # complete, its record too
     mine = todo[state.process_index :: state.num_processes]
+
+    def write_record(**more) -> None:
+        seconds = earlier["seconds"] + time.perf_counter() - start
+        if state.is_main_process:
+            text = json.dumps(record | {"seconds": seconds} | more, ensure_ascii=False, indent=2)
+            run_record.write_text(text, encoding="utf-8")
+
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    target = output if state.num_processes == 1 else shares[state.process_index]
+    write_record()
+    target = output if state.num_processes == 1 else output.with_suffix(f".rank{state.process_index}.jsonl")
     with (
         target.open("a", encoding="utf-8") as file,
         tqdm(
@@ -153,26 +173,20 @@ def generate(
             for image_id, caption in zip(batch["image_id"], captions, strict=True):
                 file.write(json.dumps({"image_id": image_id, "caption": caption}, ensure_ascii=False) + "\n")
             file.flush()
-            if state.is_main_process:  # with the time so far, so that a continued run reports all of it
-                record["seconds"] = earlier["seconds"] + time.perf_counter() - start
-                run_record.write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
+            write_record()  # with the time so far, so that a continued run reports all of it
             bar.update(len(batch) * state.num_processes)
     state.wait_for_everyone()
     if state.is_main_process:
-        if state.num_processes > 1:
-            with output.open("a", encoding="utf-8") as file:
-                for share in shares:
-                    file.write(share.read_text(encoding="utf-8"))
-                    share.unlink()
-        record |= {
-            "hardware": provenance.hardware(),
-            "images_per_second": len(rows) / record["seconds"],
-            "peak_memory_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
-            "versions": provenance.versions(),
-            "commit": provenance.git_commit(),
-            "created": provenance.now(),
-        }
-        run_record.write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
+        join_shares(output)
+    seconds = earlier["seconds"] + time.perf_counter() - start
+    write_record(
+        hardware=provenance.hardware(),
+        images_per_second=len(rows) / seconds,
+        peak_memory_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+        versions=provenance.versions(),
+        commit=provenance.git_commit(),
+        created=provenance.now(),
+    )
     state.wait_for_everyone()
 
 
@@ -196,7 +210,9 @@ def model_record(
     base = base_model(model)
     if adapter:
         local = Path(adapter).exists()
-        adapter_revision = weights_hash(Path(adapter)) if local else HfApi().model_info(adapter, adapter_revision).sha
+        adapter_revision = (
+            weights_hash(Path(adapter)) if local else HfApi().model_info(adapter, revision=adapter_revision).sha
+        )
     return {
         "id": name,
         "revision": revision or getattr(base.config, "_commit_hash", None),

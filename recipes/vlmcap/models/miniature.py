@@ -1,9 +1,9 @@
 """The miniature: a Qwen2-VL of a few million parameters that has seen drawn scenes with English captions.
 
-It has the classes, module names, processor and chat format of Qwen2-VL-2B-Instruct, so the recipe runs on it
-unchanged, on a CPU, in minutes. It read Japanese only as unpaired text, as small models read languages they were not
-made for: asked in Japanese about a picture it fails until it is adapted. It is a demonstration that the machinery
-learns and says nothing about the quality of the real model.
+It has the classes, module names, processor and chat format of Qwen2-VL-2B-Instruct, so the recipe runs on it as it is,
+on a CPU, in minutes. It knows Japanese as text only, from captions and translations without their pictures: asked in
+Japanese about a picture it answers in English, until it is adapted. It is a demonstration that the machinery learns.
+It says nothing about the quality of the real model.
 """
 
 import random
@@ -110,10 +110,11 @@ def pretrain(
     seed: int = 0,
     lr: float = 1.5e-3,
 ) -> None:
-    """Trains the miniature on English scene captions and unpaired Japanese text, and saves it in bfloat16.
+    """Trains the miniature on English captions of scenes and on Japanese text without pictures; saves it in bfloat16.
 
-    Three quarters of every batch are a picture with an English caption, one quarter is a Japanese caption of some
-    other scene without its picture. Held-out combinations (`Scene.held_out`) are in neither.
+    Three quarters of every batch are a picture with an English caption. One eighth is a Japanese caption alone, one
+    eighth an English caption followed by its Japanese translation, both of scenes that are not shown. Held-out
+    combinations (`Scene.held_out`) are in none of them.
     """
     rng = random.Random(seed)
     processor = build_processor(seed)
@@ -122,7 +123,9 @@ def pretrain(
     eos = tokenizer.eos_token_id
 
     paired = list(scenes(scene_count, seed + 10, held_out=False))
-    unpaired = [text for s in scenes(scene_count, seed + 11, held_out=False) for text in s.japanese()]
+    others = list(scenes(scene_count, seed + 11, held_out=False))
+    japanese = [text for scene in others for text in scene.japanese()]
+    translations = [pair for scene in others for pair in zip(scene.english(), scene.japanese(), strict=True)]
     inputs = processor.image_processor([s.draw() for s in tqdm(paired, desc="drawing")], return_tensors="pt")
     patches = inputs["pixel_values"].view(len(paired), -1, inputs["pixel_values"].shape[-1])
     grids = inputs["image_grid_thw"]
@@ -143,7 +146,11 @@ def pretrain(
         picked = rng.sample(range(len(paired)), batch_size - n_text)
         captions = [rng.choice(paired[i].english()) for i in picked]
         rows = [(prefix_ids, tokenizer(text)["input_ids"] + [eos]) for text in captions]
-        rows += [([eos], tokenizer(text)["input_ids"] + [eos]) for text in rng.sample(unpaired, n_text)]
+        rows += [([eos], tokenizer(text)["input_ids"] + [eos]) for text in rng.sample(japanese, n_text // 2)]
+        rows += [
+            (tokenizer(english + "\n")["input_ids"], tokenizer(text)["input_ids"] + [eos])
+            for english, text in rng.sample(translations, n_text - n_text // 2)
+        ]
         length = max(len(a) + len(b) for a, b in rows)
         ids = torch.full((batch_size, length), tokenizer.pad_token_id)
         labels = torch.full((batch_size, length), -100)

@@ -145,5 +145,8 @@ class RunClock(TrainerCallback):
         earlier = [entry["elapsed_seconds"] for entry in state.log_history if "elapsed_seconds" in entry]
         self.start = time.perf_counter() - (earlier[-1] if earlier else 0)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step == state.max_steps  # the last loss, however few the steps
+
     def seconds(self) -> float:
         return round(time.perf_counter() - self.start, 1)
