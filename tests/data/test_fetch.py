@@ -358,8 +358,10 @@ def test_one_photograph_in_two_splits_is_fetched_once(server, rows, tmp_path):
 
 
 def start_in_a_process(rows, folder) -> subprocess.Popen:
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: the tests may run in one.
     code = (
-        "import json, sys; from vlmcap.data.fetch import fetch_images;"
+        "import json, signal, sys; from vlmcap.data.fetch import fetch_images;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
         "fetch_images(json.loads(sys.argv[1]), sys.argv[2], concurrency=2)"
     )
     command = [sys.executable, "-c", code, json.dumps(rows), str(folder)]
