@@ -115,6 +115,10 @@ def pretrain(
     Three quarters of every batch are a picture with an English caption. One eighth is a Japanese caption alone, one
     eighth an English caption followed by its Japanese translation, both of scenes that are not shown. Held-out
     combinations (`Scene.held_out`) are in none of them.
+
+    Without the translations (one quarter Japanese captions alone), adaptation first learned sentences with arbitrary
+    colours and shapes: CIDEr-D 1.1 after 300 steps at 2e-3 or 400 at 6e-3, 2.8 after 550 at 5e-3, 4.7 after 900 at
+    4e-3. With them, 300 steps at 5e-3 reach 5.0. Words had to be tied to meanings before pictures were.
     """
     rng = random.Random(seed)
     processor = build_processor(seed)
