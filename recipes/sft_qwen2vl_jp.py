@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import TrlParser
 
 from vlmcap import provenance
+from vlmcap.arguments import parse
 from vlmcap.data.images import (
     DatasetError,
     check_images,
@@ -244,6 +244,6 @@ ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, CaptionSFTConfi
 if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
-        main(*TrlParser(ARGUMENTS).parse_args_and_config(command_line))
+        main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
     except (DatasetError, ModelError, PredictionsError, PushError) as error:
         sys.exit(f"error: {error}")

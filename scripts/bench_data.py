@@ -27,8 +27,8 @@ from pathlib import Path
 
 import psutil
 from tqdm.auto import tqdm
-from trl import TrlParser
 
+from vlmcap.arguments import parse
 from vlmcap.data import splits
 from vlmcap.data.build import RELEASE, PublishArguments, build
 from vlmcap.data.sources import DataError, read_rows
@@ -54,7 +54,7 @@ class BenchArguments:
 
 
 def main() -> None:
-    (args,) = TrlParser(BenchArguments, description=__doc__.split("\n")[0]).parse_args_and_config()
+    (args,) = parse(__doc__, BenchArguments)
     repository = Path(__file__).resolve().parents[1]
     data_dir = Path(args.data_dir or os.environ.get("VLMCAP_DATA_DIR") or repository.parent / "shared" / "data")
     try:

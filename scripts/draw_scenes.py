@@ -8,8 +8,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
+from vlmcap.arguments import parse
 from vlmcap.data.scenes import write_scene_dataset
 
 
@@ -23,6 +22,6 @@ class Arguments:
 
 
 if __name__ == "__main__":
-    (args,) = TrlParser(Arguments).parse_args_and_config()
+    (args,) = parse(__doc__, Arguments)
     write_scene_dataset(Path(args.output_dir), args.train, args.validation, args.test, args.seed)
     print(f"{args.train} + {args.validation} + {args.test} scenes in {args.output_dir}")

@@ -20,8 +20,7 @@ scripts/infer_baseline.py writes lies beside the predictions (predictions.run.js
 import sys
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
+from vlmcap.arguments import parse
 from vlmcap.evaluation.metrics import ScoreError, dataset_references, read_references, score_table, write_metrics
 from vlmcap.evaluation.tokenise import TokenizerError
 
@@ -56,6 +55,6 @@ def main(args: EvalArguments) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*TrlParser((EvalArguments,)).parse_args_and_config())
+        main(*parse(__doc__, EvalArguments))
     except (OSError, ScoreError, TokenizerError) as error:
         sys.exit(f"error: {error}")

@@ -19,8 +19,7 @@ The photographs are not the dataset's: each has its own licence (column `license
 import sys
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
+from vlmcap.arguments import parse
 from vlmcap.data.fetch import FetchStopped, fetch_dataset_images
 
 
@@ -39,7 +38,7 @@ class FetchArguments:
 
 
 def main() -> None:
-    (args,) = TrlParser((FetchArguments,)).parse_args_and_config()
+    (args,) = parse(__doc__, FetchArguments)
     try:
         report = fetch_dataset_images(
             args.dataset, args.output_dir, args.split, args.revision, args.concurrency, args.base_url

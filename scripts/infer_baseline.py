@@ -21,8 +21,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
+from vlmcap.arguments import parse
 from vlmcap.data.images import DatasetError, check_images, dataset_record, load_captions
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record
 from vlmcap.models.load import ModelError, load_adapter, load_model, load_processor
@@ -89,6 +88,6 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*TrlParser((Arguments, GenerationArguments)).parse_args_and_config())
+        main(*parse(__doc__, Arguments, GenerationArguments))
     except (DatasetError, ModelError, PredictionsError) as error:
         sys.exit(f"error: {error}")

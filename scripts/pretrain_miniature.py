@@ -11,8 +11,7 @@ the quality of Qwen2-VL.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
+from vlmcap.arguments import parse
 from vlmcap.models.miniature import pretrain
 
 
@@ -24,5 +23,5 @@ class Arguments:
 
 
 if __name__ == "__main__":
-    (args,) = TrlParser(Arguments).parse_args_and_config()
+    (args,) = parse(__doc__, Arguments)
     pretrain(Path(args.output_dir), steps=args.steps, seed=args.seed)

@@ -30,14 +30,13 @@ about a minute (scripts/bench_data.py measures it). `--config file.yaml` gives a
 
 import sys
 
-from trl import TrlParser
-
+from vlmcap.arguments import parse
 from vlmcap.data.build import PublishArguments, publish
 from vlmcap.data.sources import DataError
 
 
 def main() -> None:
-    (args,) = TrlParser(PublishArguments, description=__doc__.split("\n")[0]).parse_args_and_config()
+    (args,) = parse(__doc__, PublishArguments)
     try:
         publish(args)
     except DataError as error:

@@ -12,8 +12,7 @@ can be repeated.
 import sys
 from dataclasses import dataclass, field
 
-from trl import TrlParser
-
+from vlmcap.arguments import parse
 from vlmcap.reporting.cards import load_snippet, read_metrics
 from vlmcap.reporting.hub import push_adapter
 
@@ -26,7 +25,7 @@ class PushArguments:
 
 
 def main() -> None:
-    (args,) = TrlParser((PushArguments,)).parse_args_and_config()
+    (args,) = parse(__doc__, PushArguments)
     try:
         url = push_adapter(args.adapter_dir, args.repo_id, private=not args.public)
     except (FileNotFoundError, RuntimeError, ValueError) as error:

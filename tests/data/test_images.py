@@ -74,5 +74,8 @@ def test_overlap_is_refused(folder):
 def test_record_of_a_folder_and_of_nothing(folder, hub):
     path = str(folder / "dataset")
     assert dataset_record(path, "test") == {"id": path, "revision": None, "split": "test", "license": "cc-by-4.0"}
+    (folder / "dataset/cleaning_report.json").write_text('{"fingerprint": "0123abcd"}')
+    assert dataset_record(path, "test")["revision"] == "build 0123abcd"
+    assert len(load_captions(path, "test", str(folder / "images"), revision="build 0123abcd")) == 3
     with pytest.raises(DatasetError, match="data/stair is no folder, and the Hub .*publish_datasets.py.*data/stair"):
         dataset_record("data/stair", "train")

@@ -1,6 +1,7 @@
 """Published datasets with their pictures: embedded in the dataset, or in a folder named by `file_name`."""
 
 import io
+import json
 from pathlib import Path
 
 import datasets
@@ -32,7 +33,7 @@ def load_captions(
         dataset: Hub id or local folder, as `load_dataset` takes it.
         split: e.g. "train".
         image_dir: folder that holds the `file_name`s; used when the dataset has no embedded images.
-        revision: Hub revision.
+        revision: of a dataset on the Hub.
 
     Returns:
         One row per image (see DESIGN: image_id, captions, ...). Column `image` is undecoded,
@@ -41,6 +42,7 @@ def load_captions(
     Raises:
         DatasetError: no such split, or the dataset has neither embedded images nor an image_dir.
     """
+    revision = None if Path(dataset).exists() else revision
     splits = datasets.get_dataset_split_names(dataset, revision=revision)
     if split not in splits:
         raise DatasetError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
@@ -78,13 +80,17 @@ def open_image(row: dict) -> Image.Image:
 
 
 def dataset_record(dataset: str, split: str, revision: str | None = None) -> dict:
-    """What a run record says of a dataset: id, revision (its commit on the Hub, None for a folder), split, licence.
+    """What a run record says of a dataset: id, revision, split, licence.
+
+    The revision is the commit on the Hub; for a folder of publish_datasets.py, the fingerprint of its build.
 
     Raises:
         DatasetError: there is no such folder and no such dataset on the Hub.
     """
     if Path(dataset).exists():
-        card, revision = Path(dataset) / "README.md", None
+        card, report = Path(dataset) / "README.md", Path(dataset) / "cleaning_report.json"
+        built = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
+        revision = f"build {built['fingerprint']}" if built else None
     else:
         try:
             revision = HfApi().dataset_info(dataset, revision=revision).sha
