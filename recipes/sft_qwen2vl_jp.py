@@ -48,7 +48,7 @@ from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
 from vlmcap.reporting.hub import PushError, check_push_rights, push_adapter
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
-from vlmcap.training.report import training_report
+from vlmcap.training.report import settings_report, training_report
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
@@ -124,6 +124,11 @@ def main(
         check_push_rights(training_args.hub_model_id)
     checkpoint = find_checkpoint(output_dir, training_args.resume_from_checkpoint)
 
+    trainer_settings = {key: getattr(training_args, key) for key in REPORTED_SETTINGS}
+    if is_main:
+        groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
+        print(settings_report(**groups, training=trainer_settings), flush=True)
+
     # Data: one row an image. What cannot be read is found before hours are spent, what overlaps ends the run.
     train_set = dataset_record(data_args.dataset, data_args.train_split, data_args.dataset_revision)
     test_set = train_set | {"split": data_args.test_split}
@@ -175,7 +180,7 @@ def main(
             adapter_predictions.unlink(missing_ok=True)  # of the adapter before this training
         (adapter_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; the card has the settings
         training = {
-            "config": asdict(model_args) | {key: getattr(training_args, key) for key in REPORTED_SETTINGS},
+            "config": asdict(model_args) | trainer_settings,
             "dataset": train_set,
             "images": len(train_rows),
             "captions": len(examples),

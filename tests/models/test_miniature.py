@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig
 
-from vlmcap.models.load import PROJECTOR, VISION_TOWER, load_model, load_processor
-from vlmcap.models.miniature import JAPANESE_PROMPT, build_processor, chat_prompt, pretrain
+from vlmcap.models.load import PROJECTOR, VISION_TOWER, chat_prompt, load_model, load_processor
+from vlmcap.models.miniature import JAPANESE_PROMPT, build_processor, pretrain
 
 
 def test_pretraining_writes_a_model_that_loads(tmp_path):

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from vlmcap.data.images import DatasetError, load_captions
 from vlmcap.data.scenes import scenes
-from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
+from vlmcap.models.load import ModelArguments, chat_prompt, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
 from vlmcap.training.report import training_report
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer, smoothed_cross_entropy
@@ -203,6 +203,24 @@ def test_loss_covers_the_caption_alone(rows, processor, tmp_path):
         processor.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
     ]
     assert trained == ["赤い丸がある<|im_end|>\n", "青い四角が左にある<|im_end|>\n"]
+
+
+def assert_same_prompt(rows, processor, folder):
+    """Token for token: what training puts in front of the caption is what generation starts from."""
+    collate = CaptionCollator(rows, processor, PROMPT, BadImages(folder / "bad.jsonl", 0))
+    batch = collate([{"row": 0, "caption": "犬"}])
+    trained = batch["input_ids"][0][batch["labels"][0] == -100]
+    image = Image.open(rows[0]["image"]["path"]).convert("RGB")
+    inputs = processor(images=[[image]], text=[chat_prompt(processor, PROMPT)], return_tensors="pt")
+    assert torch.equal(trained, inputs["input_ids"][0])
+
+
+def test_trained_and_generated_from_the_same_prompt(rows, processor, tmp_path):
+    assert_same_prompt(rows, processor, tmp_path)
+
+
+def test_trained_and_generated_from_the_same_prompt_with_the_real_template(rows, qwen2vl_dir, tmp_path):
+    assert_same_prompt(rows, load_processor(str(qwen2vl_dir)), tmp_path)
 
 
 def test_report_says_what_trains_and_how_much(miniature_dir, processor, rows, tmp_path):

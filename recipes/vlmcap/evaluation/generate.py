@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from vlmcap import provenance
 from vlmcap.data.images import open_image
-from vlmcap.models.load import base_model, count_parameters
+from vlmcap.models.load import base_model, chat_prompt, count_parameters
 
 
 @dataclass
@@ -75,11 +75,9 @@ def caption_images(
     model: PreTrainedModel | PeftModel, processor: ProcessorMixin, images: list, args: GenerationArguments
 ) -> list[str]:
     """Captions of a list of PIL images, by one beam search over the batch."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": args.prompt}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(
         images=[[image] for image in images],
-        text=[text] * len(images),
+        text=[chat_prompt(processor, args.prompt)] * len(images),
         padding=True,
         padding_side="left",
         return_tensors="pt",

@@ -133,6 +133,12 @@ def load_processor(
     return processor
 
 
+def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
+    """The text of one user turn, image first, up to where the assistant begins to write."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
 def load_adapter(model: PreTrainedModel, adapter: str, revision: str | None = None) -> PeftModel:
     """Puts a trained adapter on a base model, for inference."""
     return PeftModel.from_pretrained(model, adapter, revision=revision).eval()

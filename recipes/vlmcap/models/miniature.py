@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from vlmcap.data.scenes import SIZE, scenes
+from vlmcap.models.load import chat_prompt
 
 ENGLISH_PROMPT = "Describe this image briefly."
 JAPANESE_PROMPT = "この画像を日本語で短く説明してください。"
@@ -94,12 +95,6 @@ def build_model(processor: Qwen2VLProcessor, seed: int = 0) -> Qwen2VLForConditi
     model.generation_config.eos_token_id = token("<|im_end|>")
     model.generation_config.pad_token_id = token("<|endoftext|>")
     return model
-
-
-def chat_prompt(processor: Qwen2VLProcessor, prompt: str) -> str:
-    """The text of one user turn, image first, up to where the assistant begins to write."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
 def pretrain(

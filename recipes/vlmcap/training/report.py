@@ -14,6 +14,15 @@ from trl import SFTConfig
 from vlmcap.models.load import VISION_TOWER, ModelArguments, base_model, count_parameters
 
 
+def settings_report(**groups: dict) -> str:
+    """Every resolved setting of a run, a group of settings a paragraph."""
+    lines = []
+    for title, settings in groups.items():
+        lines.append(f"Settings: {title}")
+        lines += [f"  {key:<28}{value}" for key, value in settings.items()]
+    return "\n".join(lines)
+
+
 def trainable_modules(model: nn.Module) -> dict[str, tuple[int, torch.dtype]]:
     """Module name -> (trainable parameters, dtype), LoRA's A and B counted as one module."""
     modules = defaultdict(lambda: [0, None])
