@@ -124,7 +124,8 @@ def main(
         check_push_rights(training_args.hub_model_id)
     checkpoint = find_checkpoint(output_dir, training_args.resume_from_checkpoint)
 
-    trainer_settings = {key: getattr(training_args, key) for key in REPORTED_SETTINGS}
+    everything = training_args.to_dict() | {"world_size": training_args.world_size}
+    trainer_settings = {key: everything[key] for key in REPORTED_SETTINGS}
     if is_main:
         groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
         print(settings_report(**groups, training=trainer_settings), flush=True)
