@@ -121,15 +121,16 @@ class CaptionTrainer(SFTTrainer):
 
     def summary(self) -> dict:
         """What the run came to, interruptions included: steps, epochs, seconds, bytes, the last logged loss."""
-        cuda = torch.cuda.is_available()
+
+        def last(key: str) -> float:
+            return next(entry[key] for entry in reversed(self.state.log_history) if key in entry)
+
         return {
             "steps": self.state.global_step,
             "epochs": round(self.state.epoch, 4),
-            "seconds": [entry["elapsed_seconds"] for entry in self.state.log_history if "elapsed_seconds" in entry][
-                -1
-            ],
-            "train_loss": [entry["loss"] for entry in self.state.log_history if "loss" in entry][-1],
-            "peak_memory_bytes": torch.cuda.max_memory_reserved() if cuda else None,
+            "seconds": last("elapsed_seconds"),
+            "train_loss": last("loss"),
+            "peak_memory_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
             "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
         }
 
