@@ -42,7 +42,7 @@ from vlmcap.data.images import (
     open_image,
 )
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record, weights_hash
-from vlmcap.evaluation.metrics import read_predictions, write_metrics
+from vlmcap.evaluation.metrics import ScoreError, read_predictions, write_metrics
 from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
@@ -78,15 +78,14 @@ class DataArguments:
     max_bad_images: float = field(
         default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
     )
+    base_saw: str = field(
+        default="unknown",
+        metadata={
+            "help": "Whether the base model saw STAIR and YJ Captions: unknown, no or train. Goes into the card."
+        },
+    )
     tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
 
-
-# What the models have seen of the data they are scored on, for the model card.
-BASE_SAW = {
-    "STAIR": "unknown",
-    "YJ": "unknown",
-    "note": "The makers of the base model do not list its training images.",
-}
 
 # The trainer's settings that the model card prints.
 REPORTED_SETTINGS = (
@@ -151,15 +150,9 @@ def main(
     examples = caption_examples(train_rows)
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
-    processor = load_processor(
-        model_args.model_name_or_path, model_args.model_revision, model_args.min_pixels, model_args.max_pixels
-    )
-    model = load_model(
-        model_args.model_name_or_path,
-        model_args.model_revision,
-        model_args.load_in_4bit,
-        model_args.attn_implementation,
-    )
+    names = (model_args.model_name_or_path, model_args.model_revision)
+    processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
+    model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
     trainer = CaptionTrainer(
         model=model,
         args=training_args,
@@ -181,7 +174,7 @@ def main(
             adapter_predictions.unlink(missing_ok=True)  # of the adapter before this training
         (adapter_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; the card has the settings
         training = {
-            "config": asdict(model_args) | trainer_settings,
+            "config": asdict(model_args) | trainer_settings | {"model_name_or_path": provenance.public_name(names[0])},
             "dataset": train_set,
             "images": len(train_rows),
             "captions": len(examples),
@@ -200,23 +193,17 @@ def main(
     PartialState().wait_for_everyone()
 
     # Evaluation: the base and the adapter as they lie on disk, on the same images with the same decoding.
-    names = (model_args.model_name_or_path, model_args.model_revision)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    record = {"model": model_record(model, *names), "dataset": test_set, "saw": BASE_SAW}
+    saw = {"STAIR": data_args.base_saw, "YJ": data_args.base_saw, "note": "As stated in the configuration (base_saw)."}
+    record = {"model": model_record(model, *names), "dataset": test_set, "saw": saw}
     base_predictions = output_dir / "base/predictions.jsonl"
     generate(model, processor, test_rows, base_predictions, generation_args, record)
 
     model = load_adapter(model, str(adapter_dir))
-    yj_images = sum(train_rows["in_yj"])
-    record = {
-        "model": model_record(model, *names, adapter=str(adapter_dir)),
-        "dataset": test_set,
-        "saw": {
-            "STAIR": "train",
-            "YJ": "train images" if yj_images else "no",
-            "note": "Fine-tuned on the training split only.",
-        },
-    }
+    if train_set["corpus"] == "stair":
+        yj = "train images" if any(train_rows["in_yj"]) else data_args.base_saw
+        saw = {"STAIR": "train", "YJ": yj, "note": "Fine-tuned on the training split; else what the base model saw."}
+    record = {"model": model_record(model, *names, adapter=str(adapter_dir)), "dataset": test_set, "saw": saw}
     generate(model, processor, test_rows, adapter_predictions, generation_args, record)
     if not is_main:
         return
@@ -251,5 +238,5 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (DatasetError, ModelError, PredictionsError, PushError) as error:
+    except (DatasetError, ModelError, PredictionsError, PushError, ScoreError) as error:
         sys.exit(f"error: {error}")

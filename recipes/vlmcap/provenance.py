@@ -58,6 +58,11 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def public_name(name: str) -> str:
+    """How a record that may be published names a Hub id or folder: an absolute path by its last part alone."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def now() -> str:
     """Current time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -22,7 +22,7 @@ def folder(tmp_path):
     names = ["a.jpg", "b.png", "c.jpg"]
     rows = {"image_id": [1, 2, 3], "file_name": names, "captions": [["犬"], ["猫"], ["馬", "白い馬"]]}
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "dataset/data/test-00000-of-00001.parquet")
-    (tmp_path / "dataset/README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Captions\n")
+    (tmp_path / "dataset/README.md").write_text("---\nlicense: cc-by-4.0\ntags:\n- yj-captions\n---\n# Captions\n")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (40, 30), "red").save(tmp_path / "images/a.jpg")
     Image.new("LA", (40, 30)).save(tmp_path / "images/b.png")
@@ -73,7 +73,8 @@ def test_overlap_is_refused(folder):
 
 def test_record_of_a_folder_and_of_nothing(folder, hub):
     path = str(folder / "dataset")
-    assert dataset_record(path, "test") == {"id": path, "revision": None, "split": "test", "license": "cc-by-4.0"}
+    said = {"split": "test", "license": "cc-by-4.0", "corpus": "yj"}
+    assert dataset_record(path, "test") == {"id": "dataset", "revision": None} | said
     (folder / "dataset/cleaning_report.json").write_text('{"fingerprint": "0123abcd"}')
     assert dataset_record(path, "test")["revision"] == "build 0123abcd"
     assert len(load_captions(path, "test", str(folder / "images"), revision="build 0123abcd")) == 3

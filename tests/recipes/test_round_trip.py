@@ -54,6 +54,9 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     assert metrics["counts"]["images"] == metrics["base"]["counts"]["images"] == 6
     assert metrics["dataset"]["revision"] == HfApi().dataset_info("user/scenes").sha
     assert json.loads((run / "base/metrics.json").read_text(encoding="utf-8")) == metrics["base"]
+    assert metrics["saw"]["STAIR"] == "train" and metrics["base"]["saw"]["STAIR"] == "no"
+    # What is published names no folder of this machine.
+    assert not [path.name for path in (run / "adapter").glob("*.json*") if str(tmp_path) in path.read_text("utf-8")]
     assert (run / "samples.html").stat().st_size > 10_000
 
     # On the Hub: adapter, processor, card and scores, and nothing of the trainer's own.

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
 from tests.local_hub.faults import Fault
 from tests.reporting.documents import adapter_document, miniature_document
-from vlmcap.reporting.hub import push_adapter
+from vlmcap.reporting.hub import PushError, check_push_rights, push_adapter
 
 REPO = "user/adapter"
 
@@ -131,3 +131,14 @@ def test_an_incomplete_folder_is_named_before_anything_is_sent(hub, adapter_dir)
     with pytest.raises(FileNotFoundError, match="there is no adapter folder"):
         push_adapter(adapter_dir / "nowhere", REPO)
     assert not hub.log
+
+
+def test_rights_are_checked_before_the_work(hub):
+    check_push_rights("user/adapter")
+    with pytest.raises(PushError, match="needs --hub_model_id USER/NAME, not None"):
+        check_push_rights(None)
+    with pytest.raises(PushError, match="other/adapter: user can push to user only"):
+        check_push_rights("other/adapter")
+    hub.fail(path="/api/whoami-v2", status=401)
+    with pytest.raises(PushError, match="not logged in"):
+        check_push_rights("user/adapter")

@@ -426,7 +426,7 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         pretty_name=pretty_name,
         task_categories=["image-to-text"],
         size_categories=[_size_category(images)],
-        tags=["image-captioning", "coco", "japanese"],
+        tags=["image-captioning", "coco", "japanese", f"{args.card or args.source}-captions"],
         configs=[{"config_name": "default", "data_files": data_files}],
     )
     # StrictUndefined: a name that the template has and the build does not give is an error, not a blank.

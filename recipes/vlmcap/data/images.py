@@ -11,6 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from vlmcap.provenance import public_name
+
 
 class DatasetError(ValueError):
     """A dataset cannot be used as asked. The message names the dataset, the value and the mend."""
@@ -80,9 +82,10 @@ def open_image(row: dict) -> Image.Image:
 
 
 def dataset_record(dataset: str, split: str, revision: str | None = None) -> dict:
-    """What a run record says of a dataset: id, revision, split, licence.
+    """What a run record says of a dataset: id, revision, split, licence, corpus.
 
-    The revision is the commit on the Hub; for a folder of publish_datasets.py, the fingerprint of its build.
+    The revision is the commit on the Hub; for a folder of publish_datasets.py, the fingerprint of its build. The
+    corpus is "stair", "yj" or "scenes" by the tags of its card, None for a dataset of other origin.
 
     Raises:
         DatasetError: there is no such folder and no such dataset on the Hub.
@@ -101,7 +104,15 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
                 " Build it with: python scripts/publish_datasets.py --source stair --tokenizer"
                 f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"
             ) from error
-    return {"id": dataset, "revision": revision, "split": split, "license": DatasetCard.load(card).data.license}
+    data = DatasetCard.load(card).data
+    corpus = next((name for name in ("stair", "yj", "scenes") if f"{name}-captions" in (data.tags or [])), None)
+    return {
+        "id": public_name(dataset),
+        "revision": revision,
+        "split": split,
+        "license": data.license,
+        "corpus": corpus,
+    }
 
 
 def check_no_overlap(train: datasets.Dataset, test: datasets.Dataset) -> None:

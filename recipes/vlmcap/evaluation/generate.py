@@ -212,9 +212,9 @@ def model_record(
             weights_hash(Path(adapter)) if local else HfApi().model_info(adapter, revision=adapter_revision).sha
         )
     return {
-        "id": name,
+        "id": provenance.public_name(name),
         "revision": revision or getattr(base.config, "_commit_hash", None),
-        "adapter": adapter,
+        "adapter": adapter and provenance.public_name(adapter),
         "adapter_revision": adapter_revision,
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantization": "nf4" if getattr(base, "is_loaded_in_4bit", False) else None,

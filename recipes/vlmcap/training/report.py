@@ -39,11 +39,11 @@ def trainable_modules(model: nn.Module) -> dict[str, tuple[int, torch.dtype]]:
 def estimate_memory(model: nn.Module, args: SFTConfig, sequence_length: int, caption_tokens: int) -> dict[str, int]:
     """Bytes of one training step on one device, by part. An estimate for planning, not a measurement.
 
-    weights: as they lie in memory (4-bit ones packed). trainables: a float32 gradient and AdamW's two float32 moments.
-    activations: for B sequences of L tokens in 2 bytes (4 without mixed precision); with gradient checkpointing the
-    inputs of every layer and one layer in full, otherwise every layer in full; a layer in full is L * (10 * hidden +
-    4 * intermediate) numbers (attention without its L x L matrix). logits: three float32 copies of the caption
-    positions over the vocabulary (the logits, their exponentials, the gradient).
+    weights: as they lie in memory (4-bit ones packed). gradients and optimizer: of the trainable parameters, float32,
+    with AdamW's two moments. activations: for B sequences of L tokens in 2 bytes (4 without mixed precision); with
+    gradient checkpointing the inputs of every layer and one layer in full, otherwise every layer in full; a layer in
+    full is L * (10 * hidden + 4 * intermediate) numbers (attention without its L x L matrix). logits: three float32
+    copies of the caption positions over the vocabulary (the logits, their exponentials, the gradient).
     """
     text = base_model(model).config.get_text_config()
     batch = args.per_device_train_batch_size
