@@ -47,7 +47,8 @@ from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_mo
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
 from vlmcap.reporting.hub import PushError, check_push_rights, push_adapter
-from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
+from vlmcap.training.collator import BadImages, drop_missing
+from vlmcap.training.features import cache_features
 from vlmcap.training.report import settings_report, training_report
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
@@ -90,8 +91,8 @@ class DataArguments:
 # The trainer's settings that the model card prints.
 REPORTED_SETTINGS = (
     "learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm optim num_train_epochs max_steps"
-    " per_device_train_batch_size gradient_accumulation_steps world_size label_smoothing_factor gradient_checkpointing"
-    " bf16 fp16 seed"
+    " per_device_train_batch_size captions_per_image gradient_accumulation_steps world_size shared_prefix"
+    " label_smoothing_factor gradient_checkpointing bf16 fp16 seed"
 ).split()
 
 
@@ -147,22 +148,29 @@ def main(
         bad_images.path.unlink(missing_ok=True)
         check_images(test_rows, data_args.test_split)
     train_rows = drop_missing(train_rows, bad_images, write=is_main)
-    examples = caption_examples(train_rows)
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
     names = (model_args.model_name_or_path, model_args.model_revision)
     processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
+    features = None
+    if training_args.cache_image_features:
+        features = cache_features(
+            Path(training_args.cache_image_features), model, processor, train_rows, *names, bad_images
+        )
+        train_rows = features.rows
     trainer = CaptionTrainer(
         model=model,
         args=training_args,
-        data_collator=CaptionCollator(train_rows, processor, generation_args.prompt, bad_images),
-        train_dataset=examples,
+        rows=train_rows,
         processing_class=processor,
+        prompt=generation_args.prompt,
+        bad_images=bad_images,
         peft_config=lora_config(model, model_args),
+        features=features,
     )
     if is_main:
-        print(training_report(trainer.model, training_args, model_args, train_rows, len(examples), 64), flush=True)
+        print(training_report(trainer, model_args.model_name_or_path, model_args.max_pixels, 64), flush=True)
 
     # Training
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -177,7 +185,7 @@ def main(
             "config": asdict(model_args) | trainer_settings | {"model_name_or_path": provenance.public_name(names[0])},
             "dataset": train_set,
             "images": len(train_rows),
-            "captions": len(examples),
+            "captions": sum(map(len, train_rows["captions"])),
             "in_yj_images": sum(train_rows["in_yj"]),
             "bad_images": bad_images.count(),
             "hardware": provenance.hardware(),

@@ -10,7 +10,7 @@ from vlmcap.models.load import (
     ModelError,
     check_quantisation,
     count_parameters,
-    free_vision_tower,
+    free_frozen_parts,
     load_model,
     load_processor,
     lora_config,
@@ -89,7 +89,7 @@ def test_frozen_tower_runs_once_and_is_not_back_propagated(miniature_dir, argume
     model = get_peft_model(model, lora_config(model, arguments))
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
-    free_vision_tower(model)
+    free_frozen_parts(model)
     model.train()
     counts = {"forward": 0, "backward": 0}
     block = model.get_base_model().model.visual.blocks[-1]

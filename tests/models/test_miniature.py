@@ -2,14 +2,15 @@
 
 from transformers import AutoConfig
 
-from vlmcap.models.load import PROJECTOR, VISION_TOWER, chat_prompt, load_model, load_processor
+from vlmcap.models.load import PROJECTOR, VISION_TOWERS, chat_prompt, load_model, load_processor
 from vlmcap.models.miniature import JAPANESE_PROMPT, build_processor, pretrain
 
 
 def test_pretraining_writes_a_model_that_loads(tmp_path):
     pretrain(tmp_path, steps=2, batch_size=8, scene_count=12)
     model, processor = load_model(str(tmp_path)), load_processor(str(tmp_path))
-    assert model.get_submodule(VISION_TOWER) and model.model.get_submodule(PROJECTOR)
+    projectors = [name for name, _ in model.named_modules() if PROJECTOR.fullmatch(name)]
+    assert projectors == ["model.visual.merger"] and model.get_submodule(VISION_TOWERS[0])
     assert model.config.image_token_id == processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
 

@@ -123,7 +123,7 @@ def test_two_processes_share_training_and_captions(run_script, scenes, miniature
     command = [*launcher, *SETTINGS, *map(str, settings)]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "16 captions a step (8 a device x 1 accumulated x 2 processes)" in done.stdout
+    assert "16 images a step (8 a device x 1 accumulated x 2 processes)" in done.stdout
     test_ids = {int(line) for line in (scenes / "test_ids.txt").read_text().split()}
     for system in ("base", "adapter"):
         lines = (tmp_path / "run" / system / "predictions.jsonl").read_text(encoding="utf-8").splitlines()

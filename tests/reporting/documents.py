@@ -63,6 +63,7 @@ def adapter_document() -> dict:
         "steps": 81363,
         "epochs": 3.0,
         "seconds": 40_000.4,
+        "data_wait_share": 0.0123,
         "peak_memory_bytes": 11_000_000_000,
         "train_loss": 1.7421,
         "bad_images": 2,

@@ -1,4 +1,4 @@
-"""The reference engine against the stock SFTTrainer, unreadable pictures, resumed runs, the start-up report."""
+"""Whole runs against the stock SFTTrainer, unreadable pictures, resumed runs, the start-up report."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,6 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from transformers.trainer_pt_utils import LabelSmoother
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap.data.images import DatasetError, load_captions
@@ -15,7 +14,7 @@ from vlmcap.data.scenes import scenes
 from vlmcap.models.load import ModelArguments, chat_prompt, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
 from vlmcap.training.report import training_report
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer, smoothed_cross_entropy
+from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
 PROMPT = "この画像を日本語で短く説明してください。"
 
@@ -66,9 +65,10 @@ def caption_trainer(miniature_dir, processor, rows, args, **changes):
     return CaptionTrainer(
         model=model,
         args=args,
-        data_collator=CaptionCollator(rows, processor, PROMPT, bad_images),
-        train_dataset=caption_examples(rows),
+        rows=rows,
         processing_class=processor,
+        prompt=PROMPT,
+        bad_images=bad_images,
         peft_config=lora_config(model, arguments),
     )
 
@@ -77,28 +77,22 @@ def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def test_smoothed_cross_entropy_is_the_label_smoother_of_transformers():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(2, 7, 50), torch.randint(0, 50, (2, 7))
-    labels[0, :3] = -100
-    for epsilon in (0.0, 0.1):
-        expected = LabelSmoother(epsilon=epsilon)({"logits": logits}, labels)
-        ours = smoothed_cross_entropy(logits.flatten(0, 1), labels.flatten(), epsilon, (labels != -100).sum())
-        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_same_training_as_the_stock_trainer(miniature_dir, processor, rows, tmp_path, checkpointing):
-    """Two optimizer steps of two accumulated ragged batches end at the same weights as with TRL's own SFTTrainer."""
-    ours = caption_trainer(
-        miniature_dir, processor, rows, config(tmp_path / "ours", gradient_checkpointing=checkpointing)
-    )
-    examples = caption_examples(rows)
+    """Two optimizer steps of two accumulated batches end at the same weights as with TRL's own SFTTrainer.
+
+    NF4, one caption a step and in the same order (the stock trainer cannot take several captions of an image as one
+    example; tests/invariants compares those, a step at a time). Adam's epsilon is large: at its default the first
+    steps depend on the signs of gradients, of rounding errors too.
+    """
+    settings = {"gradient_checkpointing": checkpointing, "captions_per_image": 1, "adam_epsilon": 1e-3}
+    ours = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "ours", **settings))
+    examples = caption_examples(rows, 1)
     stock_rows = [
         {
             "images": [Image.open(rows[e["row"]]["image"]["path"]).convert("RGB")],
             "prompt": [{"role": "user", "content": PROMPT}],
-            "completion": [{"role": "assistant", "content": e["caption"]}],
+            "completion": [{"role": "assistant", "content": e["captions"][0]}],
         }
         for e in examples
     ]
@@ -112,6 +106,7 @@ def test_same_training_as_the_stock_trainer(miniature_dir, processor, rows, tmp_
         processing_class=processor,
         peft_config=lora_config(model, ModelArguments(model_name_or_path=str(miniature_dir), lora_dropout=0.0)),
     )
+    stock._get_train_sampler = ours._get_train_sampler
     for parameter in stock.model.parameters():  # from TRL's bfloat16, so that both start from the same float32 weights
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -165,11 +160,11 @@ def test_unreadable_picture_is_replaced_listed_and_counted(folder, processor, tm
     rows = load_captions(str(folder / "data"), "train", image_dir=str(copy))
     bad_images = BadImages(tmp_path / "bad.jsonl", limit=1)
     collate = CaptionCollator(rows, processor, PROMPT, bad_images)
-    batch = collate([{"row": 4, "caption": "これは学習されない"}])
-    neighbour = CaptionCollator(rows, processor, PROMPT, bad_images)([{"row": 5, "caption": rows[5]["captions"][0]}])
+    batch = collate([{"row": 4, "captions": ["これは学習されない"]}])
+    neighbour = CaptionCollator(rows, processor, PROMPT, bad_images)([{"row": 5, "captions": rows[5]["captions"][:1]}])
     assert torch.equal(batch["pixel_values"], neighbour["pixel_values"])
     assert torch.equal(batch["input_ids"], neighbour["input_ids"])
-    collate([{"row": 4, "caption": ""}])
+    collate([{"row": 4, "captions": [""]}])
     assert bad_images.count() == 1
     entry = json.loads(bad_images.path.read_text().splitlines()[0])
     assert (entry["image_id"], entry["file_name"]) == (4, "4.png") and "truncated" in entry["reason"]
@@ -177,7 +172,7 @@ def test_unreadable_picture_is_replaced_listed_and_counted(folder, processor, tm
     with pytest.raises(
         DatasetError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"
     ):
-        collate([{"row": 6, "caption": ""}])
+        collate([{"row": 6, "captions": [""]}])
 
 
 def test_missing_files_are_dropped_and_listed_before_training(folder, tmp_path):
@@ -198,7 +193,7 @@ def test_dataset_without_images_names_the_mend(folder):
 
 def test_loss_covers_the_caption_alone(rows, processor, tmp_path):
     collate = CaptionCollator(rows, processor, PROMPT, BadImages(tmp_path / "bad.jsonl", 0))
-    batch = collate([{"row": 0, "caption": "赤い丸がある"}, {"row": 1, "caption": "青い四角が左にある"}])
+    batch = collate([{"row": 0, "captions": ["赤い丸がある", "青い四角が左にある"]}])
     trained = [
         processor.decode(ids[labels != -100]) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)
     ]
@@ -208,7 +203,7 @@ def test_loss_covers_the_caption_alone(rows, processor, tmp_path):
 def assert_same_prompt(rows, processor, folder):
     """Token for token: what training puts in front of the caption is what generation starts from."""
     collate = CaptionCollator(rows, processor, PROMPT, BadImages(folder / "bad.jsonl", 0))
-    batch = collate([{"row": 0, "caption": "犬"}])
+    batch = collate([{"row": 0, "captions": ["犬"]}])
     trained = batch["input_ids"][0][batch["labels"][0] == -100]
     image = Image.open(rows[0]["image"]["path"]).convert("RGB")
     inputs = processor(images=[[image]], text=[chat_prompt(processor, PROMPT)], return_tensors="pt")
@@ -225,10 +220,9 @@ def test_trained_and_generated_from_the_same_prompt_with_the_real_template(rows,
 
 def test_report_says_what_trains_and_how_much(miniature_dir, processor, rows, tmp_path):
     trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path, max_steps=-1, num_train_epochs=3))
-    arguments = ModelArguments(model_name_or_path="a/b", max_pixels=7056)
-    text = training_report(trainer.model, trainer.args, arguments, rows, 24, 16)
+    text = training_report(trainer, "a/b", max_pixels=7056, caption_tokens=16)
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert f"{trained:,}  of " in text
     assert "language_model.layers.7.mlp.up_proj (LoRA)" in text and "visual.merger.mlp.0" in text
     assert "56 linear layers in NF4" in text
-    assert "12 images, 24 captions an epoch; 8 captions a step" in text and "9 steps in all" in text
+    assert "12 images, 24 captions an epoch; 8 images a step" in text and "6 steps in all" in text

@@ -2,6 +2,8 @@
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -70,11 +72,27 @@ def open_image(row: dict) -> Image.Image:
     Raises:
         BadImageError: the file is missing, truncated or no image.
     """
+    with _opened(row) as image:
+        return image.convert("RGB")
+
+
+def image_size(row: dict) -> tuple[int, int]:
+    """Width and height in pixels of the picture of a row, from its header.
+
+    Raises:
+        BadImageError: the file is missing or no image.
+    """
+    with _opened(row) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(row: dict) -> Iterator[Image.Image]:
     cell = row["image"]
     name = row.get("file_name") or cell["path"] or str(row["image_id"])
     try:
         with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError as error:
         raise BadImageError(name, f"no such file: {cell['path']}") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

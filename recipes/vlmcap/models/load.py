@@ -1,6 +1,7 @@
 """Loading Qwen2-VL for QLoRA and for inference: precision, NF4, LoRA on the top layers, projector, frozen tower."""
 
 import os
+import re
 from dataclasses import dataclass, field
 
 import bitsandbytes as bnb
@@ -15,10 +16,12 @@ from transformers import (
     ProcessorMixin,
 )
 
-# Where the parts of the Qwen2-VL family lie (transformers 5.23). `lm_head` shares the embedding matrix.
-VISION_TOWER = "model.visual"
-PROJECTOR = "visual.merger"
-LAYERS_PATTERN = "layers"  # language_model.layers; the ViT's are called `blocks`
+# Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
+# `lm_head` shares the embedding matrix.
+VISION_TOWERS = ["model.visual", "model.vision_tower", "model.vision_model"]
+PROJECTOR = re.compile(r"model\.(visual\.(merger|deepstack_merger_list\.\d+)|multi_modal_projector|connector)")
+LAYERS_PATTERN = "layers"  # language_model.layers; Qwen's ViT calls its layers `blocks`
+UNQUANTISED = [*VISION_TOWERS, "model.multi_modal_projector", "model.connector", "lm_head"]
 
 
 class ModelError(ValueError):
@@ -49,7 +52,7 @@ class ModelArguments:
         metadata={"help": "Linear layers inside a language layer that get LoRA."},
     )
     train_projector: bool = field(
-        default=True, metadata={"help": "Train the projector (visual.merger) in full; otherwise it stays frozen."}
+        default=True, metadata={"help": "Train the projector (visual.merger) in full; otherwise it is frozen."}
     )
     min_pixels: int = field(default=56 * 56, metadata={"help": "Images are scaled up to at least this many pixels."})
     max_pixels: int = field(
@@ -86,7 +89,7 @@ def load_model(
             bnb_4bit_compute_dtype=dtype,
             # FSDP shards parameters of one dtype, so the 4-bit weights are stored in the dtype of the rest.
             bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,
-            llm_int8_skip_modules=[VISION_TOWER, "lm_head"],
+            llm_int8_skip_modules=UNQUANTISED,
         )
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(
@@ -106,14 +109,14 @@ def check_quantisation(model: PreTrainedModel) -> None:
     """Every linear layer of the language layers is 4-bit, none of the vision tower is; else ModelError."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     quantised = {name for name, module in linears.items() if isinstance(module, bnb.nn.Linear4bit)}
-    wrong = sorted(name for name in quantised if VISION_TOWER.split(".")[-1] in name.split("."))
+    wrong = sorted(name for name in quantised if name.startswith(tuple(UNQUANTISED)))
     if wrong:
         raise ModelError(
             f"{len(wrong)} linear layers of the vision tower are quantised (first: {wrong[0]}), so the projector"
-            f" could not be trained. llm_int8_skip_modules={[VISION_TOWER, 'lm_head']} does not match the module"
+            f" could not be trained. llm_int8_skip_modules={UNQUANTISED} does not match the module"
             f" names of {type(model).__name__}."
         )
-    missed = sorted(name for name in linears if f".{LAYERS_PATTERN}." in name and name not in quantised)
+    missed = sorted(set(linears) - quantised - {n for n in linears if n.startswith(tuple(UNQUANTISED))})
     if missed or not quantised:
         raise ModelError(
             f"load_in_4bit left {missed[0] if missed else 'every layer'} of {type(model).__name__} in full precision"
@@ -156,7 +159,9 @@ def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:
             f"lora_top_layers={args.lora_top_layers}: {args.model_name_or_path} has {depth} language layers, so"
             f" choose 1 to {depth}"
         )
-    top = [name for name, _ in model.named_modules() if f"language_model.{LAYERS_PATTERN}.{depth - 1}." in name]
+    names = [name for name, _ in model.named_modules()]
+    layer = f".{LAYERS_PATTERN}.{depth - 1}."
+    top = [name for name in names if layer in name and not name.startswith(tuple(VISION_TOWERS))]
     for target in args.lora_target_modules:
         if not any(name.split(".")[-1] == target for name in top):
             leaves = sorted({n.split(".")[-1] for n in top if n.split(".")[-1].endswith("proj")})
@@ -170,7 +175,11 @@ def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:
         target_modules=args.lora_target_modules,
         layers_to_transform=list(range(depth - args.lora_top_layers, depth)),
         layers_pattern=LAYERS_PATTERN,
-        modules_to_save=[PROJECTOR] if args.train_projector else None,
+        exclude_modules="|".join(rf".*{re.escape(tower)}\..*" for tower in VISION_TOWERS),
+        # Without "model.", the name by which vLLM and PEFT's own tools know it too.
+        modules_to_save=[n.removeprefix("model.") for n in names if PROJECTOR.fullmatch(n)]
+        if args.train_projector
+        else None,
         task_type="CAUSAL_LM",
     )
 
@@ -190,17 +199,32 @@ def count_parameters(model: nn.Module) -> int:
     return count
 
 
-def free_vision_tower(model: nn.Module) -> None:
-    """Makes the frozen ViT free: below the projector nothing records gradients and nothing is checkpointed.
+def free_frozen_parts(model: nn.Module) -> None:
+    """Makes what lies below the lowest trained weight free: nothing there is back-propagated or run a second time.
 
-    Under gradient checkpointing, TRL and PEFT call `enable_input_require_grads()`, which hooks every embedding, the
-    ViT's `patch_embed` too, so that the whole frozen tower is checkpointed, run again and back-propagated. Cutting
-    the graph at the entry of the first block undoes that whatever was hooked before. The projector above still gets
-    its gradients.
+    Under gradient checkpointing, transformers, TRL and PEFT hook every embedding so that its output requires
+    gradients, the ViT's `patch_embed` too. Then the whole frozen tower is checkpointed, run again and
+    back-propagated, and with a frozen projector all language layers below LoRA's as well. The graph is cut where the
+    first trained module begins, whatever was hooked before or will be.
     """
-    tower = base_model(model).get_submodule(VISION_TOWER)
+    base = base_model(model)
+    tower = next(module for name, module in base.named_modules() if name in VISION_TOWERS)
+    if hasattr(tower, "merger"):  # the projector is inside
+        tower.blocks[0].register_forward_pre_hook(_detach, with_kwargs=True)
+    else:
+        tower.forward = torch.no_grad()(tower.forward)
+    if not any(p.requires_grad and PROJECTOR.match(name) for name, p in base.named_parameters()):
+        layers = next(
+            m
+            for n, m in base.named_modules()
+            if n.endswith(f".{LAYERS_PATTERN}") and not n.startswith(tuple(VISION_TOWERS))
+        )
+        trained = (layer for layer in layers if any(p.requires_grad for p in layer.parameters()))
+        next(trained).register_forward_pre_hook(_detach, with_kwargs=True)
 
-    def detach(module, args, kwargs):
-        return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args), kwargs
 
-    tower.blocks[0].register_forward_pre_hook(detach, with_kwargs=True)
+def _detach(module, args, kwargs):
+    def cut(values):
+        return [value.detach() if isinstance(value, torch.Tensor) else value for value in values]
+
+    return tuple(cut(args)), dict(zip(kwargs, cut(kwargs.values()), strict=True))

@@ -1,11 +1,12 @@
-"""From caption rows to training batches, one caption an example: the reference engine."""
+"""From caption rows to training examples, and to batches of one caption a sequence: the reference engine."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from transformers import BatchFeature, ProcessorMixin
+from PIL import Image
+from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from vlmcap.data.images import BadImageError, DatasetError, missing_files, open_image
@@ -51,49 +52,70 @@ def drop_missing(rows: datasets.Dataset, bad_images: BadImages, write: bool = Tr
     return rows.select([i for i in range(len(rows)) if i not in gone]) if gone else rows
 
 
-def caption_examples(rows: datasets.Dataset) -> datasets.Dataset:
-    """One example a caption: {"row": index into `rows`, "caption": text}. Pictures stay where they are."""
-    index, captions = [], []
+def caption_examples(rows: datasets.Dataset, captions_per_image: int) -> datasets.Dataset:
+    """Training examples: {"row": index into `rows`, "captions": up to `captions_per_image` of its captions}.
+
+    An image with more captions yields several examples, the last one with the rest. Pictures stay where they are.
+    """
+    if captions_per_image < 1:
+        raise ValueError(f"captions_per_image={captions_per_image}: choose 1 or more")
+    index, groups = [], []
     for row, texts in enumerate(rows["captions"]):
-        index += [row] * len(texts)
-        captions += texts
-    return datasets.Dataset.from_dict({"row": index, "caption": captions})
+        for start in range(0, len(texts), captions_per_image):
+            index.append(row)
+            groups.append(texts[start : start + captions_per_image])
+    return datasets.Dataset.from_dict({"row": index, "captions": groups})
+
+
+def read_example(rows: datasets.Dataset, example: dict, bad_images: BadImages) -> tuple[Image.Image, list[str]]:
+    """Picture and captions of an example of `caption_examples`.
+
+    A picture that cannot be decoded is never fed as a blank: it is listed in `bad_images`, and the next picture that
+    can be read takes its place with as many of its own captions as the example had.
+    """
+    for step in range(len(rows)):
+        record = rows[(example["row"] + step) % len(rows)]
+        try:
+            image = open_image(record)
+        except BadImageError as error:
+            bad_images.add(record["image_id"], error.name, error.reason)
+            continue
+        return image, record["captions"][: len(example["captions"])] if step else example["captions"]
+    raise DatasetError("none of the training pictures can be read")
 
 
 class CaptionCollator:
-    """Turns examples of `caption_examples` into TRL's prompt-completion batches.
+    """Turns examples of `caption_examples` into TRL's prompt-completion batches: the reference engine.
 
-    The loss covers the caption and its end-of-turn tokens. A picture that cannot be decoded is never fed as a blank:
-    it is listed in `bad_images`, and the next picture that can be read takes its place with its first caption.
+    Every caption is a sequence of its own with its own copy of the image. The loss covers the caption and its
+    end-of-turn tokens.
 
     Args:
         rows: as `load_captions` returns them.
         processor: of the model.
         prompt: the user's text behind the image.
-        bad_images: the list of unreadable pictures.
+        bad_images: the list of unreadable pictures, see `read_example`.
 
-    Returns a BatchFeature with input_ids, attention_mask, mm_token_type_ids, labels (int64, (B, L)), pixel_values
-    (float32, (patches, 3 * 2 * 14 * 14)) and image_grid_thw (int64, (B, 3)).
+    Returns what the processor returns for B captions of L tokens at most (for Qwen2-VL input_ids, attention_mask,
+    mm_token_type_ids: int64, (B, L); pixel_values: float32, (patches, 3 * 2 * 14 * 14); image_grid_thw: int64,
+    (B, 3)), labels (int64, (B, L)) and caption_start (int), the first column with a label.
     """
 
     def __init__(self, rows: datasets.Dataset, processor: ProcessorMixin, prompt: str, bad_images: BadImages):
         self.rows, self.prompt, self.bad_images = rows, prompt, bad_images
         self.collate = DataCollatorForVisionLanguageModeling(processor, max_length=None, completion_only_loss=True)
 
-    def __call__(self, examples: list[dict]) -> BatchFeature:
-        return self.collate([self._prompt_completion(e["row"], e["caption"]) for e in examples])
-
-    def _prompt_completion(self, row: int, caption: str) -> dict:
-        for step in range(len(self.rows)):
-            record = self.rows[(row + step) % len(self.rows)]
-            try:
-                image = open_image(record)
-            except BadImageError as error:
-                self.bad_images.add(record["image_id"], error.name, error.reason)
-                continue
-            return {
-                "images": [image],
-                "prompt": [{"role": "user", "content": self.prompt}],
-                "completion": [{"role": "assistant", "content": record["captions"][0] if step else caption}],
-            }
-        raise DatasetError("none of the training pictures can be read")
+    def __call__(self, examples: list[dict]) -> dict:
+        turns = []
+        for example in examples:
+            image, captions = read_example(self.rows, example, self.bad_images)
+            turns += [
+                {
+                    "images": [image],
+                    "prompt": [{"role": "user", "content": self.prompt}],
+                    "completion": [{"role": "assistant", "content": caption}],
+                }
+                for caption in captions
+            ]
+        batch = dict(self.collate(turns))
+        return batch | {"caption_start": int((batch["labels"] != -100).any(0).nonzero()[0])}

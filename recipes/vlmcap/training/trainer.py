@@ -5,11 +5,18 @@ import warnings
 from dataclasses import dataclass, field
 
 import torch
-from transformers import TrainerCallback
+from datasets import Dataset
+from peft import PeftConfig, get_peft_model
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from vlmcap.models.load import compute_dtype, free_vision_tower
-from vlmcap.training.collator import CaptionCollator
+from vlmcap.models.load import compute_dtype, free_frozen_parts
+from vlmcap.training import shared_prefix
+from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
+from vlmcap.training.features import FeatureCache, feed_features
+from vlmcap.training.loss import smoothed_cross_entropy
+from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
+from vlmcap.training.shared_prefix import SharedPrefixCollator
 
 
 @dataclass
@@ -31,6 +38,28 @@ class CaptionSFTConfig(SFTConfig):
         default_factory=lambda: {"skip_prepare_dataset": True},
         metadata={"help": "Keep: captions are tokenised with their images, in the collator."},
     )
+    accelerator_config: dict | str | None = field(
+        default_factory=lambda: {"non_blocking": torch.cuda.is_available()},
+        metadata={"help": "Of accelerate; by default batches travel to the GPU from pinned memory, beside its work."},
+    )
+    captions_per_image: int = field(
+        default=5,
+        metadata={
+            "help": "Captions of an image that are trained on together, at the cost of little more than one. An image"
+            " with more of them comes up more often. The batch size counts images."
+        },
+    )
+    shared_prefix: bool = field(
+        default=True,
+        metadata={"help": "Feed image and prompt once for all of them; false feeds them with every caption anew."},
+    )
+    cache_image_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the frozen vision encoder's outputs are kept, so that it runs once an image and"
+            " not once an epoch. Takes about 4 MB an image of 391 tokens; the exact size is printed first."
+        },
+    )
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing of the caption tokens."})
 
     def __post_init__(self):
@@ -43,84 +72,137 @@ class CaptionSFTConfig(SFTConfig):
                 f" {'.'.join(map(str, torch.cuda.get_device_capability()))} and no bfloat16. Set fp16: true, or leave"
                 " both out."
             )
+        if self.cache_image_features and not self.shared_prefix:
+            raise ValueError("cache_image_features needs the shared-prefix engine: leave shared_prefix at true")
         super().__post_init__()
 
 
-def smoothed_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, epsilon: float, num_items: torch.Tensor | int
-) -> torch.Tensor:
-    """Label-smoothed cross-entropy, summed over the labelled positions and divided by `num_items`.
+class CaptionTrainer(SFTTrainer):
+    """SFTTrainer for caption rows. It differs from its parent in cost, not in result: the loss is the stock trainer's.
 
-    (1 - eps) * -log p(label) + eps * mean over the vocabulary of -log p, the definition of transformers' LabelSmoother
-    (Szegedy et al. 2016, section 7), written with one log-sum-exp: lse - (1 - eps) * z[label] - eps * mean(z).
+    An image and its prompt are fed once for up to `captions_per_image` captions (`vlmcap.training.shared_prefix`),
+    logits are computed once a step and for caption positions alone (the stock trainer computes them everywhere, and
+    runs a second forward when labels are smoothed), and nothing is recorded below the projector. An architecture
+    that the shared-prefix engine does not know, or `shared_prefix: false`, gets one caption a sequence.
 
     Args:
-        logits: (N, V), any float dtype; computed in float32.
-        labels: (N,) int64, -100 where no loss is taken.
-        epsilon: smoothing, 0 for plain cross-entropy.
-        num_items: labelled positions of the whole optimizer step.
-    """
-    kept = labels != -100
-    logits, labels = logits[kept].float(), labels[kept]
-    target = logits.gather(1, labels[:, None]).squeeze(1)
-    loss = logits.logsumexp(1) - (1 - epsilon) * target - epsilon * logits.mean(1)
-    return loss.sum() / num_items
-
-
-class CaptionTrainer(SFTTrainer):
-    """SFTTrainer that trains on `caption_examples` through a `CaptionCollator`.
-
-    It differs from its parent in cost, not in result: the loss equals the stock trainer's. Logits are computed for the
-    caption positions alone and once a step (the stock trainer computes them for all positions and runs a second
-    forward when labels are smoothed), and nothing is back-propagated through the frozen ViT.
+        rows: as `load_captions` returns them.
+        processing_class: processor of the model.
+        prompt: the user's text behind the image.
+        bad_images: the list of unreadable pictures.
+        features: cached image features of the rows, for the shared-prefix engine. The model's vision encoder is then
+            taken out.
     """
 
     _tag_names = ["trl", "sft", "image-captioning", "japanese"]
 
-    def __init__(self, *args, data_collator: CaptionCollator, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: CaptionSFTConfig,
+        rows: Dataset,
+        processing_class: ProcessorMixin,
+        prompt: str,
+        bad_images: BadImages,
+        peft_config: PeftConfig,
+        features: FeatureCache | None = None,
+    ):
+        self.rows, self.bad_images = rows, bad_images
+        examples = caption_examples(rows, args.captions_per_image)
+        self.sizes = [0] * len(examples)
+        if args.per_device_train_batch_size > 1 and model.config.model_type in shared_prefix.MODEL_TYPES:
+            tokens = count_image_tokens(rows, processing_class)
+            self.sizes = [tokens[row] for row in examples["row"]]
+        self.shared_prefix = args.shared_prefix and shared_prefix.supports(model)
+        self.attention = model.config.get_text_config()._attn_implementation
+        data = (rows, processing_class, prompt, bad_images)
+        if self.shared_prefix:
+            collator = SharedPrefixCollator(*data, model, features)
+        else:
+            collator = CaptionCollator(*data)
+        if features is not None:
+            feed_features(model)
+        set_seed(args.seed)  # of LoRA's weights
+        model = get_peft_model(model, peft_config)
+        trained = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
         with warnings.catch_warnings():
             # TRL warns that smoothing costs it a second forward and will go; `compute_loss` below needs neither.
             warnings.filterwarnings("ignore", message="`label_smoothing_factor` is deprecated")
-            super().__init__(*args, data_collator=data_collator, **kwargs)
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collator,
+                train_dataset=examples,
+                processing_class=processing_class,
+            )
+        # `compute_loss` takes the number of caption tokens of the whole step. transformers counts them for Qwen2-VL
+        # alone of the family; for the others accumulated batches would each weigh the same, however few their tokens.
+        self.model_accepts_loss_kwargs = True
+        # TRL casts the trainable weights of a quantised model to bfloat16. That drops digits of the projector, most
+        # AdamW updates of this size are rounded away, and on a T4 the float16 GradScaler fails on bfloat16 gradients.
+        # FSDP needs a single dtype.
+        if not self.is_fsdp_enabled:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data = trained[name]
+        free_frozen_parts(self.model)
         self.clock = RunClock()
         self.add_callback(self.clock)
-        free_vision_tower(self.model)
-        # TRL casts the trainable weights of a quantised model to bfloat16. There, most AdamW updates of this size are
-        # rounded away, and on a T4 the float16 GradScaler fails on bfloat16 gradients. FSDP needs a single dtype.
-        if not self.is_fsdp_enabled:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+        self.hits_and_tokens = torch.zeros(2, dtype=torch.long, device=args.device)
+
+    def _get_train_sampler(self, train_dataset=None) -> SimilarSizeSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SimilarSizeSampler(self.sizes, self.args.per_device_train_batch_size, seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")
-        first = int((labels != -100).any(0).nonzero()[0])
-        # The hidden state at position i predicts token i + 1.
-        positions = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
+        labels, start = inputs.pop("labels"), inputs.pop("caption_start")
+        labels = labels[:, start:]
+        batch, width = labels.shape
+        # The hidden state at position i predicts token i + 1, so the last one predicts nothing.
+        positions = torch.arange(start - 1, start - 1 + width, device=labels.device)
+        sources = torch.arange(width, device=labels.device).expand(batch, -1)
+        if self.shared_prefix:
+            segments = inputs.pop("segments")
+            sources = shared_prefix.branch_sources(segments, start)
+            inputs["attention_mask"] = shared_prefix.attention_mask(segments, self.attention)
         outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
-        logits, targets = outputs.logits.flatten(0, 1), labels[:, first:].flatten()
-        kept = targets != -100
+        logits = outputs.logits.flatten(0, 1)
+        sources = (sources + width * torch.arange(batch, device=labels.device)[:, None]).flatten()
+        labels = labels.flatten()
+        kept = labels != -100
         num_items = kept.sum() if num_items_in_batch is None else num_items_in_batch
-        loss = smoothed_cross_entropy(logits, targets, self.args.label_smoothing_factor, num_items)
+        loss = smoothed_cross_entropy(logits, sources, labels, self.args.label_smoothing_factor) / num_items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # num_items counts every rank, and DDP averages gradients
 
-        mode = "train" if self.model.training else "eval"
-        hits = self.accelerator.gather_for_metrics(((logits.argmax(1) == targets) & kept).sum()).sum()
-        count = self.accelerator.gather_for_metrics(kept.sum()).sum()
-        self._metrics[mode]["mean_token_accuracy"].append((hits / count).item())
+        hits = (logits.argmax(1)[sources] == labels) & kept
+        self.hits_and_tokens += torch.stack([hits.sum(), kept.sum()])  # stays on the device: no waiting for it here
         return (loss, outputs) if return_outputs else loss
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Times the wait for the data loader. On a GPU this bounds the wait from above: queued work may go on."""
+        start = time.perf_counter()
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.clock.waited += time.perf_counter() - start
+        return samples
+
     def log(self, logs, *args, **kwargs):
-        """Adds the seconds so far, and the number of unreadable training pictures once there is one."""
+        """Adds the seconds so far, the share of them spent waiting for data, the share of caption tokens predicted
+        right, and the number of unreadable training pictures once there is one."""
         if self.model.training:
             logs["elapsed_seconds"] = self.clock.seconds()
-            if count := self.data_collator.bad_images.count():
+            logs["data_wait_share"] = self.clock.wait_share()
+            hits, tokens = self.accelerator.reduce(self.hits_and_tokens).tolist()
+            self.hits_and_tokens.zero_()
+            if tokens:
+                logs["mean_token_accuracy"] = hits / tokens
+            if count := self.bad_images.count():
                 logs["bad_images"] = count
         super().log(logs, *args, **kwargs)
 
     def summary(self) -> dict:
-        """What the run came to, interruptions included: steps, epochs, seconds, bytes, the last logged loss."""
+        """What the run came to, interruptions included: steps, epochs, seconds, share of them spent waiting for data
+        (since the last continuation), last logged loss, bytes."""
 
         def last(key: str) -> float:
             return next(entry[key] for entry in reversed(self.state.log_history) if key in entry)
@@ -129,6 +211,7 @@ class CaptionTrainer(SFTTrainer):
             "steps": self.state.global_step,
             "epochs": round(self.state.epoch, 4),
             "seconds": last("elapsed_seconds"),
+            "data_wait_share": last("data_wait_share"),
             "train_loss": last("loss"),
             "peak_memory_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
             "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
@@ -140,14 +223,25 @@ class CaptionTrainer(SFTTrainer):
 
 
 class RunClock(TrainerCallback):
-    """Seconds spent training, over all interruptions: log lines carry them, and checkpoints carry the log lines."""
+    """Seconds spent training, over all interruptions: log lines carry them, and checkpoints carry the log lines.
+    `waited`: seconds of them spent waiting for data."""
+
+    def __init__(self):
+        self.begin = self.start = time.perf_counter()
+        self.waited = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         earlier = [entry["elapsed_seconds"] for entry in state.log_history if "elapsed_seconds" in entry]
-        self.start = time.perf_counter() - (earlier[-1] if earlier else 0)
+        self.begin = time.perf_counter()
+        self.start = self.begin - (earlier[-1] if earlier else 0)
+        self.waited = 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log |= state.global_step == state.max_steps  # the last loss, however few the steps
 
     def seconds(self) -> float:
         return round(time.perf_counter() - self.start, 1)
+
+    def wait_share(self) -> float:
+        """Share of the time since the start, or the last continuation, that was spent waiting for data."""
+        return round(self.waited / (time.perf_counter() - self.begin), 4)

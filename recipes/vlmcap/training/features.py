@@ -1,0 +1,291 @@
+"""Cached image features: what the frozen vision tower hands to the projector, computed once and kept on disk.
+
+A cache is a folder named by a hash of all that the features depend on but the picture (settings.json says what):
+
+    features.bin   the features of one picture after the other, a row of numbers a patch; read through a memory map
+    index.jsonl    one line a picture: {"image": sha256 of its file, "offset": rows before it, "patches": rows, "grid"}
+
+Pictures are known by their contents: renamed ones are found again, changed ones are computed anew. Features are kept
+in the dtype in which the tower computes (bfloat16 on compute capability 8.0 and later, float16 on older GPUs, float32
+on a CPU), so that training on them is training on the pictures, to the last digit wherever the tower's result does
+not depend on which pictures share a batch (tests/invariants).
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from filelock import FileLock
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
+
+from vlmcap.data.images import BadImageError, DatasetError, image_size, open_image
+from vlmcap.training.collator import BadImages
+
+BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels
+READ_AHEAD = 4  # batches that are read, a thread each, while the tower works
+
+
+class FeatureCache:
+    """Features of the pictures of `rows`, a dataset; `batch` takes indices into it. Made by `cache_features`."""
+
+    def __init__(self, path: Path, rows: datasets.Dataset, entries: list[dict], width: int, dtype: torch.dtype):
+        self.path, self.rows, self.dtype = path, rows, dtype
+        self.offsets = [entry["offset"] for entry in entries]
+        self.grids = torch.tensor([entry["grid"] for entry in entries])
+        patches = max((entry["offset"] + entry["patches"] for entry in entries), default=0)
+        self.shape = (patches, width * dtype.itemsize)
+        self.bytes = None
+
+    def __getstate__(self):
+        return self.__dict__ | {"bytes": None}  # pickled, a memory map would be a copy of the whole file
+
+    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """What the image processor returns for the pictures, with features in place of pixels.
+
+        Returns:
+            pixel_values: of the cache's dtype, (patches, projector inputs * tower width).
+            image_grid_thw: int64, (B, 3).
+        """
+        if self.bytes is None:
+            # Not torch.from_file: it maps for writing, which Linux refuses for files larger than the memory.
+            self.bytes = np.memmap(self.path, mode="r", shape=self.shape)
+        grids = self.grids[rows]
+        ends = zip([self.offsets[row] for row in rows], grids.prod(1).tolist(), strict=True)
+        pictures = np.concatenate([self.bytes[start : start + patches] for start, patches in ends])
+        return {"pixel_values": torch.from_numpy(pictures).view(self.dtype), "image_grid_thw": grids}
+
+
+def cache_features(
+    folder: Path,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: datasets.Dataset,
+    model_name: str,
+    model_revision: str | None,
+    bad_images: BadImages,
+) -> FeatureCache:
+    """Computes the features that are not in `folder` yet, in batches, on the model's device; prints their size first.
+
+    An interrupted run continues. Pictures that cannot be read are listed in `bad_images` and left out of the result's
+    `rows`. Of several processes or runs, one computes and the others wait for it at a file lock: a barrier of
+    torch.distributed would give up after minutes.
+
+    Args:
+        model: of `shared_prefix.MODEL_TYPES`, before `feed_features`.
+        rows: as `load_captions` returns them.
+
+    Raises:
+        DatasetError: the disk is too small, or too many pictures cannot be read.
+    """
+    tower, image_processor, state = model.model.visual.eval(), processor.image_processor, PartialState()
+    width = len(projector_blocks(tower)) * tower.blocks[0].norm1.weight.numel()
+    settings = {
+        "model": model_name,
+        "revision": model.config._commit_hash or model_revision,
+        "tower_sha256": tower_hash(tower),
+        "blocks": projector_blocks(tower),
+        "width": width,
+        "dtype": str(tower.dtype),
+        "image_processor": image_processor.to_dict(),
+    }
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    with state.split_between_processes(list(range(len(rows)))) as share, ThreadPoolExecutor() as pool:
+        found = pool.map(partial(identify, rows, image_processor), share)
+        bar = tqdm(found, total=len(share), desc="hashing pictures", disable=not state.is_main_process)
+        pictures = gather_object(list(bar))
+    with FileLock(folder / "lock"):
+        (folder / "settings.json").write_text(text, encoding="utf-8")
+        row_bytes = width * tower.dtype.itemsize
+        index = resume(folder, row_bytes)
+        new, patches = defaultdict(list), {}
+        for row, (image, size) in enumerate(pictures):
+            if image is None:
+                bad_images.add(rows[row]["image_id"], rows[row]["file_name"], size)
+            elif image not in index:
+                new[image].append(row)
+                patches[image] = size
+        need, free = sum(patches.values()) * row_bytes, shutil.disk_usage(folder).free
+        if new or state.is_main_process:
+            print(
+                f"Image features: {len(rows):,} pictures, {len(new):,} of them new; {need / 2**30:,.2f} GiB to write"
+                f" to {folder}, which has {free / 2**30:,.2f} GiB free",
+                flush=True,
+            )
+        if need > free:
+            raise DatasetError(
+                f"the features of {len(new):,} pictures need {need / 2**30:,.2f} GiB, and {folder} has"
+                f" {free / 2**30:,.2f} GiB free. Name a folder on a larger disk, lower max_pixels, or train without"
+                " cached features (cache_image_features)."
+            )
+        compute(folder, tower, image_processor, rows, new, index, bad_images)
+    usable = [row for row, (image, _) in enumerate(pictures) if image in index]
+    entries = [index[pictures[row][0]] for row in usable]
+    return FeatureCache(folder / "features.bin", rows.select(usable), entries, width, tower.dtype)
+
+
+def compute(
+    folder: Path,
+    tower: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    rows: datasets.Dataset,
+    new: dict[str, list[int]],
+    index: dict[str, dict],
+    bad_images: BadImages,
+) -> None:
+    """Appends the features of the pictures `new` (hash: rows) to the files and to `index`, features before lines."""
+
+    def read(images: list[str]) -> list[dict]:
+        pictures = []
+        for image in images:
+            try:
+                picture = image_processor(open_image(rows[new[image][0]]), return_tensors="pt")
+                pictures.append({"image": image, **picture})
+            except BadImageError as error:
+                for row in new[image]:
+                    bad_images.add(rows[row]["image_id"], rows[row]["file_name"], error.reason)
+        return pictures
+
+    end = max((entry["offset"] + entry["patches"] for entry in index.values()), default=0)
+    images = list(new)
+    batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+    with (folder / "features.bin").open("ab") as features, (folder / "index.jsonl").open("a") as lines:
+        bar = tqdm(read_ahead(read, batches), total=len(batches), desc="image features", disable=not new)
+        for pictures in filter(None, bar):
+            pixel_values, grids = (
+                torch.cat([p[key] for p in pictures]).to(tower.device) for key in ("pixel_values", "image_grid_thw")
+            )
+            features.write(projector_inputs(tower, pixel_values, grids).cpu().view(torch.uint8).numpy())
+            features.flush()
+            for image, grid in zip([p["image"] for p in pictures], grids.tolist(), strict=True):
+                index[image] = {"image": image, "offset": end, "patches": math.prod(grid), "grid": grid}
+                lines.write(json.dumps(index[image]) + "\n")
+                end += math.prod(grid)
+            lines.flush()
+
+
+def identify(rows: datasets.Dataset, image_processor: BaseImageProcessor, row: int) -> tuple[str | None, int | str]:
+    """Hash of a picture's file and number of its patches, from the header; or None and why it cannot be read."""
+    record = rows[row]
+    try:
+        width, height = image_size(record)
+        patches = image_processor.get_number_of_image_patches(height, width, {})
+    except (BadImageError, ValueError) as error:  # ValueError: one side is more than 200 times the other
+        return None, str(error)
+    inside, path = record["image"]["bytes"], record["image"]["path"]
+    return hashlib.sha256(Path(path).read_bytes() if inside is None else inside).hexdigest(), patches
+
+
+def read_ahead(function: Callable, items: Iterable) -> Iterator:
+    """`map` in threads, READ_AHEAD results ahead. (A DataLoader's workers need shared memory; Docker gives 64 MB.)"""
+    items = iter(items)
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        waiting = deque(pool.submit(function, item) for item in islice(items, READ_AHEAD))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in islice(items, 1))
+
+
+def resume(folder: Path, row_bytes: int) -> dict[str, dict]:
+    """The index by image. Cuts off what an interrupted run left half-written in the files."""
+    features, lines = folder / "features.bin", folder / "index.jsonl"
+    features.touch()
+    lines.touch()
+    index, end, kept = {}, 0, 0
+    for line in lines.read_bytes().splitlines(keepends=True):
+        entry = json.loads(line) if line.endswith(b"\n") else None
+        if entry is None or (entry["offset"] + entry["patches"]) * row_bytes > features.stat().st_size:
+            break
+        index[entry["image"]] = entry
+        end, kept = entry["offset"] + entry["patches"], kept + len(line)
+    os.truncate(lines, kept)
+    os.truncate(features, end * row_bytes)
+    return index
+
+
+def tower_hash(tower: PreTrainedModel) -> str:
+    """sha256 of the weights below the projector."""
+    digest = hashlib.sha256()
+    for name, parameter in tower.named_parameters():
+        if "merger" not in name:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def projector_blocks(tower: PreTrainedModel) -> list[int]:
+    """The blocks whose output goes into a projector: the last one, and with DeepStack (Qwen3-VL) some before it."""
+    return sorted({*getattr(tower.config, "deepstack_visual_indexes", []), len(tower.blocks) - 1})
+
+
+@torch.no_grad()
+def projector_inputs(tower: PreTrainedModel, pixel_values: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """Outputs of the `projector_blocks` side by side: of the tower's dtype, (patches, projector inputs * width)."""
+    outputs = []
+    blocks = [tower.blocks[number] for number in projector_blocks(tower)]
+    hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in blocks]
+    tower(pixel_values.to(tower.dtype), grid_thw=grids)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(outputs, 1)
+
+
+class FeatureInput(nn.Module):
+    """In place of the patch embedding: takes features (patches, projector inputs * width) apart, for `FeatureOutput`.
+
+    `features` is a list of as many tensors as there are projector inputs, shared with those modules. What is returned
+    goes through the rest of the tower's forward, in the shape it expects, only to be replaced by them.
+    """
+
+    def __init__(self, features: list[torch.Tensor | None]):
+        super().__init__()
+        self.features = features
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self.features[:] = [part.contiguous() for part in pixel_values.chunk(len(self.features), dim=1)]
+        return self.features[-1].detach()  # a tensor of its own: gradient checkpointing may set its requires_grad
+
+
+class FeatureOutput(nn.Module):
+    """In place of a block: returns what the next projector takes, which the last block before it once computed."""
+
+    def __init__(self, features: list[torch.Tensor | None], position: int):
+        super().__init__()
+        self.features, self.position = features, position
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.features[self.position]
+
+
+def feed_features(model: PreTrainedModel) -> None:
+    """Makes a Qwen2-VL, Qwen2.5-VL or Qwen3-VL take cached features as `pixel_values`, and drops the ViT's weights.
+
+    The blocks are replaced, the projectors are not: everything from their input on is as before, and PEFT may copy
+    them.
+    """
+    tower = model.model.visual
+    inputs = projector_blocks(tower)
+    features = [None] * len(inputs)
+    # PEFT and accelerate look for every class of this list among the modules when they shard a model.
+    model._no_split_modules.discard(type(tower.blocks[0]).__name__)
+    tower.patch_embed = FeatureInput(features)
+    depth = len(tower.blocks)
+    tower.blocks = nn.ModuleList(FeatureOutput(features, bisect_left(inputs, block)) for block in range(depth))
