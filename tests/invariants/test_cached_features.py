@@ -39,7 +39,7 @@ def test_cached_is_live(trainer_of, cached_trainer_of, architecture, checkpointi
     """Six pictures in six sizes: with several images in a batch, windows (Qwen2.5-VL) and DeepStack (Qwen3-VL)."""
     live = trainer_of(architecture, gradient_checkpointing=checkpointing, **ALL)
     cached = cached_trainer_of(architecture, gradient_checkpointing=checkpointing, **ALL)
-    inputs = record_inputs(live), record_inputs(cached)
+    inputs = record_inputs(cached), record_inputs(live)
     loss, gradients = tiny.loss_and_gradients(cached)
     expected_loss, expected = tiny.loss_and_gradients(live)
     assert len(inputs[0]) == len(inputs[1]) == (3 if architecture == "qwen3_vl" else 1)

@@ -1,6 +1,7 @@
 """The shared-prefix engine computes what one caption at a time computes: losses and every trainable gradient."""
 
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from PIL import Image
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.invariants.tiny import FAMILY, assert_same_step, build_model, build_processor, loss_and_gradients
-from vlmcap.models.load import ModelError, chat_prompt
-from vlmcap.training.collator import caption_examples
-from vlmcap.training.shared_prefix import PADDING, PREFIX, attention_mask, branch_mask, supports
+from tests.invariants.tiny import FAMILY, PROMPT, assert_same_step, build_model, build_processor, loss_and_gradients
+from vlmcap.models.load import ModelError, chat_prompt, load_model, load_processor
+from vlmcap.training.collator import BadImages, caption_examples
+from vlmcap.training.shared_prefix import PADDING, PREFIX, SharedPrefixCollator, attention_mask, branch_mask, supports
 
 ALL = {"captions_per_image": 7}  # as many as an image has: one example an image
 
@@ -80,6 +81,24 @@ def test_checkpointing_on_is_off(trainer_of, stock_trainer_of, architecture):
 def test_eager_attention_is_sdpa(trainer_of, architecture):
     eager = loss_and_gradients(trainer_of(architecture, attention="eager", **ALL))
     assert_same_step(eager, loss_and_gradients(trainer_of(architecture, **ALL)))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="FlexAttention needs a C++ compiler on a CPU")
+def test_flex_attention_is_sdpa(miniature_dir, rows, tmp_path):
+    """Forward only: the kernel has no backward on a CPU."""
+    logits = []
+    for attention in ("sdpa", "flex_attention"):
+        model = load_model(str(miniature_dir), load_in_4bit=False, attn_implementation=attention).eval()
+        assert supports(model) and model.model.visual.config._attn_implementation == "sdpa"
+        bad_images = BadImages(tmp_path / "bad_images.jsonl", limit=0)
+        collate = SharedPrefixCollator(rows, load_processor(str(miniature_dir)), PROMPT, bad_images, model)
+        batch = collate([{"row": row, "captions": rows[row]["captions"]} for row in range(len(rows))])
+        segments = batch["segments"]
+        inputs = {key: value for key, value in batch.items() if key not in ("segments", "labels", "caption_start")}
+        with torch.no_grad():
+            output = model(**inputs, attention_mask=attention_mask(segments, attention))
+        logits.append(output.logits[segments != PADDING])
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_block_mask_is_the_dense_mask(trainer_of):

@@ -35,7 +35,9 @@ def test_recipe_config_parses(repo_root, parse, name):
     assert model.load_in_4bit and model.train_projector
     assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.lora_top_layers) == (32, 32, 0.05, 6)
     assert generation.num_beams == 3
-    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 16
+    assert training.shared_prefix and training.captions_per_image == 5
+    images = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    assert images * training.captions_per_image == (15 if name == "demo" else 20)  # captions an optimizer step
     assert training.label_smoothing_factor == 0.1
     assert training.lr_scheduler_type == "cosine" and training.optim == "adamw_torch"
     assert training.max_length is None and not training.remove_unused_columns

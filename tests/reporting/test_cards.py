@@ -72,7 +72,10 @@ def test_the_card_states_how_the_scores_came_about():
     card = render_adapter_card(metrics, "user/adapter")
     assert metrics["prompt"] in card
     assert re.findall(r"\| peak device memory \|(.*)\|", card) == [" 4.84 GiB | 4.84 GiB ", " 10.24 GiB "]
-    assert re.findall(r"\| time \|(.*)\|", card) == [" 43 min 20 s | 41 min 40 s ", " 11 h 6 min "]
+    assert re.findall(r"\| time \|(.*)\|", card) == [
+        " 43 min 20 s | 41 min 40 s ",
+        " 11 h 6 min, 1.2% of it waiting for data ",
+    ]
     assert table_cells(card, "saw STAIR in training") == ["unknown", "train"]
     assert table_cells(card, "revision") == [f"`{SHA}`", "not recorded"]
     assert table_cells(card, "`num_beams`") == ["3"] and table_cells(card, "`max_pixels`") == ["401408"]

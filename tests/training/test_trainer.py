@@ -133,10 +133,10 @@ def test_trainables_are_float32(miniature_dir, processor, rows, tmp_path):
 def test_resumed_run_ends_where_an_uninterrupted_one_does(miniature_dir, processor, rows, tmp_path):
     whole = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "whole", max_steps=4))
     whole.train()
-    half = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "half", max_steps=4, save_steps=2))
+    half = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "half", max_steps=4, save_steps=3))
     half.train()
     continued = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "half", max_steps=4))
-    continued.train(resume_from_checkpoint=str(tmp_path / "half/checkpoint-2"))
+    continued.train(resume_from_checkpoint=str(tmp_path / "half/checkpoint-3"))  # inside the second epoch
     assert continued.state.global_step == 4
     expected = weights(whole)
     for name, value in weights(continued).items():

@@ -37,7 +37,11 @@ class ModelArguments:
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the Hub."})
     attn_implementation: str = field(
-        default="sdpa", metadata={"help": "Attention: sdpa, eager or flash_attention_2 (must be installed)."}
+        default="sdpa",
+        metadata={
+            "help": "Attention of the language model: sdpa, eager, or flex_attention (block-sparse; NVIDIA GPUs of"
+            " compute capability 8.0 and later)."
+        },
     )
     load_in_4bit: bool = field(
         default=True,
@@ -97,9 +101,13 @@ def load_model(
         revision=revision,
         dtype=dtype,
         quantization_config=quantization,
-        attn_implementation=attn_implementation,
+        attn_implementation="sdpa" if attn_implementation == "flex_attention" else attn_implementation,
         device_map={"": device},
     )
+    if attn_implementation == "flex_attention":
+        # transformers does not offer it for this family, but its attention takes any implementation with its mask. The
+        # vision tower stays with sdpa: it has no mask.
+        model.config.get_text_config()._attn_implementation = attn_implementation
     if load_in_4bit:
         check_quantisation(model)
     return model

@@ -97,7 +97,7 @@ def cache_features(
     width = len(projector_blocks(tower)) * tower.blocks[0].norm1.weight.numel()
     settings = {
         "model": model_name,
-        "revision": model.config._commit_hash or model_revision,
+        "revision": getattr(model.config, "_commit_hash", None) or model_revision,
         "tower_sha256": tower_hash(tower),
         "blocks": projector_blocks(tower),
         "width": width,
@@ -209,10 +209,10 @@ def resume(folder: Path, row_bytes: int) -> dict[str, dict]:
     features, lines = folder / "features.bin", folder / "index.jsonl"
     features.touch()
     lines.touch()
-    index, end, kept = {}, 0, 0
+    index, end, kept, size = {}, 0, 0, features.stat().st_size
     for line in lines.read_bytes().splitlines(keepends=True):
         entry = json.loads(line) if line.endswith(b"\n") else None
-        if entry is None or (entry["offset"] + entry["patches"]) * row_bytes > features.stat().st_size:
+        if entry is None or (entry["offset"] + entry["patches"]) * row_bytes > size:
             break
         index[entry["image"]] = entry
         end, kept = entry["offset"] + entry["patches"], kept + len(line)

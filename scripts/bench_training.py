@@ -1,0 +1,462 @@
+"""Measure training speed against TRL's stock SFTTrainer, all in one run.
+
+    python scripts/bench_training.py --preset cpu_proxy --json out.json                     # two CPU cores, 6 minutes
+    python scripts/bench_training.py --preset qwen2vl_2b --device cuda --json out.json      # real size, random weights
+    python scripts/bench_training.py --preset qwen2vl_2b --device cuda --engines shared_prefix \\
+        --precision fp16 --max_pixels 200704 --memory_gib 14.5                              # would it fit a T4?
+
+The same images and captions go through three trainers, a step of each in turn, so that other work on the machine
+slows all of them:
+
+    trl_stock       SFTTrainer as a user would set it up for this recipe: prompt-completion examples, one caption a
+                    sequence, label smoothing 0.1, gradient checkpointing
+    trl_stock_lean  the same without smoothing and without checkpointing
+    shared_prefix   this recipe's trainer; label smoothing 0.1, no checkpointing unless --gradient_checkpointing
+                    (shared_prefix_flex: with FlexAttention in place of a dense mask, if named in --engines)
+
+A step is what `trainer.train()` does between two batches: forward, backward, clipping, optimizer; reading pictures is
+left out for all. The loss and the gradients of the first step, from the same weights, are compared with those of the
+stock trainer (of the lean one, which has another loss, with this engine without smoothing).
+
+MFU counts the work that must be done, whoever does it: the vision encoder forward once an image, the projector forward
+and backward, the language model forward and backward through its activations over prefix and captions once, logits of
+caption positions. It is divided by the device's peak: NVIDIA's dense 16-bit figure, or a matrix product timed here.
+"""
+
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import datasets
+import psutil
+import torch
+from PIL import Image
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from vlmcap import provenance
+from vlmcap.arguments import parse
+from vlmcap.data.scenes import scenes
+from vlmcap.models.load import ModelArguments, base_model, count_parameters, load_model, load_processor, lora_config
+from vlmcap.models.miniature import JAPANESE_PROMPT
+from vlmcap.training.collator import BadImages
+from vlmcap.training.shared_prefix import SharedPrefixCollator, branch_mask
+from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Steps a round.
+ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_prefix_flex": 3}
+# Widths and depths. The real ones are those of Qwen2-VL-2B-Instruct's config.json. The proxy keeps its proportions:
+# vision encoder and projector are 30% of the parameters, the ViT is half as large as the language layers.
+PRESETS = {
+    "cpu_proxy": {
+        "text": {"hidden_size": 512, "intermediate_size": 2992, "num_hidden_layers": 11, "vocab_size": 32_000}
+        | {"num_attention_heads": 8, "num_key_value_heads": 2, "mrope_section": [8, 12, 12]},
+        "vision": {"depth": 16, "embed_dim": 384, "num_heads": 6, "mlp_ratio": 4},
+        "load_in_4bit": False,
+    },
+    "qwen2vl_2b": {
+        "text": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151_936}
+        | {"num_attention_heads": 12, "num_key_value_heads": 2, "mrope_section": [16, 24, 24]},
+        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
+        "load_in_4bit": True,
+    },
+}
+# NVIDIA's data sheets: dense 16-bit tensor-core operations a second.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
+
+
+@dataclass
+class BenchArguments:
+    preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (105M parameters) or qwen2vl_2b."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
+    engines: list[str] = field(
+        default_factory=lambda: list(ENGINES)[:3], metadata={"help": f"Of {', '.join(ENGINES)} (CUDA only)."}
+    )
+    images: int = field(default=1, metadata={"help": "Images a step, of 640 x 480 pixels with five captions each."})
+    rounds: int = field(default=3, metadata={"help": "Rounds; in each, every engine takes its steps in turn."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Gradient checkpointing in the shared-prefix engine."}
+    )
+    precision: str | None = field(
+        default=None, metadata={"help": "bf16, fp16 or fp32. Default: what the recipe chooses for the device."}
+    )
+    max_pixels: int = field(default=313_600, metadata={"help": "313600 gives 391 image tokens, 200704 gives 247."})
+    memory_gib: float | None = field(
+        default=None,
+        metadata={"help": "Allow this much GPU memory: a step that needs more fails, as on a smaller GPU."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of weights, adapters and captions."})
+
+
+def build_checkpoint(preset: dict, processor, folder: Path, seed: int) -> None:
+    """A random Qwen2-VL of the preset's size, saved in bfloat16 as the real one is published."""
+    token = processor.tokenizer.convert_tokens_to_ids
+    text = dict(preset["text"])
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": text.pop("mrope_section")}
+    text |= {"rope_parameters": rope, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6}
+    text |= {"pad_token_id": token("<|endoftext|>"), "bos_token_id": None, "eos_token_id": token("<|im_end|>")}
+    config = Qwen2VLConfig(
+        text_config=text,
+        vision_config=preset["vision"] | {"hidden_size": text["hidden_size"]},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    torch.set_default_dtype(default)
+
+
+def build_rows(images: int, folder: Path, seed: int) -> datasets.Dataset:
+    """Drawn scenes of 640 x 480 pixels with five captions each, as long as real ones: 15 tokens."""
+    rows = []
+    for number, scene in enumerate(scenes(images, seed, held_out=False)):
+        path = folder / f"{number}.png"
+        scene.draw().resize((640, 480)).save(path)
+        rows.append({"image_id": number, "file_name": path.name, "captions": scene.japanese()})
+        rows[-1]["image"] = {"bytes": None, "path": str(path)}
+    features = datasets.Features(
+        {
+            "image_id": datasets.Value("int64"),
+            "file_name": datasets.Value("string"),
+            "captions": datasets.List(datasets.Value("string")),
+            "image": datasets.Image(decode=False),
+        }
+    )
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def build_trainer(engine: str, args: BenchArguments, folder: Path, processor, rows: datasets.Dataset):
+    """A trainer on the checkpoint in `folder`, one optimizer step an epoch: all images with all their captions."""
+    fast = engine.startswith("shared_prefix")
+    flags = {"bf16": None, "fp16": False} if args.precision is None else {"bf16": False, "fp16": False}
+    if args.precision in ("bf16", "fp16"):
+        flags[args.precision] = True
+    settings = {
+        "output_dir": str(folder / engine),
+        "per_device_train_batch_size": len(rows) if fast else sum(map(len, rows["captions"])),
+        "max_steps": 1,
+        "learning_rate": 1e-4,
+        "label_smoothing_factor": 0.0 if engine == "trl_stock_lean" else 0.1,
+        "gradient_checkpointing": {"trl_stock": True, "trl_stock_lean": False}.get(
+            engine, args.gradient_checkpointing
+        ),
+        "use_cpu": args.device == "cpu",
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "max_length": None,
+        "seed": args.seed,
+    }
+    model = load_model(
+        str(folder / "model"),
+        load_in_4bit=PRESETS[args.preset]["load_in_4bit"],
+        attn_implementation="flex_attention" if engine == "shared_prefix_flex" else "sdpa",
+    )
+    # Without dropout, so that losses and gradients can be compared.
+    peft_config = lora_config(model, ModelArguments(model_name_or_path=args.preset, lora_dropout=0.0))
+    torch.manual_seed(args.seed)
+    if fast:
+        return CaptionTrainer(
+            model=model,
+            args=CaptionSFTConfig(**settings, **flags),
+            rows=rows,
+            processing_class=processor,
+            prompt=JAPANESE_PROMPT,
+            bad_images=BadImages(folder / "bad_images.jsonl", limit=0),
+            peft_config=peft_config,
+        )
+    examples = [
+        {
+            "images": [Image.open(row["image"]["path"]).convert("RGB")],
+            "prompt": [{"role": "user", "content": JAPANESE_PROMPT}],
+            "completion": [{"role": "assistant", "content": caption}],
+        }
+        for row in rows
+        for caption in row["captions"]
+    ]
+    recipe = CaptionSFTConfig(output_dir=str(folder), **flags, use_cpu=settings["use_cpu"])  # resolves the precision
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**settings, bf16=recipe.bf16, fp16=recipe.fp16),
+        train_dataset=datasets.Dataset.from_list(examples),
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    if recipe.fp16:  # the GradScaler fails on TRL's bfloat16 trainables
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer
+
+
+class Watch(TrainerCallback):
+    """Seconds and peak memory (above what lay there before) of every step; gradients of the last one, when asked."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        self.seconds, self.peak = [], []
+        self.keep_gradients, self.gradients = False, None
+
+    def memory(self) -> int:
+        return torch.cuda.memory_allocated() if self.cuda else psutil.Process().memory_info().rss
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        gc.collect()
+        if not self.cuda:
+            ctypes.CDLL(None).malloc_trim(0)  # hands freed memory back, or the next peak would hide in it
+        self.before, self.highest, self.stopped = self.memory(), 0, False
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self.sampler = threading.Thread(target=self.sample, daemon=True)
+            self.sampler.start()
+        self.start = time.perf_counter()
+
+    def sample(self):
+        while not self.stopped:
+            self.highest = max(self.highest, self.memory())
+            time.sleep(0.02)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.keep_gradients:
+            self.gradients = {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.start)
+        if self.cuda:
+            self.peak.append(torch.cuda.max_memory_allocated() - self.before)
+        else:
+            self.stopped = True
+            self.sampler.join()
+            self.peak.append(self.highest - self.before)
+
+
+def useful_flops(model, batch: dict) -> float:
+    """Floating-point operations that a step on a shared-prefix batch cannot do without; a multiply and an add are two.
+
+    ViT forward: 2 x parameters x patches, and 4 x patches^2 x width a layer for attention. Projector: forward, and
+    twice that backward. Language layers over prefix and captions: 2 x parameters x tokens forward, the same backward
+    to the activations; attention 4 x width x visible pairs a layer, and twice that backward. Logits: 2 x width x
+    vocabulary a caption token forward, the same backward. LoRA's own products are left out.
+    """
+    vision, text = base_model(model).config.vision_config, base_model(model).config.get_text_config()
+    # Counted from the widths: packed 4-bit weights do not tell their number.
+    h, kv = text.hidden_size, text.hidden_size * text.num_key_value_heads // text.num_attention_heads
+    language = text.num_hidden_layers * (2 * h * h + 2 * h * kv + 3 * h * text.intermediate_size)
+    tower = vision.depth * (4 + 2 * vision.mlp_ratio) * vision.embed_dim**2
+    merged = 4 * vision.embed_dim
+    patches = batch["image_grid_thw"].prod(1)
+    captions = (batch["labels"] != -100).sum().item()
+    tokens = (batch["segments"] != 0).sum().item()
+    pairs = branch_mask(batch["segments"]).sum().item()
+    work = 2 * tower * patches.sum().item() + 4 * (patches**2).sum().item() * vision.embed_dim * vision.depth
+    work += 3 * 2 * (merged * merged + merged * h) * patches.sum().item() / 4
+    work += 2 * 2 * language * tokens + 3 * 4 * h * pairs * text.num_hidden_layers
+    return work + 2 * 2 * h * text.vocab_size * captions
+
+
+def peak_flops(device: str) -> tuple[float, str]:
+    """Operations a second at best, and where the figure comes from."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        for key, peak in PEAK_FLOPS.items():
+            if key in name.split() or f"-{key}" in name or name.endswith(key):
+                return peak, f"data sheet of the {key}, dense 16-bit"
+    size = 8192 if device == "cuda" else 2048
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(
+        seconds
+    ), f"{size} x {size} matrix product in {str(dtype).removeprefix('torch.')}, timed here"
+
+
+def relative_difference(ours: dict, theirs: dict) -> float:
+    """Largest ||a - b|| / ||b|| over the trainable tensors."""
+    return max(float((ours[name] - gradient).norm() / gradient.norm()) for name, gradient in theirs.items())
+
+
+def random_adapter(model, seed: int) -> dict[str, torch.Tensor]:
+    """Trainable weights to start every step from: the model's own, but B of LoRA random. At zero A has no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    for name, value in weights.items():
+        if ".lora_B." in name:
+            value.normal_(std=0.02, generator=generator)
+    return weights
+
+
+def step(trainer, adapter: dict[str, torch.Tensor]) -> float:
+    """One optimizer step on all images, from the given weights. Returns its loss."""
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(adapter[name])
+    trainer.train()
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+def compare_first_steps(trainers: dict, watches: dict, adapter: dict) -> dict[str, dict]:
+    """Engine -> loss of its first step, and how far its gradients are from this recipe's at the same smoothing."""
+    losses, gradients = {}, {}
+    for engine, trainer in trainers.items():
+        watch, smoothing = watches[engine], trainer.args.label_smoothing_factor
+        watch.keep_gradients = True
+        for epsilon in (
+            (0.0, smoothing) if engine == "shared_prefix" and "trl_stock_lean" in trainers else (smoothing,)
+        ):
+            trainer.args.label_smoothing_factor = epsilon
+            losses[engine, epsilon] = step(trainer, adapter)
+            gradients[engine, epsilon] = watch.gradients
+        watch.keep_gradients, watch.gradients = False, None
+        watch.seconds.clear()
+        watch.peak.clear()
+    first = {}
+    for engine, epsilon in losses:
+        ours = ("shared_prefix", epsilon)
+        first[engine] = {"loss": losses[engine, epsilon]}
+        if engine != "shared_prefix" and ours in gradients:
+            first[engine]["loss_rel_diff"] = abs(losses[ours] / losses[engine, epsilon] - 1)
+            first[engine]["max_grad_rel_diff"] = relative_difference(gradients[ours], gradients[engine, epsilon])
+    if "trl_stock" in first and "shared_prefix" in first:
+        first["shared_prefix"] |= {k: v for k, v in first["trl_stock"].items() if k != "loss"}
+    return first
+
+
+def summarise(args: BenchArguments, trainers: dict, watches: dict, first: dict, batch: dict) -> dict:
+    """The JSON document."""
+    peak, peak_source = peak_flops(args.device)
+    model = next(iter(trainers.values())).model
+    work = useful_flops(model, batch)
+    captions = [len(ids) for ids in split_captions(batch)]
+    rows = []
+    for engine, watch in watches.items():
+        seconds = statistics.median(watch.seconds)
+        weights = sum(p.numel() * p.element_size() for p in trainers[engine].model.parameters())
+        rows.append(
+            {
+                "engine": engine,
+                "captions_per_s": len(captions) / seconds,
+                "images_per_s": args.images / seconds,
+                "step_s_median": seconds,
+                "step_s": watch.seconds,
+                "peak_mem_bytes": weights + max(watch.peak),
+                "max_grad_rel_diff": None,
+                "mfu": work / seconds / peak,
+            }
+            | first[engine]
+        )
+    by_engine = {row["engine"]: row["step_s_median"] for row in rows}
+    return {
+        "rows": rows,
+        "speedup_vs_stock": {e: by_engine["trl_stock"] / s for e, s in by_engine.items() if "trl_stock" in by_engine},
+        "speedup_vs_stock_lean": {
+            e: by_engine["trl_stock_lean"] / s for e, s in by_engine.items() if "trl_stock_lean" in by_engine
+        },
+        "settings": asdict(args),
+        "model": {
+            "parameters": count_parameters(model),
+            "vision_parameters": sum(p.numel() for p in base_model(model).model.visual.parameters()),
+            "weights": "random",
+            "quantization": "nf4" if PRESETS[args.preset]["load_in_4bit"] else None,
+        },
+        "batch": {
+            "images": args.images,
+            "captions": len(captions),
+            "image_tokens": int(batch["image_grid_thw"][0].prod()) // 4,
+            "prefix_tokens": batch["caption_start"],
+            "caption_tokens_mean": statistics.mean(captions),
+        },
+        "useful_flops_a_step": work,
+        "peak_flops": peak,
+        "peak_flops_source": peak_source,
+        "max_memory_reserved_bytes": torch.cuda.max_memory_reserved() if args.device == "cuda" else None,
+        "hardware": provenance.hardware(),
+        "versions": provenance.versions(),
+        "commit": provenance.git_commit(),
+        "created": provenance.now(),
+    }
+
+
+def split_captions(batch: dict) -> list[torch.Tensor]:
+    """The token ids of every caption of a shared-prefix batch, end of turn included."""
+    segments, ids = batch["segments"], batch["input_ids"]
+    return [ids[row, segments[row] == s] for row in range(len(ids)) for s in segments[row].unique().tolist() if s > 1]
+
+
+def table(result: dict) -> str:
+    heads = ["step", "captions/s", "vs stock", "vs lean", "peak GiB", "MFU", "loss", "gradients differ"]
+    lines = [f"{'':<16}" + "".join(f"{head:>12}" for head in heads[:-1]) + f"{heads[-1]:>18}"]
+    for row in result["rows"]:
+        engine, differ = row["engine"], row["max_grad_rel_diff"]
+        ratios = [result[key].get(engine) for key in ("speedup_vs_stock", "speedup_vs_stock_lean")]
+        cells = [f"{row['step_s_median']:.3f} s", f"{row['captions_per_s']:.2f}"]
+        cells += [f"{ratio:.2f}x" if ratio else "-" for ratio in ratios]
+        cells += [f"{row['peak_mem_bytes'] / 2**30:.2f}", f"{row['mfu']:.1%}", f"{row['loss']:.5f}"]
+        line = f"{engine:<16}" + "".join(f"{cell:>12}" for cell in cells)
+        lines.append(line + f"{'-' if differ is None else f'{differ:.1e}':>18}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    (args,) = parse(__doc__, BenchArguments)
+    for value, known in ((args.preset, PRESETS), *((engine, ENGINES) for engine in args.engines)):
+        if value not in known:
+            sys.exit(f"error: {value!r} is none of {', '.join(known)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda, but torch finds no CUDA device")
+    if args.memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        processor = load_processor(str(REPOSITORY / "recipes/miniature"), max_pixels=args.max_pixels)
+        build_checkpoint(PRESETS[args.preset], processor, folder / "model", args.seed)
+        rows = build_rows(args.images, folder, args.seed)
+        trainers = {e: build_trainer(e, args, folder, processor, rows) for e in args.engines}
+        watches = {engine: Watch(args.device) for engine in trainers}
+        for engine, trainer in trainers.items():
+            trainer.add_callback(watches[engine])
+        adapter = random_adapter(next(iter(trainers.values())).model, args.seed)
+        first = compare_first_steps(trainers, watches, adapter)
+        for number in range(args.rounds):
+            for engine, trainer in trainers.items():
+                for _ in range(ENGINES[engine]):
+                    step(trainer, adapter)
+                print(f"round {number + 1}: {engine:<16}{watches[engine].seconds[-1]:9.3f} s a step", flush=True)
+        examples = [{"row": number, "captions": row["captions"]} for number, row in enumerate(rows)]
+        bad_images = BadImages(folder / "bad_images.jsonl", limit=0)
+        model = base_model(next(iter(trainers.values())).model)
+        batch = SharedPrefixCollator(rows, processor, JAPANESE_PROMPT, bad_images, model)(examples)
+        result = summarise(args, trainers, watches, first, batch)
+    print()
+    print(table(result))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
