@@ -216,12 +216,13 @@ class Bench:
 
     def learn(self, training: Training) -> dict:
         """One training: its curve on the first `test_images`, its final score on all test images of the demo."""
+        commit = provenance.git_commit()  # of the code that runs, whatever is committed meanwhile
         trainer = self.trainer(training)
         curve = Curve(self, training.steps)
         trainer.add_callback(curve)
         trainer.train()
         record = training.record() | {"curve": curve.points, "cider_d": self.cider_d(trainer.model, self.test)}
-        return record | {"commit": provenance.git_commit(), "created": provenance.now()}
+        return record | {"commit": commit, "created": provenance.now()}
 
     def time_steps(self) -> dict:
         """Seconds a step of every batch, all in turns."""
@@ -390,7 +391,8 @@ def draw(axes, configurations: list[dict], settings: bool) -> None:
             fontsize=8,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 2, "shrinkB": 3}
+            | {"relpos": (0, 0.5)},
         )
 
 

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import torch
+from accelerate import PartialState
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin
@@ -22,17 +23,20 @@ def count_image_tokens(rows: datasets.Dataset, processor: ProcessorMixin) -> lis
         processor: with an image processor of the Qwen2-VL family.
     """
 
-    def count(row: dict) -> int:
+    cells = rows.select_columns(["image", "image_id", "file_name"])
+
+    def count(row: int) -> int:
         try:
-            width, height = image_size(row)
-        except BadImageError:  # the collator lists it and takes another picture
+            width, height = image_size(cells[row])
+            patches = processor.image_processor.get_number_of_image_patches(height, width)
+        except (BadImageError, ValueError):  # ValueError: one side is more than 200 times the other
             return 0
-        patches = processor.image_processor.get_number_of_image_patches(height, width)
         return patches // processor.image_processor.merge_size**2
 
+    main = PartialState().is_main_process
     with ThreadPoolExecutor(8) as pool:
-        cells = rows.select_columns(["image", "image_id", "file_name"])
-        return list(tqdm(pool.map(count, cells), total=len(rows), desc="sizes of training pictures"))
+        counts = pool.map(count, range(len(rows)))
+        return list(tqdm(counts, total=len(rows), desc="sizes of training pictures", disable=not main))
 
 
 class SimilarSizeSampler(Sampler[int]):

@@ -1,0 +1,36 @@
+"""The benchmark against the stock trainer runs, compares like with like, and writes what it promises."""
+
+import json
+
+import pytest
+
+
+def test_bench_training_on_small_pictures(run_script, tmp_path):
+    """The CPU proxy on pictures of 63 image tokens; speed is not looked at, that it is the same training is."""
+    out = tmp_path / "out.json"
+    run_script("bench_training.py", "--max_pixels", 50_176, "--rounds", 1, "--json", out)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["engine"]: row for row in result["rows"]}
+    assert list(rows) == ["trl_stock", "trl_stock_lean", "shared_prefix"] == list(result["speedup_vs_stock"])
+    for row in rows.values():
+        assert row["captions_per_s"] == pytest.approx(5 / row["step_s_median"])
+        assert row["images_per_s"] == pytest.approx(1 / row["step_s_median"])
+        assert row["max_grad_rel_diff"] < 1e-4 and row["loss_rel_diff"] < 1e-5
+        assert 0 < row["mfu"] < 1 and row["peak_mem_bytes"] > 400e6
+    assert rows["trl_stock"]["loss"] != rows["trl_stock_lean"]["loss"]  # with and without smoothing
+    seconds = {engine: row["step_s_median"] for engine, row in rows.items()}
+    assert result["speedup_vs_stock"]["shared_prefix"] == pytest.approx(
+        seconds["trl_stock"] / seconds["shared_prefix"]
+    )
+    assert result["batch"]["captions"] == 5 and result["batch"]["image_tokens"] == 63
+    assert 95e6 < result["model"]["parameters"] < 115e6
+    assert 0.28 < result["model"]["vision_parameters"] / result["model"]["parameters"] < 0.35
+
+
+def test_unknown_names_are_refused(run_script):
+    assert (
+        "'tiny' is none of cpu_proxy, qwen2vl_2b"
+        in run_script("bench_training.py", "--preset", "tiny", expect=1).stderr
+    )
+    refused = run_script("bench_training.py", "--engines", "shared_prefix", "fast", expect=1)
+    assert "'fast' is none of trl_stock, trl_stock_lean" in refused.stderr
