@@ -3,7 +3,7 @@
     python scripts/bench_training.py --preset cpu_proxy --json out.json                     # two CPU cores, 6 minutes
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --json out.json      # real size, random weights
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --engines shared_prefix \\
-        --precision fp16 --max_pixels 200704 --memory_gib 14.5                              # would it fit a T4?
+        --images 4 --precision fp16 --max_pixels 200704 --memory_gib 14.5                              # would it fit a T4?
 
 The same images and captions go through three trainers, a step of each in turn, so that other work on the machine
 slows all of them:
@@ -428,6 +428,8 @@ def main() -> None:
             sys.exit(f"error: {value!r} is none of {', '.join(known)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch finds no CUDA device")
+    if args.memory_gib and args.device != "cuda":
+        sys.exit("error: --memory_gib bounds a GPU's memory: add --device cuda")
     if args.memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
