@@ -3,7 +3,7 @@
     python scripts/bench_training.py --preset cpu_proxy --json out.json                     # two CPU cores, 6 minutes
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --json out.json      # real size, random weights
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --engines shared_prefix \\
-        --images 4 --precision fp16 --max_pixels 200704 --memory_gib 14.5                              # would it fit a T4?
+        --images 4 --precision fp16 --max_pixels 200704 --memory_gib 14.5             # would it fit a T4?
 
 The same images and captions go through three trainers, a step of each in turn, so that other work on the machine
 slows all of them:
