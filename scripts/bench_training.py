@@ -26,6 +26,7 @@ caption positions. It is divided by the device's peak: NVIDIA's dense 16-bit fig
 import ctypes
 import gc
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -47,7 +48,7 @@ from vlmcap.data.scenes import scenes
 from vlmcap.models.load import ModelArguments, base_model, count_parameters, load_model, load_processor, lora_config
 from vlmcap.models.miniature import JAPANESE_PROMPT
 from vlmcap.training.collator import BadImages
-from vlmcap.training.shared_prefix import SharedPrefixCollator, branch_mask
+from vlmcap.training.shared_prefix import PADDING, PREFIX, SharedPrefixCollator, branch_mask
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10
 
 @dataclass
 class BenchArguments:
-    preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (105M parameters) or qwen2vl_2b."})
+    preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (106M parameters) or qwen2vl_2b."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
     engines: list[str] = field(
@@ -151,9 +152,7 @@ def build_trainer(engine: str, args: BenchArguments, folder: Path, processor, ro
         "max_steps": 1,
         "learning_rate": 1e-4,
         "label_smoothing_factor": 0.0 if engine == "trl_stock_lean" else 0.1,
-        "gradient_checkpointing": {"trl_stock": True, "trl_stock_lean": False}.get(
-            engine, args.gradient_checkpointing
-        ),
+        "gradient_checkpointing": args.gradient_checkpointing if fast else engine == "trl_stock",
         "use_cpu": args.device == "cpu",
         "report_to": "none",
         "save_strategy": "no",
@@ -265,7 +264,7 @@ def useful_flops(model, batch: dict) -> float:
     merged = 4 * vision.embed_dim
     patches = batch["image_grid_thw"].prod(1)
     captions = (batch["labels"] != -100).sum().item()
-    tokens = (batch["segments"] != 0).sum().item()
+    tokens = (batch["segments"] != PADDING).sum().item()
     pairs = branch_mask(batch["segments"]).sum().item()
     work = 2 * tower * patches.sum().item() + 4 * (patches**2).sum().item() * vision.embed_dim * vision.depth
     work += 3 * 2 * (merged * merged + merged * h) * patches.sum().item() / 4
@@ -278,7 +277,7 @@ def peak_flops(device: str) -> tuple[float, str]:
     if device == "cuda":
         name = torch.cuda.get_device_name()
         for key, peak in PEAK_FLOPS.items():
-            if key in name.split() or f"-{key}" in name or name.endswith(key):
+            if re.search(rf"\b{key}\b", name):
                 return peak, f"data sheet of the {key}, dense 16-bit"
     size = 8192 if device == "cuda" else 2048
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -290,9 +289,8 @@ def peak_flops(device: str) -> tuple[float, str]:
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(
-        seconds
-    ), f"{size} x {size} matrix product in {str(dtype).removeprefix('torch.')}, timed here"
+    source = f"{size} x {size} matrix product in {str(dtype).removeprefix('torch.')}, timed here"
+    return 2 * size**3 / min(seconds), source
 
 
 def relative_difference(ours: dict, theirs: dict) -> float:
@@ -325,9 +323,8 @@ def compare_first_steps(trainers: dict, watches: dict, adapter: dict) -> dict[st
     for engine, trainer in trainers.items():
         watch, smoothing = watches[engine], trainer.args.label_smoothing_factor
         watch.keep_gradients = True
-        for epsilon in (
-            (0.0, smoothing) if engine == "shared_prefix" and "trl_stock_lean" in trainers else (smoothing,)
-        ):
+        both = engine == "shared_prefix" and "trl_stock_lean" in trainers
+        for epsilon in (0.0, smoothing) if both else (smoothing,):
             trainer.args.label_smoothing_factor = epsilon
             losses[engine, epsilon] = step(trainer, adapter)
             gradients[engine, epsilon] = watch.gradients
@@ -351,7 +348,8 @@ def summarise(args: BenchArguments, trainers: dict, watches: dict, first: dict, 
     peak, peak_source = peak_flops(args.device)
     model = next(iter(trainers.values())).model
     work = useful_flops(model, batch)
-    captions = [len(ids) for ids in split_captions(batch)]
+    captions = caption_lengths(batch)
+    vision = base_model(model).model.visual.named_parameters()
     rows = []
     for engine, watch in watches.items():
         seconds = statistics.median(watch.seconds)
@@ -379,7 +377,7 @@ def summarise(args: BenchArguments, trainers: dict, watches: dict, first: dict, 
         "settings": asdict(args),
         "model": {
             "parameters": count_parameters(model),
-            "vision_parameters": sum(p.numel() for p in base_model(model).model.visual.parameters()),
+            "vision_parameters": sum(p.numel() for n, p in vision if ".modules_to_save." not in n),
             "weights": "random",
             "quantization": "nf4" if PRESETS[args.preset]["load_in_4bit"] else None,
         },
@@ -401,10 +399,9 @@ def summarise(args: BenchArguments, trainers: dict, watches: dict, first: dict, 
     }
 
 
-def split_captions(batch: dict) -> list[torch.Tensor]:
-    """The token ids of every caption of a shared-prefix batch, end of turn included."""
-    segments, ids = batch["segments"], batch["input_ids"]
-    return [ids[row, segments[row] == s] for row in range(len(ids)) for s in segments[row].unique().tolist() if s > 1]
+def caption_lengths(batch: dict) -> list[int]:
+    """Tokens of every caption of a shared-prefix batch, end of turn included."""
+    return [int((row == segment).sum()) for row in batch["segments"] for segment in row.unique() if segment > PREFIX]
 
 
 def table(result: dict) -> str:

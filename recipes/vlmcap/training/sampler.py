@@ -22,7 +22,6 @@ def count_image_tokens(rows: datasets.Dataset, processor: ProcessorMixin) -> lis
         rows: as `load_captions` returns them.
         processor: with an image processor of the Qwen2-VL family.
     """
-
     cells = rows.select_columns(["image", "image_id", "file_name"])
 
     def count(row: int) -> int:
