@@ -42,7 +42,7 @@ from vlmcap.data.images import (
     open_image,
 )
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record, weights_hash
-from vlmcap.evaluation.metrics import ScoreError, read_predictions, write_metrics
+from vlmcap.evaluation.scoring import ScoreError, read_predictions, write_metrics
 from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page

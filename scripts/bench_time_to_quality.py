@@ -52,7 +52,7 @@ from vlmcap.data.build import PublishArguments, publish
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.data.scenes import write_scene_dataset
 from vlmcap.evaluation.generate import GenerationArguments, caption_images
-from vlmcap.evaluation.metrics import score
+from vlmcap.evaluation.scoring import score
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer

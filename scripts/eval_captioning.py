@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import parse
-from vlmcap.evaluation.metrics import ScoreError, dataset_references, read_references, score_table, write_metrics
+from vlmcap.evaluation.scoring import ScoreError, dataset_references, read_references, score_table, write_metrics
 from vlmcap.evaluation.tokenise import TokenizerError
 
 

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
 
-from vlmcap.evaluation.metrics import ScoreError, dataset_references, score, write_metrics
+from vlmcap.evaluation.scoring import ScoreError, dataset_references, score, write_metrics
 
 PREDICTIONS = {1: "赤い車が道路を走っている", 2: "白い猫が窓辺で眠っている"}
 REFERENCES = {1: ["赤い車が道を走っている", "道路を走る赤い車"], 2: ["窓辺で白い猫が寝ている", "眠る白猫"]}

@@ -10,15 +10,8 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from vlmcap.evaluation.metrics import (
-    ScoreError,
-    bleu,
-    caption_statistics,
-    corpus_scores,
-    read_predictions,
-    read_references,
-    score,
-)
+from vlmcap.evaluation.metrics import bleu, caption_statistics, corpus_scores
+from vlmcap.evaluation.scoring import ScoreError, read_predictions, read_references, score
 from vlmcap.evaluation.tokenise import TokenizerError, tokenise
 
 NAMES = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d"]

@@ -29,6 +29,15 @@ class GenerationArguments:
     num_beams: int = field(default=3, metadata={"help": "Beam width; 1 is greedy search."})
     max_new_tokens: int = field(default=64, metadata={"help": "A caption is cut after this many tokens."})
     generation_batch_size: int = field(default=16, metadata={"help": "Images generated for at once."})
+    japanese_only: bool = field(
+        default=False, metadata={"help": "Constrain captions to Japanese script, digits and punctuation."}
+    )
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "No n-gram of this many tokens comes twice in a caption; 0 allows it."}
+    )
+    avoid_words: str | None = field(
+        default=None, metadata={"help": "File of words, one a line, that no caption may contain."}
+    )
 
 
 class PredictionsError(ValueError):

@@ -8,10 +8,11 @@ import jinja2
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
+from vlmcap.evaluation.scoring import SCORE_LABELS
+
 REPOSITORY = Path(__file__).parents[3]
 TEMPLATE = REPOSITORY / "model_cards" / "adapter.md.j2"
 EVAL_RESULTS = ".eval_results/captioning.yaml"
-SCORE_LABELS = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {"rouge_l": "ROUGE-L", "cider_d": "CIDEr-D"}
 # The smallest published Qwen2-VL has 2 billion parameters and the project's miniature about 3 million.
 MINIATURE_PARAMETERS = 100_000_000
 # What a document must hold before a card can be printed: the scorer's part, the run record's, the recipe's.
