@@ -51,6 +51,7 @@ from vlmcap.training.collator import BadImages, drop_missing
 from vlmcap.training.features import cache_features
 from vlmcap.training.report import settings_report, training_report
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.validation import CaptionValidation
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
 
@@ -69,12 +70,17 @@ class DataArguments:
         default=None, metadata={"help": "Folder of the photographs, for a dataset published without them."}
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(
+        default="validation",
+        metadata={"help": "Split whose captions rank the checkpoints, with eval_strategy: steps."},
+    )
     test_split: str = field(default="test", metadata={"help": "Split on which base and adapter are scored."})
     include_yj_images: bool = field(
         default=False,
         metadata={"help": "Train on images that YJ Captions describes too; YJ is then no held-out test."},
     )
     max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
+    max_validation_images: int = field(default=300, metadata={"help": "Validate on this many images, drawn by seed."})
     max_test_images: int | None = field(default=None, metadata={"help": "Score on the first N test images only."})
     max_bad_images: float = field(
         default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
@@ -137,7 +143,7 @@ def main(
         source = {"image_dir": data_args.image_dir, "revision": train_set["revision"]}
         train_rows = load_captions(data_args.dataset, data_args.train_split, **source)
         test_rows = load_captions(data_args.dataset, data_args.test_split, **source)
-    check_no_overlap(train_rows, test_rows)
+    check_no_overlap(train_rows, test_rows, data_args.test_split)
     if not data_args.include_yj_images:
         train_rows = train_rows.select([i for i, in_yj in enumerate(train_rows["in_yj"]) if not in_yj])
     train_rows = train_rows.select(range(min(data_args.max_train_images or len(train_rows), len(train_rows))))
@@ -147,6 +153,14 @@ def main(
         output_dir.mkdir(parents=True, exist_ok=True)
         bad_images.path.unlink(missing_ok=True)
         check_images(test_rows, data_args.test_split)
+    validation_rows = None
+    if training_args.eval_strategy != "no":
+        validation_rows = load_captions(data_args.dataset, data_args.validation_split, **source)
+        check_no_overlap(train_rows, validation_rows, data_args.validation_split)
+        validation_rows = validation_rows.shuffle(seed=training_args.seed)
+        validation_rows = validation_rows.select(range(min(data_args.max_validation_images, len(validation_rows))))
+        if is_main:
+            check_images(validation_rows, data_args.validation_split)
     train_rows = drop_missing(train_rows, bad_images, write=is_main)
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
@@ -159,6 +173,9 @@ def main(
             Path(training_args.cache_image_features), model, processor, train_rows, *names, bad_images
         )
         train_rows = features.rows
+    validation = None
+    if validation_rows is not None:
+        validation = CaptionValidation(validation_rows, processor, generation_args, data_args.tokenizer)
     trainer = CaptionTrainer(
         model=model,
         args=training_args,
@@ -168,6 +185,7 @@ def main(
         bad_images=bad_images,
         peft_config=lora_config(model, model_args),
         features=features,
+        validation=validation,
     )
     if is_main:
         print(training_report(trainer, model_args.model_name_or_path, model_args.max_pixels, 64), flush=True)

@@ -133,13 +133,13 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     }
 
 
-def check_no_overlap(train: datasets.Dataset, test: datasets.Dataset) -> None:
-    """Raises DatasetError when an image is both trained on and tested on."""
-    both = sorted(set(train["image_id"]) & set(test["image_id"]))
+def check_no_overlap(train: datasets.Dataset, other: datasets.Dataset, split: str = "test") -> None:
+    """Raises DatasetError when an image is trained on and is in the other split too."""
+    both = sorted(set(train["image_id"]) & set(other["image_id"]))
     if both:
         raise DatasetError(
-            f"{len(both)} images are in the training and in the test split (image_id {both[0]}, ...). Scores on them"
-            " would mean nothing: publish the dataset again with disjoint splits, or name other splits."
+            f"{len(both)} images are in the training and in the {split} split (image_id {both[0]}, ...). Scores on"
+            " them would mean nothing: publish the dataset again with disjoint splits, or name other splits."
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap.models.load import compute_dtype, free_frozen_parts
@@ -17,6 +17,7 @@ from vlmcap.training.features import FeatureCache, feed_features
 from vlmcap.training.loss import smoothed_cross_entropy
 from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
 from vlmcap.training.shared_prefix import SharedPrefixCollator
+from vlmcap.training.validation import CaptionValidation
 
 
 @dataclass
@@ -61,6 +62,13 @@ class CaptionSFTConfig(SFTConfig):
         },
     )
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing of the caption tokens."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when the validation captions have not improved for this many evaluations (every eval_steps"
+            " with eval_strategy: steps). They are ranked by metric_for_best_model, cider_d by default."
+        },
+    )
 
     def __post_init__(self):
         dtype = compute_dtype()
@@ -74,6 +82,14 @@ class CaptionSFTConfig(SFTConfig):
             )
         if self.cache_image_features and not self.shared_prefix:
             raise ValueError("cache_image_features needs the shared-prefix engine: leave shared_prefix at true")
+        validates = self.eval_strategy != "no"
+        if (self.early_stopping_patience or self.load_best_model_at_end) and not validates:
+            raise ValueError(
+                "early_stopping_patience and load_best_model_at_end rank the model by captions of validation images:"
+                " set eval_strategy: steps and eval_steps, or leave them out"
+            )
+        if validates and self.metric_for_best_model is None:
+            self.metric_for_best_model = "cider_d"
         super().__post_init__()
 
 
@@ -92,6 +108,7 @@ class CaptionTrainer(SFTTrainer):
         bad_images: the list of unreadable pictures.
         features: cached image features of the rows, for the shared-prefix engine. The model's vision encoder is then
             taken out.
+        validation: scores the model at every evaluation (`eval_strategy`), as "eval_cider_d" and so on.
     """
 
     _tag_names = ["trl", "sft", "image-captioning", "japanese"]
@@ -106,8 +123,9 @@ class CaptionTrainer(SFTTrainer):
         bad_images: BadImages,
         peft_config: PeftConfig,
         features: FeatureCache | None = None,
+        validation: CaptionValidation | None = None,
     ):
-        self.rows, self.bad_images = rows, bad_images
+        self.rows, self.bad_images, self.validation = rows, bad_images, validation
         examples = caption_examples(rows, args.captions_per_image)
         self.sizes = [0] * len(examples)
         if args.per_device_train_batch_size > 1 and model.config.model_type in shared_prefix.MODEL_TYPES:
@@ -133,6 +151,7 @@ class CaptionTrainer(SFTTrainer):
                 args=args,
                 data_collator=collator,
                 train_dataset=examples,
+                eval_dataset=validation and validation.rows,
                 processing_class=processing_class,
             )
         # `compute_loss` takes the number of caption tokens of the whole step. transformers counts them for Qwen2-VL
@@ -146,8 +165,11 @@ class CaptionTrainer(SFTTrainer):
                 if parameter.requires_grad:
                     parameter.data = trained[name]
         free_frozen_parts(self.model)
+        self.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.clock = RunClock()
         self.add_callback(self.clock)
+        if args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         self.hits_and_tokens = torch.zeros(2, dtype=torch.long, device=args.device)
 
     def _get_train_sampler(self, train_dataset=None) -> SimilarSizeSampler:
@@ -186,6 +208,22 @@ class CaptionTrainer(SFTTrainer):
         self.clock.waited += time.perf_counter() - start
         return samples
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Scores of the captions that the model writes now for the validation images, as `eval_cider_d` and so on."""
+        start = time.perf_counter()
+        self.model.eval()
+        with self.compute_loss_context_manager():
+            scores = self.validation(self.accelerator.unwrap_model(self.model))
+        seconds = time.perf_counter() - start
+        self.clock.start += seconds  # not training
+        self.clock.begin += seconds
+        metrics = {f"{metric_key_prefix}_{name}": round(score, 6) for name, score in scores.items()}
+        metrics[f"{metric_key_prefix}_seconds"] = round(seconds, 1)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.model.train()
+        return metrics
+
     def log(self, logs, *args, **kwargs):
         """Adds the seconds so far, the share of them spent waiting for data, the share of caption tokens predicted
         right, and the number of unreadable training pictures once there is one."""
@@ -201,12 +239,24 @@ class CaptionTrainer(SFTTrainer):
         super().log(logs, *args, **kwargs)
 
     def summary(self) -> dict:
-        """What the run came to, interruptions included: steps, epochs, seconds, share of them spent waiting for data
-        (since the last continuation), last logged loss, bytes."""
+        """What the run came to, interruptions included: steps, epochs, seconds of training without validation, share
+        of them spent waiting for data (since the last continuation), last logged loss, bytes, the log.
+
+        `best`: step and score of the checkpoint that was kept, when the captions of validation images chose it.
+        """
 
         def last(key: str) -> float:
             return next(entry[key] for entry in reversed(self.state.log_history) if key in entry)
 
+        best = None
+        if self.args.load_best_model_at_end:
+            best = {
+                "step": self.state.best_global_step,
+                "metric": self.args.metric_for_best_model,
+                "score": self.state.best_metric,
+            }
+        kept = ("step", "epoch", "loss", "mean_token_accuracy", "elapsed_seconds", "eval_cider_d", "eval_seconds")
+        log = [{key: entry[key] for key in kept if key in entry} for entry in self.state.log_history]
         return {
             "steps": self.state.global_step,
             "epochs": round(self.state.epoch, 4),
@@ -214,7 +264,9 @@ class CaptionTrainer(SFTTrainer):
             "data_wait_share": last("data_wait_share"),
             "train_loss": last("loss"),
             "peak_memory_bytes": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
-            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "trainable_parameters": self.trainable_parameters,
+            "best": best,
+            "log": [entry for entry in log if "loss" in entry or "eval_cider_d" in entry],
         }
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -237,7 +289,9 @@ class RunClock(TrainerCallback):
         self.waited = 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_log |= state.global_step == state.max_steps  # the last loss, however few the steps
+        last = state.global_step == state.max_steps
+        control.should_log |= last  # the last loss, however few the steps
+        control.should_evaluate |= last and args.eval_strategy != "no"  # or the last model could not be the best
 
     def seconds(self) -> float:
         return round(time.perf_counter() - self.start, 1)

@@ -1,0 +1,232 @@
+"""A grid of training runs: each cell a process of its own, finished ones skipped, failed ones left behind.
+
+A grid is a YAML file:
+
+    recipe: recipes/sft_qwen2vl_jp.py                        what is launched
+    config: recipes/configs/sft_qwen2vl_jp/base.yaml         its settings
+    output_dir: outputs/ablation
+    launch: [--config_file, accelerate_configs/cpu.yaml]     optional, for `accelerate launch`
+    settings: {max_steps: 300}                               optional, changes that hold for every cell
+    vary: {lora_r: [8, 64], train_projector: [false]}        one at a time, beside the unchanged reference
+    grid: {seed: [42, 43]}                                   optional, every combination of these, with each of `vary`
+"""
+
+import hashlib
+import itertools
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import yaml
+from tqdm.auto import tqdm
+
+REFERENCE = "reference"
+STATE = "cell.json"
+
+
+class AblationError(ValueError):
+    """A grid that cannot be run; the message names the file, the key and the mend."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the YAML file says; see the head of this module."""
+
+    recipe: str
+    config: str
+    output_dir: str
+    launch: list[str] = field(default_factory=list)
+    settings: dict = field(default_factory=dict)
+    vary: dict[str, list] = field(default_factory=dict)
+    grid: dict[str, list] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. `varied`: what of `vary` it changes, or "reference"; `changes`: every setting beside the config's."""
+
+    name: str
+    varied: str
+    changes: dict
+    folder: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "adapter/metrics.json"
+
+    def state(self) -> dict:
+        """What is known of the cell's last run: "status" is new, running, finished or failed."""
+        path = self.folder / STATE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "new"}
+
+    def finished(self) -> bool:
+        return self.state()["status"] == "finished"
+
+
+def read_grid(path: str | Path, **overrides) -> Grid:
+    """Reads a grid file; `overrides` that are not None replace its keys.
+
+    Raises:
+        AblationError: the file is missing or no mapping, has an unknown or no needed key, or a list is none.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise AblationError(f"{path} cannot be read: {error}") from error
+    known = set(Grid.__dataclass_fields__)
+    if not isinstance(document, dict) or set(document) - known:
+        extra = sorted(set(document) - known) if isinstance(document, dict) else type(document).__name__
+        raise AblationError(
+            f"{path}: {extra} is not known; a grid has the keys {', '.join(Grid.__dataclass_fields__)}"
+        )
+    document |= {key: value for key, value in overrides.items() if value is not None}
+    missing = [key for key in ("recipe", "config", "output_dir") if key not in document]
+    if missing:
+        raise AblationError(f"{path} lacks {', '.join(missing)}")
+    for part in ("vary", "grid"):
+        for key, values in document.get(part, {}).items():
+            if not isinstance(values, list) or not values:
+                raise AblationError(f"{path}: {part}.{key} must be a list of values, but is {values!r}")
+    for key in ("recipe", "config"):
+        if not Path(document[key]).is_file():
+            raise AblationError(f"{path}: {key} {document[key]} is no file (paths are relative to the working folder)")
+    return Grid(**document)
+
+
+def cells(grid: Grid) -> list[Cell]:
+    """The reference and every value of `vary` alone, for each combination of `grid`; the reference comes first.
+
+    A value that the config or `settings` has already is the reference and no cell of its own.
+    """
+    config = yaml.safe_load(Path(grid.config).read_text(encoding="utf-8")) | grid.settings
+    one_at_a_time = [{}] + [
+        {key: value} for key, values in grid.vary.items() for value in values if config.get(key) != value
+    ]
+    combinations = [dict(zip(grid.grid, values, strict=True)) for values in itertools.product(*grid.grid.values())]
+    found = []
+    for change, combination in itertools.product(one_at_a_time, combinations):
+        varied = _name(change) or REFERENCE
+        name = ", ".join(filter(None, [varied, _name(combination)]))
+        folder = Path(grid.output_dir) / "cells" / "".join(c if c.isalnum() or c in "=.-_" else "_" for c in name)
+        found.append(Cell(name, varied, grid.settings | combination | change, folder))
+    return found
+
+
+def run_grid(grid: Grid) -> list[Cell]:
+    """Runs what is not finished, and returns all cells.
+
+    An interrupted cell continues from its last checkpoint; a failed one begins anew; the others run on. What a cell
+    prints goes into `log.txt` of its folder.
+
+    Raises:
+        AblationError: a folder holds a cell that was run with other settings.
+    """
+    todo = cells(grid)
+    for cell in todo:
+        before = cell.state()
+        if before["status"] != "new" and before["fingerprint"] != _fingerprint(grid, cell):
+            raise AblationError(
+                f"{cell.folder} was run with other settings ({grid.config}, settings or vary have changed since)."
+                " Delete it or choose another output_dir."
+            )
+    bar = tqdm(todo, desc="cells")
+    for cell in bar:
+        bar.set_postfix_str(cell.name)
+        if not cell.finished():
+            _run(grid, cell)
+        if not cell.finished():
+            bar.write(f"{cell.name} failed, the others go on. End of {cell.folder / 'log.txt'}:", sys.stderr)
+            bar.write("\n".join(f"    {line}" for line in _last_words(cell.folder / "log.txt")), sys.stderr)
+    return todo
+
+
+def summary_rows(grid_cells: list[Cell], score: str = "cider_d") -> list[list[str]]:
+    """The grid as rows of text, header first: a row for each of `vary`, means over the combinations of `grid`."""
+    rows = [["", score, "least", "most", "runs", "trained parameters", "seconds of training", "peak memory, GiB"]]
+    for varied in dict.fromkeys(cell.varied for cell in grid_cells):
+        runs_of = [cell for cell in grid_cells if cell.varied == varied]
+        documents = [json.loads(cell.metrics.read_text(encoding="utf-8")) for cell in runs_of if cell.finished()]
+        runs = f"{len(documents)} of {len(runs_of)}"
+        if not documents:
+            rows.append([varied, "-", "-", "-", runs, "-", "-", "-"])
+            continue
+        scores = [document["scores"][score] for document in documents]
+        training = [document["training"] for document in documents]
+        peaks = [t["peak_memory_bytes"] for t in training if t["peak_memory_bytes"] is not None]
+        rows.append(
+            [
+                varied,
+                f"{sum(scores) / len(scores):.4f}",
+                f"{min(scores):.4f}",
+                f"{max(scores):.4f}",
+                runs,
+                f"{training[0]['trainable_parameters']:,}",
+                f"{sum(t['seconds'] for t in training) / len(training):.0f}",
+                f"{max(peaks) / 2**30:.2f}" if peaks else "not measured",
+            ]
+        )
+    return rows
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of text, header first, as a Markdown table; all columns but the first stand right."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]) + "\n"
+
+
+def _run(grid: Grid, cell: Cell) -> None:
+    before, start = cell.state(), time.monotonic()
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *grid.launch, grid.recipe]
+    command += ["--config", grid.config, "--output_dir", str(cell.folder)]
+    for key, value in cell.changes.items():
+        command += [f"--{key}", *(_argument(v) for v in (value if isinstance(value, list) else [value]))]
+    if any(cell.folder.glob("checkpoint-*/trainer_state.json")):
+        command += ["--resume_from_checkpoint", "latest"]
+    state = {"fingerprint": _fingerprint(grid, cell), "changes": cell.changes, "command": command[1:]}
+
+    def write(**more) -> None:
+        partial = cell.folder / f"{STATE}.partial"
+        partial.write_text(json.dumps(state | more, ensure_ascii=False, indent=2), encoding="utf-8")
+        partial.replace(cell.folder / STATE)
+
+    earlier = before.get("seconds", 0.0)
+    write(status="running", seconds=earlier)
+    with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            code = process.wait()
+        except BaseException:
+            # The launcher would leave the recipe running.
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.terminate()
+            process.wait()
+            raise
+    done = code == 0 and cell.metrics.exists()
+    seconds = earlier + time.monotonic() - start
+    write(status="finished" if done else "failed", returncode=code, seconds=round(seconds, 1))
+
+
+def _last_words(log: Path, lines: int = 5) -> list[str]:
+    """The end of what a recipe printed, without the launcher's own traceback behind it."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    before, _, launcher = text.rpartition("Traceback (most recent call last):")
+    return (before if "CalledProcessError" in launcher else text).strip().splitlines()[-lines:]
+
+
+def _fingerprint(grid: Grid, cell: Cell) -> str:
+    config = yaml.safe_load(Path(grid.config).read_text(encoding="utf-8"))
+    settings = {"recipe": grid.recipe} | config | cell.changes
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _name(changes: dict) -> str:
+    return ", ".join(f"{key}={_argument(value)}" for key, value in changes.items())
+
+
+def _argument(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

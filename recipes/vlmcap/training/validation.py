@@ -1,0 +1,47 @@
+"""Captions of validation images during training, scored: loss does not rank captions."""
+
+from dataclasses import dataclass
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import ProcessorMixin
+
+from vlmcap.data.images import open_image
+from vlmcap.evaluation.generate import GenerationArguments, caption_images
+from vlmcap.evaluation.scoring import score
+
+
+@dataclass(frozen=True)
+class CaptionValidation:
+    """Scores a model by the captions it writes for `rows`, with the decoding of the final evaluation.
+
+    rows: as `load_captions` returns them; every picture must be readable.
+    tokenizer: word segmentation of the metrics.
+    """
+
+    rows: datasets.Dataset
+    processor: ProcessorMixin
+    generation: GenerationArguments
+    tokenizer: str = "unidic-lite"
+
+    @torch.inference_mode()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """`bleu_1` .. `bleu_4`, `rouge_l`, `cider_d` of a model in evaluation mode.
+
+        Each process captions its share of the images, and all of them return the scores of all images. Decoding is
+        deterministic and draws no random number, so that a run with validation trains as one without.
+        """
+        state = PartialState()
+        mine = list(range(len(self.rows)))[state.process_index :: state.num_processes]
+        captions = []
+        for start in range(0, len(mine), self.generation.generation_batch_size):
+            batch = self.rows.select(mine[start : start + self.generation.generation_batch_size])
+            images = [open_image(row) for row in batch]
+            said = caption_images(model, self.processor, images, self.generation)
+            captions += zip(batch["image_id"], said, strict=True)
+        predictions = {str(image_id): caption for image_id, caption in gather_object(captions)}
+        references = dict(zip(map(str, self.rows["image_id"]), self.rows["captions"], strict=True))
+        return score(predictions, references, self.tokenizer)["scores"]

@@ -1,0 +1,59 @@
+"""Train a grid of settings, a process a cell, and compare what came out.
+
+    python scripts/run_ablation.py --config recipes/configs/sft_qwen2vl_jp/ablation.yaml     # Qwen2-VL, one GPU
+    make ablation                                                                            # the miniature, on a CPU
+
+The grid file names the recipe, its configuration and what is varied: LoRA rank, number of top layers, projector,
+label smoothing, resolution, or any other key of the recipe. Given again, the command skips finished cells and goes on
+from the last checkpoint of an interrupted one. A failed cell stops no other; the next call tries it again.
+
+Cells lie in OUTPUT_DIR/cells; OUTPUT_DIR/ablation.md and comparison/ (see scripts/compare_runs.py) cover all that are
+finished. Scores of one seed scatter: `grid: {seed: [42, 43, 44]}` trains each cell three times, and ablation.md gives
+mean, least and most.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vlmcap.arguments import parse
+from vlmcap.evaluation.scoring import ScoreError
+from vlmcap.reporting.compare import read_runs, write_comparison
+from vlmcap.training.ablation import AblationError, cells, markdown_table, read_grid, run_grid, summary_rows
+
+
+@dataclass
+class AblationArguments:
+    grid: str = field(metadata={"help": "Grid file, YAML; `--config` is another name for it."})
+    output_dir: str | None = field(default=None, metadata={"help": "Instead of the file's output_dir."})
+    dry_run: bool = field(default=False, metadata={"help": "List the cells and their state, and run nothing."})
+
+
+def main(args: AblationArguments) -> None:
+    grid = read_grid(args.grid, output_dir=args.output_dir)
+    if args.dry_run:
+        for cell in cells(grid):
+            print(f"{cell.state()['status']:<9} {cell.name}")
+        return
+    all_cells = run_grid(grid)
+    finished = [cell for cell in all_cells if cell.finished()]
+    output_dir = Path(grid.output_dir)
+    rows = summary_rows(all_cells)
+    (output_dir / "ablation.md").write_text(markdown_table(rows), encoding="utf-8")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *values in rows:
+        print(f"{name:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(values, widths[1:], strict=True)), sep="  ")
+    if finished:
+        write_comparison(read_runs([f"{cell.name}={cell.metrics}" for cell in finished]), output_dir / "comparison")
+        print(f"\nComparison: {output_dir / 'comparison'}")
+    if len(finished) < len(all_cells):
+        lost = len(all_cells) - len(finished)
+        sys.exit(f"error: {lost} of {len(all_cells)} cells failed; the same command tries them again")
+
+
+if __name__ == "__main__":
+    arguments = ["--grid" if argument == "--config" else argument for argument in sys.argv[1:]]
+    try:
+        main(*parse(__doc__, AblationArguments, command_line=arguments))
+    except (AblationError, ScoreError) as error:
+        sys.exit(f"error: {error}")

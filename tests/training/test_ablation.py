@@ -1,0 +1,147 @@
+"""Grids of runs: what is run, skipped, continued, survived. The recipe is a small script, launched as a real one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlmcap.training.ablation import AblationError, cells, markdown_table, read_grid, run_grid, summary_rows
+
+# Writes what a recipe leaves: a checkpoint first, then a score that depends on its settings. Rank 13 fails; with a
+# file `hang` beside the script it waits after its checkpoint.
+RECIPE = """
+import argparse, json, pathlib, time, yaml
+parser = argparse.ArgumentParser()
+for name in ("config", "output_dir", "lora_r", "train_projector", "seed", "resume_from_checkpoint"):
+    parser.add_argument("--" + name)
+args = parser.parse_args()
+settings = yaml.safe_load(open(args.config)) | {k: v for k, v in vars(args).items() if v is not None}
+output = pathlib.Path(args.output_dir)
+print("resumed from", args.resume_from_checkpoint, flush=True)
+if int(settings["lora_r"]) == 13:
+    raise ValueError("rank 13 brings bad luck")
+(output / "checkpoint-1").mkdir(exist_ok=True)
+(output / "checkpoint-1/trainer_state.json").write_text("{}")
+while (pathlib.Path(__file__).parent / "hang").exists():
+    time.sleep(0.1)
+training = {"trainable_parameters": 10 * int(settings["lora_r"]), "seconds": 2.0, "peak_memory_bytes": None}
+score = int(settings["lora_r"]) / 100 + int(settings["seed"]) / 1000
+(output / "adapter").mkdir(exist_ok=True)
+(output / "adapter/metrics.json").write_text(json.dumps({"scores": {"cider_d": score}, "training": training}))
+"""
+
+
+@pytest.fixture
+def grid_file(tmp_path) -> Path:
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    (tmp_path / "base.yaml").write_text("lora_r: 32\ntrain_projector: true\nseed: 1\n")
+    grid = {
+        "recipe": str(tmp_path / "recipe.py"),
+        "config": str(tmp_path / "base.yaml"),
+        "output_dir": str(tmp_path / "out"),
+        "launch": ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"],
+        "vary": {"lora_r": [13, 32], "train_projector": [True, False]},
+        "grid": {"seed": [1, 2]},
+    }
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    return path
+
+
+def test_cells_are_the_reference_and_one_change_at_a_time(grid_file):
+    found = cells(read_grid(grid_file))
+    # 32 and true are the config's own: the reference, and no cells of their own.
+    assert [cell.name for cell in found] == [
+        "reference, seed=1",
+        "reference, seed=2",
+        "lora_r=13, seed=1",
+        "lora_r=13, seed=2",
+        "train_projector=false, seed=1",
+        "train_projector=false, seed=2",
+    ]
+    assert found[-1].changes == {"train_projector": False, "seed": 2}
+    assert len({cell.folder for cell in found}) == 6
+
+
+def test_a_grid_survives_a_failure_and_skips_what_is_finished(grid_file, capsys):
+    grid = read_grid(grid_file)
+    ran = run_grid(grid)
+    assert [cell.name for cell in ran if not cell.finished()] == ["lora_r=13, seed=1", "lora_r=13, seed=2"]
+    assert "rank 13 brings bad luck" in capsys.readouterr().err
+    rows = summary_rows(ran)
+    assert [row[:5] for row in rows[1:]] == [
+        ["reference", "0.3215", "0.3210", "0.3220", "2 of 2"],
+        ["lora_r=13", "-", "-", "-", "0 of 2"],
+        ["train_projector=false", "0.3215", "0.3210", "0.3220", "2 of 2"],
+    ]
+    assert markdown_table(rows).count("\n") == 5
+
+    finished = [cell for cell in ran if cell.finished()]
+    before = [cell.metrics.stat().st_mtime_ns for cell in finished]
+    run_grid(grid)
+    assert [cell.metrics.stat().st_mtime_ns for cell in finished] == before
+    failed = next(cell for cell in ran if not cell.finished())
+    assert (failed.folder / "log.txt").read_text().count("brings bad luck\n") == 2, "a failed cell is tried again"
+
+    # The configuration changed: what lies there is of another experiment.
+    Path(grid.config).write_text("lora_r: 16\ntrain_projector: true\nseed: 1\n")
+    with pytest.raises(AblationError, match="other settings.*another output_dir"):
+        run_grid(grid)
+
+
+def test_an_interrupted_cell_continues_from_its_checkpoint(grid_file, repo_root):
+    document = yaml.safe_load(grid_file.read_text()) | {"vary": {}, "grid": {}}
+    grid_file.write_text(yaml.safe_dump(document))
+    (cell,) = cells(read_grid(grid_file))
+    hang = grid_file.parent / "hang"
+    hang.touch()
+    code = f"from vlmcap.training.ablation import *; run_grid(read_grid({str(grid_file)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=repo_root, start_new_session=True)
+    while not (cell.folder / "checkpoint-1/trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert cell.state()["status"] == "running"
+    hang.unlink()
+    run_grid(read_grid(grid_file))
+    assert cell.finished()
+    log = (cell.folder / "log.txt").read_text()
+    assert "resumed from None" in log and log.rstrip().endswith("resumed from latest")
+    assert json.loads((cell.folder / "cell.json").read_text())["returncode"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vari": {}}, r"grid.yaml: \['vari'\] is not known"),
+        ({"vary": {"lora_r": 8}}, "vary.lora_r must be a list of values, but is 8"),
+        ({"config": "nowhere.yaml"}, "config nowhere.yaml is no file"),
+    ],
+)
+def test_a_wrong_grid_is_named(grid_file, change, message):
+    grid_file.write_text(yaml.safe_dump(yaml.safe_load(grid_file.read_text()) | change))
+    with pytest.raises(AblationError, match=message):
+        read_grid(grid_file)
+
+
+@pytest.mark.parametrize("name", ["ablation", "ablation_demo"])
+def test_the_grids_of_the_project_vary_keys_of_their_config(repo_root, monkeypatch, name):
+    monkeypatch.chdir(repo_root)
+    grid = read_grid(f"recipes/configs/sft_qwen2vl_jp/{name}.yaml")
+    assert set(grid.vary) == {
+        "lora_r",
+        "lora_top_layers",
+        "train_projector",
+        "label_smoothing_factor",
+        "max_pixels",
+    }
+    config = yaml.safe_load(Path(grid.config).read_text(encoding="utf-8"))
+    assert set(grid.vary) | set(grid.grid) <= set(config)
+    assert len(cells(grid)) == len(grid.grid["seed"]) * (1 + sum(map(len, grid.vary.values())))
