@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import parse
+from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.scoring import ScoreError
 from vlmcap.reporting.compare import read_runs, write_comparison
 from vlmcap.training.ablation import AblationError, cells, markdown_table, read_grid, run_grid, summary_rows
@@ -55,5 +56,5 @@ if __name__ == "__main__":
     arguments = ["--grid" if argument == "--config" else argument for argument in sys.argv[1:]]
     try:
         main(*parse(__doc__, AblationArguments, command_line=arguments))
-    except (AblationError, ScoreError) as error:
+    except (AblationError, DatasetError, ScoreError) as error:
         sys.exit(f"error: {error}")

@@ -54,7 +54,7 @@ def item():
     }
 
 
-def page(tmp_path, items, **kwargs) -> tuple[str, Page]:
+def written(tmp_path, items, **kwargs) -> tuple[str, Page]:
     text = write_sample_page(tmp_path / "new" / "samples.html", "Samples", items, ROWS, **kwargs).read_text("utf-8")
     return text, Page(text)
 
@@ -65,7 +65,7 @@ def embedded(parsed: Page) -> list[tuple[dict, Image.Image]]:
 
 
 def test_captions_and_scores_stand_on_the_page_in_their_language(tmp_path, item):
-    _, parsed = page(tmp_path, [item], note="Never trained on.")
+    _, parsed = written(tmp_path, [item], note="Never trained on.")
     assert not parsed.stack
     assert parsed.text("adapter") == [("赤い四角がある", "ja")]
     assert parsed.text("base") == [("a red square", "en")]
@@ -77,7 +77,7 @@ def test_captions_and_scores_stand_on_the_page_in_their_language(tmp_path, item)
 
 
 def test_nothing_is_fetched(tmp_path, item):
-    text, parsed = page(tmp_path, [item])
+    text, parsed = written(tmp_path, [item])
     addresses = [a[key] for _, a in parsed.tags for key in ("src", "href") if key in a]
     assert addresses and all(address.startswith("data:") for address in addresses)
     assert not re.search(r"https?://|url\(|@import|<script", text)
@@ -94,7 +94,7 @@ def test_any_text_is_text(tmp_path, item):
 
 def test_scenes_keep_their_pixels_and_photographs_are_bounded(tmp_path, item):
     photograph = item | {"image": Image.effect_noise((1280, 960), 50), "image_id": 8}
-    _, parsed = page(tmp_path, [item, photograph])
+    _, parsed = written(tmp_path, [item, photograph])
     (small, drawing), (large, photo) = embedded(parsed)
     assert drawing.format == "PNG" and drawing.convert("RGB").tobytes() == scene().tobytes()
     assert small["class"] == "drawing"
@@ -103,6 +103,6 @@ def test_scenes_keep_their_pixels_and_photographs_are_bounded(tmp_path, item):
 
 
 def test_an_empty_caption_is_said_to_be_empty(tmp_path, item):
-    _, parsed = page(tmp_path, [item | {"base": ""}])
+    _, parsed = written(tmp_path, [item | {"base": ""}])
     assert [data for data, _ in parsed.text("empty")] == ["(empty)"]
     assert not parsed.text("base") and len(parsed.text("adapter")) == 1

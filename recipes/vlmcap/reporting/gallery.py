@@ -1,15 +1,25 @@
-"""A page of sample images with their captions: one HTML file that needs neither network nor server."""
+"""Pages of images with their captions: single HTML files that need neither network nor server."""
 
 import base64
 import io
+import random
 import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 from PIL import Image
 
+from vlmcap.reporting.plots import INK, SOFT
+
+PAGES = Path(__file__).parent / "pages"
 PIXEL_ART = 256  # px; images with no side longer than this are the miniature's scenes, scaled up with hard edges
 PHOTO_SIDE = 640  # px; the longer side of COCO's photographs, at which larger ones are embedded
+THUMBNAIL_SIDE = 400  # px; of photographs on a page that has hundreds of them
 JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 
 
@@ -27,23 +37,121 @@ def write_sample_page(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["lang"] = lambda text: "ja" if JAPANESE.search(text) else "en"
-    cards = [item | _embedded(item["image"]) for item in items]
+    cards = [item | _embedded(item["image"], PHOTO_SIDE) for item in items]
     header, *rows = intro_rows
-    page = environment.from_string(PAGE).render(title=title, note=note, header=header, rows=rows, cards=cards)
+    page = _template("samples.html.j2").render(title=title, note=note, header=header, rows=rows, cards=cards)
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _embedded(image: Image.Image) -> dict:
+def write_comparison_page(
+    path: str | Path,
+    title: str,
+    tables: Sequence,
+    notes: Sequence[str],
+    signatures: dict[str, str],
+    plots: Sequence[Path],
+    systems: Sequence[str],
+    cards: Iterable[dict],
+    disagreements: dict[str, float],
+    audited: bool,
+    remarks: Sequence[str],
+) -> Path:
+    """Writes one self-contained HTML page with tables, plots and every system's captions side by side.
+
+    Images can be sorted by disagreement, worst score and id, filtered by text, score and flag, and walked through with
+    the keyboard; the settings stand in the address. Without scripts the page shows everything, in the order given.
+
+    Args:
+        path: where the page goes; its folder exists.
+        title: heading and title of the page.
+        tables: scores and systems (vlmcap.reporting.compare.Table).
+        notes, signatures: the legend of the tables; signatures by label of their score.
+        plots: SVG files of vlmcap.reporting.plots.
+        systems: their names.
+        cards: `{"image_id": str, "image": PIL.Image | None, "references": [str], "captions": [...]}`; captions in the
+            order of `systems`, each `{"text": str | None, "score": float, "flags": [str]}`. They are taken one by one,
+            so that a generator keeps one picture in memory.
+        disagreements: image id -> `disagreement`.
+        audited: whether some captions have flags, so that a filter for them makes sense.
+        remarks: what is shown of the images and what is not, as sentences of plain text.
+    """
+    path = Path(path)
+    page = _template("gallery.html.j2").render(
+        title=title,
+        tables=tables,
+        notes=notes,
+        signatures=signatures,
+        plots=[_inline(plot) for plot in plots],
+        systems=systems,
+        cards=_with_pictures(cards, disagreements),
+        audited=audited,
+        remarks=remarks,
+    )
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def similarity(a: str, b: str) -> float:
+    """How alike two captions are, from 0 to 1: Dice's coefficient of their character bigrams,
+
+        s(a, b) = 2 |B(a) n B(b)| / (|B(a)| + |B(b)|),
+
+    where B is the multiset of bigrams of the NFKC text without white space, with a mark at both ends (so that texts of
+    one character or none have bigrams too). It needs no tokenizer, and so treats all languages alike.
+    """
+    return _dice(_bigrams(a), _bigrams(b))
+
+
+def disagreement(captions: Sequence[str]) -> float:
+    """How far the captions of one image lie apart, from 0 (all the same) to 1 (nothing in common):
+
+        d = 1 - 2 / (n (n - 1)) sum over i < j of s(c_i, c_j)
+
+    with the `similarity` s of captions c_1 .. c_n; 0 for fewer than two.
+    """
+    bigrams = [_bigrams(caption) for caption in captions]
+    pairs = [_dice(a, b) for a, b in combinations(bigrams, 2)]
+    return 1 - sum(pairs) / len(pairs) if pairs else 0.0
+
+
+def select_images(disagreements: dict[str, float], maximum: int, seed: int) -> tuple[list[str], str]:
+    """Image ids for the page, in their order, and a sentence on how they were chosen; all of them if `maximum` allows.
+
+    Else half are those with the greatest disagreement; the other half is drawn at random from the rest.
+    """
+    ids = list(disagreements)
+    if len(ids) <= maximum:
+        return ids, f"All {len(ids):,} images are shown."
+    top = sorted(ids, key=lambda image: (-disagreements[image], image))[: maximum // 2]
+    rest = sorted(set(ids) - set(top))
+    drawn = random.Random(seed).sample(rest, maximum - len(top))
+    chosen = {*top, *drawn}
+    sentence = (
+        f"{maximum:,} of {len(ids):,} images are shown: the {len(top):,} with the greatest disagreement and "
+        f"{len(drawn):,} drawn at random from the rest (seed {seed}). Tables and plots are of all images."
+    )
+    return [image for image in ids if image in chosen], sentence
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["lang"] = lambda text: "ja" if JAPANESE.search(text) else "en"
+    return environment.get_template(name)
+
+
+def _embedded(image: Image.Image, side: int) -> dict:
     """Data URI, size in px and whether to scale with hard edges: PNG for small drawings, JPEG for photographs."""
     image = image.convert("RGB")
     drawing = max(image.size) <= PIXEL_ART
     if not drawing:
-        image.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
+        image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, **({"format": "PNG", "optimize": True} if drawing else {"format": "JPEG", "quality": 85}))
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -51,99 +159,32 @@ def _embedded(image: Image.Image) -> dict:
     return {"uri": uri, "width": image.width, "height": image.height, "drawing": drawing}
 
 
-PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}</title>
-<link rel="icon" href="data:,">
-<style>
-:root {
-  color-scheme: light dark;
-  --page: #f6f6f3; --card: #fff; --ink: #1c1c1a; --soft: #62625c; --line: #deded8; --frame: #c8c8c1;
-  --good: #17663a; --mark: #e2f3e8;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #161715; --card: #20221f; --ink: #ecece6; --soft: #a3a49c; --line: #383a36; --frame: #30322e;
-    --good: #86d9a5; --mark: #1d3a29;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 3rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.6 system-ui, sans-serif; overflow-wrap: anywhere;
-}
-:lang(ja) {
-  font-family: "Hiragino Sans", "Hiragino Kaku Gothic ProN", "Noto Sans JP", "Noto Sans CJK JP", "Yu Gothic", Meiryo,
-    system-ui, sans-serif;
-  line-break: strict;
-}
-h1 { font-size: 1.5rem; line-height: 1.3; margin: 0 0 .5rem; }
-p { margin: 0 0 1rem; max-width: 46rem; }
-table { border-collapse: collapse; margin: 1rem 0 2rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; color: var(--soft); }
-td:last-child { font-weight: 600; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-figure {
-  margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; overflow: hidden;
-}
-.frame { background: var(--frame); display: flex; justify-content: center; }
-.frame img { display: block; width: 100%; height: auto; aspect-ratio: 4 / 3; object-fit: contain; }
-.frame img.drawing { width: 15.75rem; aspect-ratio: auto; image-rendering: pixelated; }
-figcaption { padding: .8rem 1rem 1rem; }
-dl { margin: 0; }
-dt { font-size: .78rem; color: var(--soft); margin-top: .6rem; }
-dt:first-child { margin-top: 0; }
-dd { margin: 0; }
-dd.adapter { font-size: 1.1rem; font-weight: 600; }
-dd.reference { color: var(--soft); padding-left: 1rem; position: relative; }
-dd.reference::before { content: "–"; position: absolute; left: 0; }
-.empty { color: var(--soft); font-style: italic; font-weight: 400; }
-.match { color: var(--good); background: var(--mark); border-radius: .3rem; padding: 0 .4rem; margin-left: .4rem; }
-.id { font-size: .78rem; color: var(--soft); margin: .7rem 0 0; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% if note %}
-<p>{{ note }}</p>
-{% endif %}
-<table>
-<thead><tr>{% for text in header %}<th scope="col">{{ text }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr>{% for text in row %}<td>{{ text }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table>
-<main>
-{% set empty %}<span class="empty">(empty)</span>{% endset %}
-{% for card in cards %}
-<figure>
-<div class="frame"><img{% if card.drawing %} class="drawing"{% endif %} src="{{ card.uri }}" width="{{ card.width }}" \
-height="{{ card.height }}" alt="sample {{ card.image_id }}"></div>
-<figcaption>
-<dl>
-<dt>Adapter{% if card.adapter in card.references %}<span class="match">same as a reference</span>{% endif %}</dt>
-<dd class="adapter" lang="{{ card.adapter | lang }}">{{ card.adapter or empty }}</dd>
-<dt>Base, zero-shot</dt>
-<dd class="base" lang="{{ card.base | lang }}">{{ card.base or empty }}</dd>
-<dt>{{ "References" if card.references | length > 1 else "Reference" }}</dt>
-{% for reference in card.references %}
-<dd class="reference" lang="{{ reference | lang }}">{{ reference }}</dd>
-{% endfor %}
-</dl>
-<p class="id">image {{ card.image_id }}</p>
-</figcaption>
-</figure>
-{% endfor %}
-</main>
-</body>
-</html>
-"""
+def _with_pictures(cards: Iterable[dict], disagreements: dict[str, float]) -> Iterator[dict]:
+    for card in cards:
+        best = max(caption["score"] for caption in card["captions"])
+        yield {
+            "image_id": card["image_id"],
+            "references": card["references"],
+            "disagreement": disagreements[card["image_id"]],
+            "captions": [caption | {"best": 0 < caption["score"] == best} for caption in card["captions"]],
+            "flagged": [number for number, caption in enumerate(card["captions"]) if caption["flags"]],
+            **(_embedded(card["image"], THUMBNAIL_SIDE) if card["image"] else {"uri": None}),
+        }
+
+
+def _inline(plot: Path) -> Markup:
+    """An SVG of vlmcap.reporting.plots as a part of a page: in the page's colours, with ids that are its own."""
+    svg = plot.read_text(encoding="utf-8")
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{plot.stem}-", svg)
+    svg = svg.replace(INK, "var(--ink)").replace(SOFT, "var(--soft)").replace("fill: #ffffff", "fill: none")
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{plot.stem.replace("_", " ")}"', 1))
+
+
+def _bigrams(text: str) -> Counter:
+    text = "\x02" + "".join(unicodedata.normalize("NFKC", text).split()) + "\x03"
+    return Counter(map(str.__add__, text, text[1:]))
+
+
+def _dice(a: Counter, b: Counter) -> float:
+    return 2 * (a & b).total() / (a.total() + b.total())

@@ -1,0 +1,218 @@
+"""Plots of metrics documents as SVG: scores with intervals, quality against memory, training curves.
+
+Every function takes `runs`, name -> metrics document in the order of the tables, writes one file and returns its path.
+A run has the same colour and marker in all plots. The same documents give the same bytes. Text stays text, so that it
+can be searched, and a Japanese name is drawn by the reader's own fonts.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vlmcap.evaluation.scoring import SCORE_LABELS
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; their yellow is too pale for lines, black is the
+# text's. Five markers and seven colours meet again after 35 runs.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7A7A72")
+MARKERS = ("o", "s", "^", "D", "v")
+INK, SOFT = "#1c1c1a", "#8a8a83"  # a page may replace these two with its own
+WIDTH = 10.0  # inches; a README shows 12 of them in its full width
+PANELS = 4  # side by side
+
+
+def plot_scores(runs: dict[str, dict], path: str | Path) -> Path:
+    """One panel a score, one bar a run, with its 95 % interval. Bars have the gid `bar-<score>-<number of the run>`.
+
+    A score that a run lacks has no bar but a dash. CIDEr-D with polite endings made plain follows the raw one.
+    """
+    panels = _panels(runs)
+    columns = min(PANELS, len(panels))
+    rows = -(-len(panels) // columns)
+    with _house_style(path) as save:
+        figure = Figure(figsize=(WIDTH, rows * (0.75 + 0.27 * len(runs))), layout="constrained")
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+        for place, (key, (label, values)) in zip(axes.flat, panels.items(), strict=False):
+            _draw_bars(place, key, values)
+            place.set_title(label, fontsize=10, loc="left", pad=4)
+            place.set_yticks(range(len(runs)), list(runs))
+        for place in axes.flat[len(panels) :]:
+            place.remove()
+        axes[0, 0].set_ylim(len(runs) - 0.4, -0.6)
+        return save(figure)
+
+
+def plot_quality_against_memory(runs: dict[str, dict], path: str | Path) -> Path:
+    """CIDEr-D with its interval against the peak memory of captioning in GiB.
+
+    Peak memory is measured on GPUs alone. As soon as one run lacks it, all are drawn against the number of their
+    parameters instead, and the axis says so: two measures do not share an axis. Runs without a run record, of which
+    neither is known, are left out (`has_size`). Points have the gid `point-<number>`.
+    """
+    sized = {number: run for number, run in enumerate(runs.values()) if has_size(run)}
+    peaks = {number: run.get("peak_memory_bytes") for number, run in sized.items()}
+    unmeasured = list(peaks.values()).count(None)
+    if unmeasured:
+        sizes = {number: run["model"]["parameters"] / 1e6 for number, run in sized.items()}
+        label = f"parameters, millions (peak memory not measured for {unmeasured} of {len(sized)} runs)"
+    else:
+        sizes = {number: peak / 2**30 for number, peak in peaks.items()}
+        label = "peak memory while captioning, GiB"
+    with _house_style(path) as save:
+        figure = Figure(figsize=(WIDTH * 0.75, _height(runs)), layout="constrained")
+        axes, points = figure.subplots(), []
+        for number, run in sized.items():
+            score, (low, high) = run["scores"]["cider_d"], run["intervals"]["cider_d"]
+            drawn = axes.errorbar(
+                sizes[number],
+                score,
+                yerr=[[max(0, score - low)], [max(0, high - score)]],
+                capsize=3,
+                elinewidth=1.2,
+                markersize=5.5,
+                linestyle="none",
+                clip_on=False,  # a score of 0 is a whole point too
+                **_look(number),
+            )
+            drawn.lines[0].set_gid(f"point-{number}")
+            points.append(drawn)
+        _finish(axes, label, "CIDEr-D, 95 % interval")
+        axes.set_xlim(0, max(sizes.values()) * 1.08)
+        axes.set_ylim(bottom=0)
+        _legend(figure, points, [list(runs)[number] for number in sized])
+        return save(figure)
+
+
+def plot_training_curves(runs: dict[str, dict], path: str | Path) -> Path:
+    """Loss and, where captions were scored during training, their CIDEr-D against the step.
+
+    Only runs with a training log are drawn (`has_curve`). Lines have the gid `loss-<number>` and `cider-<number>`.
+    """
+    logs = {number: training_log(run) for number, run in enumerate(runs.values()) if has_curve(run)}
+    panels = {"loss": ("loss", "training loss")}
+    if any("eval_cider_d" in line for log in logs.values() for line in log):
+        panels["eval_cider_d"] = ("cider", "CIDEr-D, validation captions")
+    with _house_style(path) as save:
+        figure = Figure(figsize=(WIDTH, _height(logs)), layout="constrained")
+        places = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (key, (gid, label)) in zip(places, panels.items(), strict=True):
+            for number, log in logs.items():
+                points = [(line["step"], line[key]) for line in log if key in line]
+                look = _look(number) | {"markevery": max(1, len(points) // 12)}
+                steps, values = zip(*points, strict=True) if points else ((), ())
+                axes.plot(steps, values, linewidth=1.6, markersize=4, **look)
+                axes.lines[-1].set_gid(f"{gid}-{number}")
+            _finish(axes, "step", label)
+            axes.set_xlim(left=0)
+        places[-1].set_ylim(bottom=0)
+        _legend(figure, places[0].lines, [list(runs)[number] for number in logs])
+        return save(figure)
+
+
+def has_size(run: dict) -> bool:
+    """Whether a run's record says how large its model is."""
+    return "parameters" in (run.get("model") or {})
+
+
+def training_log(run: dict) -> list[dict]:
+    """The lines of a run's training log; of a model that was not trained here, none."""
+    return run.get("training", {}).get("log", [])
+
+
+def has_curve(run: dict) -> bool:
+    """Whether a run has a curve to draw: two steps whose loss was logged."""
+    return sum("loss" in line for line in training_log(run)) > 1
+
+
+def _panels(runs: dict[str, dict]) -> dict[str, tuple[str, list]]:
+    """Score -> (label, [(value, low, high) or None for every run]), in the order of SCORE_LABELS."""
+
+    def values(key: str, documents: list[dict]) -> list:
+        return [(d["scores"][key], *d["intervals"][key]) if key in d.get("scores", {}) else None for d in documents]
+
+    raw, panels = list(runs.values()), {}
+    plain = [run.get("register_normalised") or {} for run in raw]
+    for key, label in SCORE_LABELS.items():
+        if any(values(key, raw)):
+            panels[key] = (label, values(key, raw))
+        if key == "cider_d" and any(values(key, plain)):
+            panels["cider_d_plain"] = (f"{label}, plain endings", values(key, plain))
+    return panels
+
+
+def _draw_bars(axes: Axes, key: str, values: list) -> None:
+    top = max(high for _, _, high in filter(None, values)) or 1.0
+    for number, value in enumerate(values):
+        if value is None:
+            axes.text(0.02 * top, number, "–", va="center", color=SOFT)
+            continue
+        score, low, high = value
+        (bar,) = axes.barh(number, score, height=0.68, color=COLOURS[number % len(COLOURS)], alpha=0.85)
+        bar.set_gid(f"bar-{key}-{number}")
+        # An interval of percentiles need not hold the score of the sample itself.
+        error = [[max(0, score - low)], [max(0, high - score)]]
+        axes.errorbar(score, number, xerr=error, color=INK, elinewidth=1.2, capsize=2.5)
+        axes.text(
+            max(high, score) + 0.03 * top,
+            number,
+            f"{score:.3f}" if score < 10 else f"{score:.1f}",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_xlim(0, 1.32 * top)
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.locator_params(axis="x", nbins=4)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _finish(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _height(runs: dict) -> float:
+    """Inches that leave the legend room for one line a run."""
+    return max(3.2, 0.5 + 0.2 * len(runs))
+
+
+def _legend(figure: Figure, drawn: Sequence, names: list[str]) -> None:
+    # Artists are not labelled themselves, for Matplotlib leaves out labels that begin with "_".
+    figure.legend(drawn, names, loc="outside right upper", frameon=False, fontsize=9)
+
+
+def _look(number: int) -> dict:
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
+
+
+@contextmanager
+def _house_style(path: str | Path) -> Iterator:
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": Path(path).stem,
+        "text.parse_math": False,  # a run may be called a$b$
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": SOFT,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
+        "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK,
+        "grid.color": SOFT,
+        "axes.axisbelow": True,
+    }
+
+    def save(figure: Figure) -> Path:
+        figure.savefig(path, metadata={"Date": None})
+        return Path(path)
+
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Matplotlib measures text with its own font, which lacks Japanese, and warns; the reader's font draws it.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+")
+        yield save

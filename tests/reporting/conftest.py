@@ -1,0 +1,109 @@
+"""A real browser for the HTML pages (headless Chromium, driven by playwright), and scored runs to compare."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.reporting.documents import document
+from vlmcap.evaluation.scoring import ScoreOptions, write_metrics
+
+
+# One browser a module, not one a session: playwright's event loop stays "running" in the main thread as long as the
+# browser is open, and tests of other modules may want a loop of their own.
+@pytest.fixture(scope="module")
+def browser():
+    """The system's Chromium without a window; tests that need it are skipped where there is none."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="browser tests need playwright: pip install -e .[test]"
+    )
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("browser tests need Chromium, and neither chromium nor google-chrome is on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A fresh page (1280 x 800). The test fails if a script of the page throws or the console shows an error.
+
+    `page.requests_made` lists the addresses of everything the page asked for; going to a page is not counted.
+    """
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.set_default_timeout(10_000)
+    errors, page.requests_made = [], []
+    page.on("pageerror", lambda error: errors.append(f"uncaught: {error}"))
+    page.on("console", lambda message: errors.append(f"console: {message.text}") if message.type == "error" else None)
+    page.on("dialog", lambda dialog: (errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+
+    def record(request) -> None:
+        if not (request.is_navigation_request() and request.frame == page.main_frame):
+            page.requests_made.append(request.url)
+
+    page.on("request", record)
+    yield page
+    context.close()
+    assert not errors, "\n".join(errors)
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u202etxet\u202c"
+
+
+def sentence(rng: random.Random) -> str:
+    parts = (
+        "赤い 青い 白い 黒い",
+        "犬が 猫が 鳥が 馬が",
+        "公園で 海辺で 道で",
+        "走っています 寝ています 立っています",
+    )
+    return "".join(rng.choice(words.split()) for words in parts)
+
+
+@pytest.fixture(scope="session")
+def scored_runs(tmp_path_factory) -> dict[str, Path]:
+    """Folders of four runs on the same 40 images, as scoring leaves them: metrics.json beside predictions.jsonl.
+
+    `good` says what a reference says for most images, `twin` the same but for one image, `weak` anything at all.
+    `wild` is `weak` with a hostile caption for image 7, an empty one for image 8, flags for both and a training log.
+    Peak memory is measured for all but `wild`.
+    """
+    rng = random.Random(0)
+    references = {str(image): [sentence(rng) for _ in range(3)] for image in range(1, 41)}
+    good = {
+        image: rng.choice(captions) if rng.random() < 0.7 else sentence(rng) for image, captions in references.items()
+    }
+    weak = {image: sentence(rng) for image in references}
+    predictions = {"good": good, "twin": good | {"5": sentence(rng)}, "weak": weak}
+    predictions["wild"] = weak | {"7": HOSTILE, "8": ""}
+    root = tmp_path_factory.mktemp("scored")
+    lines = [{"image_id": int(image), "captions": captions} for image, captions in references.items()]
+    (root / "references.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folders = {}
+    for number, (name, captions) in enumerate(predictions.items()):
+        folder = folders[name] = root / name
+        folder.mkdir()
+        lines = [{"image_id": int(image), "caption": caption} for image, caption in captions.items()]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        record = document((0.0,) * 6, 20.0 + number, None)
+        record = {key: value for key, value in record.items() if key not in ("scores", "signatures", "counts")}
+        record |= {"peak_memory_bytes": None if name == "wild" else (4 + number) * 2**30}
+        (folder / "predictions.run.json").write_text(json.dumps(record))
+        more = {"training": {"log": training_log()}} if name == "wild" else {}
+        options = ScoreOptions(meteor=False)  # Java takes seconds to start
+        write_metrics(folder / "predictions.jsonl", references, folder / "metrics.json", more=more, options=options)
+    (root / "wild" / "audit.json").write_text(
+        json.dumps({"flagged": {"7": ["not Japanese"], "8": ["empty", "<b>short"]}})
+    )
+    return folders
+
+
+def training_log() -> list[dict]:
+    """Loss every ten steps, CIDEr-D of validation captions every fifty."""
+    losses = [{"step": step, "epoch": step / 100, "loss": 30 / step} for step in range(10, 201, 10)]
+    return [line | ({"eval_cider_d": line["step"] / 100} if line["step"] % 50 == 0 else {}) for line in losses]

@@ -1,0 +1,301 @@
+"""Comparison tables: figures of the documents and no others, honest marks, clear refusals."""
+
+import csv
+import json
+import re
+import shutil
+
+import pytest
+
+from vlmcap.data.images import DatasetError
+from vlmcap.evaluation.scoring import SCORE_LABELS, ScoreError, paired_comparison
+from vlmcap.reporting.compare import holm, latex_escape, read_runs, write_comparison
+
+NAMES = ("good", "twin", "weak", "wild")
+
+
+@pytest.fixture
+def runs(scored_runs, tmp_path):
+    """Copies of the four runs, to be changed; the first is the reference."""
+    return [shutil.copytree(scored_runs[name], tmp_path / "runs" / name) for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def compared(scored_runs, tmp_path_factory):
+    """The comparison of the four runs, and their documents."""
+    paths = write_comparison(read_runs(list(scored_runs.values())), tmp_path_factory.mktemp("comparison"))
+    return paths, {name: json.loads((folder / "metrics.json").read_text()) for name, folder in scored_runs.items()}
+
+
+def edit(folder, change):
+    path = folder / "metrics.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def compare(runs, tmp_path, **options):
+    return write_comparison(read_runs(runs), tmp_path / "out", **options)
+
+
+def markdown_tables(path) -> list[list[dict[str, str]]]:
+    tables = [block.splitlines() for block in path.read_text().split("\n\n") if block.startswith("|")]
+    tables = [[[c.strip() for c in line.strip("|").split(" | ")] for line in table] for table in tables]
+    return [[dict(zip(table[0], row, strict=True)) for row in table[2:]] for table in tables]
+
+
+def latex_rows(path) -> dict[str, list[list[str]]]:
+    """System -> its rows in the LaTeX tables, each with the row of intervals behind it where there is one."""
+    rows, name = {}, None
+    for line in path.read_text().splitlines():
+        if line.startswith("{") and line.endswith(r" \\"):
+            first, *cells = line.removesuffix(r" \\").split(" & ")
+            name = first[1:-1] or name
+            rows.setdefault(name, []).append(cells)
+    return rows
+
+
+def test_csv_has_every_figure_in_full(compared):
+    paths, documents = compared
+    with paths["csv"].open(encoding="utf-8", newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert list(rows) == list(NAMES)
+    for name, document in documents.items():
+        row = rows[name]
+        for prefix, part in (("", document), ("register_normalised_", document["register_normalised"])):
+            for key, value in part["scores"].items():
+                assert float(row[f"{prefix}{key}"]) == value
+                assert [float(row[f"{prefix}{key}_{end}"]) for end in ("low", "high")] == part["intervals"][key]
+                assert row[f"{prefix}{key}_signature"] == part["signatures"][key]
+        for key, value in document["counts"].items():
+            assert float(row[key]) == value
+        for key in ("prompt", "commit", "created"):
+            assert row[key] == document[key]
+        assert json.loads(row["decoding"]) == document["decoding"]
+        assert float(row["images_per_second"]) == document["images_per_second"]
+        assert int(row["parameters"]) == document["model"]["parameters"]
+        assert row["peak_memory_bytes"] == ("" if name == "wild" else str(document["peak_memory_bytes"]))
+        assert (row["saw_STAIR"], row["saw_YJ"], row["saw_COCO"]) == ("unknown", "no", "")
+
+
+def test_markdown_and_latex_repeat_the_scores(compared):
+    paths, documents = compared
+    scores, systems = markdown_tables(paths["md"])
+    latex = latex_rows(paths["tex"])
+    for row, system in zip(scores, systems, strict=True):
+        name, document = row["System"], documents[row["System"]]
+        marked, intervals, _ = latex[name]
+        for place, (label, text) in enumerate(list(row.items())[1:]):
+            plain = label.endswith("plain endings")
+            part = document["register_normalised"] if plain else document
+            key = next(key for key, name in SCORE_LABELS.items() if name == label.removesuffix(", plain endings"))
+            if key not in part["scores"]:
+                assert text == "-" == marked[place]
+                continue
+            digits = 1 if max(d["scores"].get(key, 0) for d in documents.values()) >= 10 else 3
+            value, low, high = (f"{x:.{digits}f}" for x in (part["scores"][key], *part["intervals"][key]))
+            assert re.fullmatch(rf"(\*\*)?{value}(\*\*)?(\\\*)?<br>{low}–{high}", text)
+            assert re.fullmatch(rf"(\\textbf{{)?{value}}}?(\$\^{{\*}}\$)?", marked[place])
+            assert intervals[place] == rf"{{\scriptsize {low}--{high}}}"
+            best = part["scores"][key] == max(
+                (d["register_normalised"] if plain else d)["scores"].get(key, 0) for d in documents.values()
+            )
+            assert best == text.startswith("**") == marked[place].startswith(r"\textbf")
+        assert system["Saw STAIR"] == "unknown" and system["Saw YJ"] == "no" and system["Saw COCO"] == "-"
+        assert system["Parameters"] == "2.21 B"
+        assert system["Captions/s"] == f"{document['images_per_second']:.2f}"
+        assert system["Peak memory"] == ("-" if name == "wild" else f"{document['peak_memory_bytes'] / 2**30:.2f} GiB")
+    legend = paths["md"].read_text()
+    assert "user/stair-captions" in legend and documents["good"]["dataset"]["revision"] in legend
+    assert "40 images, 120 references" in legend
+    assert all(f"`{signature}`" in legend for signature in documents["good"]["signatures"].values())
+
+
+@pytest.mark.parametrize("reference", [None, "weak"])
+def test_marks_stand_where_the_corrected_p_is_below_5_percent(runs, tmp_path, reference):
+    paths = compare(runs, tmp_path, reference=reference)
+    documents = [json.loads((folder / "metrics.json").read_text()) for folder in runs]
+    base = NAMES.index(reference) if reference else 0
+    others = [number for number in range(4) if number != base]
+    tests = {number: paired_comparison(documents[number], documents[base]) for number in others}
+    rows, _ = markdown_tables(paths["md"])
+    marked = {True: 0, False: 0}
+    for key, label in SCORE_LABELS.items():
+        if key not in tests[others[0]]:
+            continue
+        adjusted = holm([tests[number][key]["p_value"] for number in others])
+        expected = {number: p < 0.05 for number, p in zip(others, adjusted, strict=True)} | {base: False}
+        for number, row in enumerate(rows):
+            assert (r"\*<br>" in row[label]) == expected[number], (row["System"], label)
+            marked[expected[number]] += 1
+    assert marked[True] and marked[False] > len(tests[others[0]])
+    assert rf"\*: differs from {reference or 'good'}, p &lt; 0.05" in paths["md"].read_text()
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_base_inside_an_adapter_s_document_is_no_run(runs, tmp_path):
+    base = json.loads((runs[2] / "metrics.json").read_text())
+    edit(runs[0], lambda document: document.update(base=base))
+    rows, _ = markdown_tables(compare(runs[:1], tmp_path)["md"])
+    assert [row["System"] for row in rows] == ["good"]
+    assert "*" not in json.dumps(rows)  # nothing to be better than
+
+
+def test_a_score_that_a_run_lacks_is_a_dash(runs, tmp_path):
+    def forget(document):
+        for part in (document, document["register_normalised"]):
+            for what in ("scores", "signatures", "intervals"):
+                part[what].pop("rouge_l", None)
+        document["notices"] = ["ROUGE-L was skipped"]
+
+    edit(runs[0], forget)
+    paths = compare(runs[:2], tmp_path)
+    rows, _ = markdown_tables(paths["md"])
+    assert rows[0]["ROUGE-L"] == "-" and rows[1]["ROUGE-L"].startswith("**0.")
+    assert "- good: ROUGE-L was skipped." in paths["md"].read_text()
+    with paths["csv"].open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["rouge_l"] == "" == second["rouge_l_p_value"] and second["cider_d_p_value"] != ""
+
+
+def test_captions_of_unknown_origin_can_be_compared(runs, tmp_path):
+    """Scored without a run record: no model, no dataset, no memory."""
+    known = ("model", "dataset", "saw", "prompt", "decoding", "hardware", "peak_memory_bytes", "images_per_second")
+    for folder in runs[:2]:
+        edit(folder, lambda document: [document.pop(key) for key in known])
+    paths = compare(runs[:2], tmp_path)
+    assert "memory" not in paths
+    _, systems = markdown_tables(paths["md"])
+    assert set(systems[0].values()) == {"good", "-"}
+    assert "Dataset: not recorded; 40 images" in paths["md"].read_text()
+
+
+def test_too_few_resamples_to_mark_anything_are_said_to_be(runs, tmp_path):
+    text = compare(runs, tmp_path, resamples=50)["md"].read_text()
+    assert "can mark no difference among so many systems" in text and r"\*<br>" not in text
+    assert "can mark no difference" not in compare(runs, tmp_path)["md"].read_text()
+
+
+def test_a_notice_of_all_runs_stands_once(runs, tmp_path):
+    for folder, notices in zip(runs, (["a", "b."], ["a"], ["a", "b."], ["a"]), strict=True):
+        edit(folder, lambda document, notices=notices: document.update(notices=notices))
+    text = compare(runs, tmp_path)["md"].read_text()
+    assert "- All systems: a.\n- good, weak: b.\n" in text
+
+
+def test_runs_are_named_by_their_folders_or_by_hand(scored_runs, tmp_path):
+    for place in ("a/adapter", "b/adapter", "b/base"):
+        shutil.copytree(scored_runs["good"], tmp_path / place)
+    shutil.copy(scored_runs["good"] / "metrics.json", tmp_path / "b" / "other.json")
+    shutil.copytree(scored_runs["good"], tmp_path / "lora_r=8" / "adapter")
+
+    def names(*runs):
+        return [run.name for run in read_runs(runs)]
+
+    a, b, base = (tmp_path / place for place in ("a/adapter", "b/adapter", "b/base"))
+    assert names(a, base / "metrics.json", tmp_path / "b" / "other.json") == ["adapter", "base", "other"]
+    assert names(a, b, base) == ["a/adapter", "b/adapter", "base"]
+    assert names(f"r = 8={a}", f"lora_r=8={tmp_path}/lora_r=8/adapter") == ["r = 8", "lora_r=8"]
+    assert names(tmp_path / "lora_r=8" / "adapter") == ["adapter"]
+    with pytest.raises(ScoreError, match="several runs are called x: name them apart"):
+        names(f"x={a}", f"x={b}")
+    with pytest.raises(ScoreError, match="several runs are called .*a/adapter: name them apart"):
+        names(a, a)
+    with pytest.raises(ScoreError, match="must be printable text"):
+        names(f"a\u202eb={a}")
+
+
+def test_what_cannot_be_read_is_named(runs, tmp_path):
+    with pytest.raises(ScoreError, match="nowhere: no such metrics file"):
+        read_runs([runs[0], tmp_path / "nowhere"])
+    with pytest.raises(ScoreError, match="no runs given"):
+        read_runs([])
+    with pytest.raises(ScoreError, match="no run is called 'best': the runs are good, twin"):
+        compare(runs[:2], tmp_path, reference="best")
+    (tmp_path / "metrics.json").write_text('{"scores": {}}')
+    with pytest.raises(ScoreError, match="metrics.json lacks signatures, intervals, bootstrap, counts, per_image"):
+        read_runs([tmp_path])
+    (tmp_path / "metrics.json").write_text('{"scores": ')
+    with pytest.raises(ScoreError, match="metrics.json is not JSON"):
+        read_runs([tmp_path])
+    shutil.copy(runs[1] / "predictions.jsonl", tmp_path / "more.jsonl")
+    with (runs[0] / "predictions.jsonl").open("a") as file:
+        file.write('{"image_id": 99, "caption": "犬"}\n')
+    with pytest.raises(ScoreError, match="predictions.jsonl has 41 images and .* was scored on 40"):
+        read_runs(runs)
+
+
+@pytest.mark.parametrize("key, value", [("id", "user/yj"), ("revision", "abc"), ("split", "validation")])
+def test_other_datasets_are_refused(runs, tmp_path, key, value):
+    edit(runs[2], lambda document: document["dataset"].update({key: value}))
+    with pytest.raises(ScoreError, match=rf"good and weak differ in dataset {key} \(.* and {value}\)"):
+        compare(runs, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_images_and_signatures_are_refused(runs, tmp_path):
+    edit(runs[1], lambda d: d["per_image"].update(image_id=["77", *d["per_image"]["image_id"][1:]]))
+    (runs[1] / "predictions.jsonl").unlink()
+    with pytest.raises(ScoreError, match=r"good and twin were scored on different images .* has 1, 77\)"):
+        compare(runs[:2], tmp_path)
+    edit(runs[3], lambda document: document["signatures"].update(cider_d="cider_d|tok:characters|v:0.1"))
+    with pytest.raises(ScoreError, match=r"good and wild differ in cider_d's signature .*cider_d\|tok:characters"):
+        compare([runs[0], runs[2], runs[3]], tmp_path)
+
+
+def test_the_order_of_images_in_a_document_does_not_matter(runs, tmp_path):
+    before = markdown_tables(compare(runs[:3], tmp_path)["md"])
+
+    def turn_round(document):
+        columns = document["per_image"]
+        statistics = columns.get("statistics", {})
+        for part in (columns, statistics):
+            part.update({key: values[::-1] for key, values in part.items() if isinstance(values, list)})
+
+    edit(runs[1], turn_round)
+    assert markdown_tables(compare(runs[:3], tmp_path)["md"]) == before
+
+
+def test_references_that_lack_images_are_refused(runs, tmp_path):
+    (tmp_path / "few.jsonl").write_text('{"image_id": 1, "captions": ["犬"]}\n')
+    with pytest.raises(ScoreError, match=r"few.jsonl lacks 39 of the images that were scored \(2, 3, 4, 5, 6, ...\)"):
+        compare(runs, tmp_path, references=tmp_path / "few.jsonl")
+    with pytest.raises(DatasetError, match="--image_dir needs --dataset"):
+        compare(runs, tmp_path, image_dir="images")
+
+
+def test_latex_special_characters_are_escaped(runs, tmp_path):
+    name = r"[a]_b & 50% #1 $x$ {y} ~ ^ \z <c> | \"q\""
+    paths = compare([f"{name}={runs[0]}", f"twin={runs[1]}"], tmp_path, reference="twin")
+    text = paths["tex"].read_text()
+    escaped = r"[a]\_b \& 50\% \#1 \$x\$ \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{}z \textless{}c"
+    assert f"\n{{{escaped}" in text  # in braces, or the [ would be read as an argument of the \\ before it
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert not re.search(r"(?<!\\)[%#~|<>\"]", body)
+    assert not re.search(r"(?<!\\)_", body)
+    plain = re.sub(r"\\[&%$#_{}\\]", "", body)
+    assert plain.count("{") == plain.count("}")
+    columns = {len(line.split(" & ")) for line in plain.splitlines() if line.endswith("& ") or " & " in line}
+    assert len(columns) <= 2  # two tables, each with as many cells in every row
+    assert latex_escape("a–b") == "a--b"
+    markdown = paths["md"].read_text()
+    assert r"\[a\]\_b &amp; 50% #1 $x$ {y} \~ ^ \\z &lt;c&gt; \|" in markdown
+
+
+def test_the_script_takes_bare_runs(runs, tmp_path, run_script):
+    out = tmp_path / "out"
+    done = run_script("compare_runs.py", runs[0], f"second={runs[1] / 'metrics.json'}", "--output_dir", out)
+    assert {path.name for path in out.iterdir()} == {
+        *("metrics.csv", "metrics.md", "metrics.tex", "comparison.html", "scores.svg", "quality_against_memory.svg")
+    }
+    assert done.stdout.split() == [str(out / name) for name in ("metrics.csv", "metrics.md", "metrics.tex")] + [
+        str(out / name) for name in ("scores.svg", "quality_against_memory.svg", "comparison.html")
+    ]
+    done = run_script("compare_runs.py", "--runs", tmp_path / "nowhere", expect=1)
+    assert done.stderr.startswith("error: ") and "no such metrics file" in done.stderr
+    assert "Traceback" not in done.stderr
