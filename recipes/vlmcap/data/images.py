@@ -123,12 +123,12 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
                 f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"
             ) from error
     data = DatasetCard.load(card).data
-    corpus = next((name for name in ("stair", "yj", "scenes") if f"{name}-captions" in (data.tags or [])), None)
+    corpus = next((name for name in ("stair", "yj", "scenes") if f"{name}-captions" in (data.get("tags") or [])), None)
     return {
         "id": public_name(dataset),
         "revision": revision,
         "split": split,
-        "license": data.license,
+        "license": data.get("license"),
         "corpus": corpus,
     }
 
