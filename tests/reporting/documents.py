@@ -18,7 +18,23 @@ def document(scores: tuple[float, ...], seconds: float, adapter: str | None) -> 
     return {
         "scores": dict(zip(NAMES, scores, strict=True)),
         "signatures": {name: f"{name}|tok:unidic-lite-1.0.8|norm:nfkc|punct:drop|nref:5|v:0.1" for name in NAMES},
-        "counts": {"images": 5000, "references": 25010, "empty_predictions": 3, "mean_caption_tokens": 11.72},
+        "intervals": {name: [score - 0.0123, score + 0.0134] for name, score in zip(NAMES, scores, strict=True)},
+        "bootstrap": {"resamples": 1000, "seed": 0, "level": 0.95},
+        "register_normalised": {
+            "scores": {name: score + 0.0021 for name, score in zip(NAMES, scores, strict=True)},
+            "signatures": {name: f"{name}|tok:unidic-lite-1.0.8|norm:nfkc|punct:drop|nref:5|v:0.1" for name in NAMES},
+            "intervals": {},
+        },
+        "counts": {
+            "images": 5000,
+            "references": 25010,
+            "empty_predictions": 3,
+            "mean_caption_tokens": 11.72,
+            "mean_reference_tokens": 12.6,
+            "type_token_ratio": 0.0345,
+            "reference_type_token_ratio": 0.0678,
+        },
+        "notices": [],
         "model": {
             "id": "Qwen/Qwen2-VL-2B-Instruct",
             "revision": SHA,
@@ -39,7 +55,12 @@ def document(scores: tuple[float, ...], seconds: float, adapter: str | None) -> 
             "min_pixels": 3136,
             "max_pixels": 401408,
         },
-        "saw": {"STAIR": "train" if adapter else "unknown", "YJ": "no", "note": "Split of Karpathy, by image."},
+        "saw": {
+            "STAIR": "train" if adapter else "unknown",
+            "YJ": "no",
+            "COCO": "train images" if adapter else "unknown",
+            "note": "Split of Karpathy, by image.",
+        },
         "hardware": GPU,
         "seconds": seconds,
         "images_per_second": 5000 / seconds,
@@ -92,3 +113,42 @@ def miniature_document(model: str = "recipes/miniature", adapter: str = "outputs
     metrics["training"]["dataset"] |= {"id": "outputs/demo/dataset", "revision": None}
     metrics["training"] |= {"hardware": CPU, "peak_memory_bytes": None}
     return metrics
+
+
+def rate(count: int, of: int = 5000) -> dict:
+    """A rate of an audit."""
+    return {"rate": count / of, "interval": [count / of - 0.001, count / of + 0.001], "count": count, "of": of}
+
+
+def audit_document(metrics: dict) -> dict:
+    """The audit of the captions of `adapter_document()`, with that of the base, as the recipe writes it."""
+
+    def audit(run: dict, made_up: int) -> dict:
+        said = {word: rate(count) for word, count in (("predictions", 800), ("references", 700), ("unsupported", 90))}
+        faults = ("empty", "repetition", "truncated", "non_japanese", "copied_prompt", "special_tokens")
+        return {
+            "counts": {"images": 5000, "references": 25010},
+            "hallucination": {
+                "objects_from": ["instances", "references"],
+                "chair_s": rate(made_up),
+                "chair_i": rate(made_up + 7, 9100),
+                "coverage": rate(5400, 14000),
+                "captions_with_objects": rate(4700),
+                "mentions_per_caption": 1.8,
+                "categories": {},
+                "hallucinated_words": {},
+            },
+            "persons": {
+                "groups": {"gender": {"female": said, "male": said}},
+                "gender": {"error": rate(31, 900), "unsupported": rate(55, 4000), "left_out": rate(40, 900)},
+            },
+            "form": {fault: rate(10 + place) for place, fault in enumerate(faults)},
+            "flagged": {"1": ["hallucination"], "2": ["truncated"]},
+            "settings": {
+                "lexicon": {"name": "coco_ja.yaml", "sha256": "0" * 64, "words": 1234},
+                "persons": {"name": "persons_ja.yaml", "sha256": "1" * 64, "words": 321},
+                "bootstrap": {"resamples": 1000, "seed": 0, "level": 0.95},
+            },
+        } | {key: run[key] for key in ("model", "dataset", "prompt", "decoding")}
+
+    return audit(metrics, 612) | {"base": audit(metrics["base"], 1404)}

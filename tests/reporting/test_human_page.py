@@ -12,7 +12,8 @@ from PIL import Image
 from vlmcap.data.images import BadImageError
 from vlmcap.data.scenes import scenes
 from vlmcap.evaluation.human import HumanError, draw, read_answers, report
-from vlmcap.reporting.human_page import PICTURE_SIDE, embed, write_export
+from vlmcap.reporting.html import PHOTO_SIDE, embed
+from vlmcap.reporting.human_page import write_export
 
 GOOD, POOR = "qwen-adapter7", "llava-zeroshot"
 
@@ -89,7 +90,7 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
 def test_pictures_are_bounded_on_the_page_and_whole_beside_it(tmp_path):
     key, folder = export(tmp_path / "a")
     pictures = page_data(folder / "rater_1.html")["pictures"]
-    assert len(pictures) == 4 and max(max(p["width"], p["height"]) for p in pictures) == PICTURE_SIDE
+    assert len(pictures) == 4 and max(max(p["width"], p["height"]) for p in pictures) == PHOTO_SIDE
     assert sorted(p["drawing"] for p in pictures) == [False, True, True, True]
     written = json.loads((folder / "key.json").read_text(encoding="utf-8"))
     assert list(written["pictures"]) == key["images"]

@@ -1,7 +1,5 @@
 """Pages of images with their captions: single HTML files that need neither network nor server."""
 
-import base64
-import io
 import random
 import re
 import unicodedata
@@ -10,17 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
-from PIL import Image
 
+from vlmcap.reporting.html import PHOTO_SIDE, embed, template
 from vlmcap.reporting.plots import INK, SOFT
 
-PAGES = Path(__file__).parent / "pages"
-PIXEL_ART = 256  # px; images with no side longer than this are the miniature's scenes, scaled up with hard edges
-PHOTO_SIDE = 640  # px; the longer side of COCO's photographs, at which larger ones are embedded
 THUMBNAIL_SIDE = 400  # px; of photographs on a page that has hundreds of them
-JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 
 
 def write_sample_page(
@@ -37,9 +30,9 @@ def write_sample_page(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    cards = [item | _embedded(item["image"], PHOTO_SIDE) for item in items]
+    cards = [item | embed(item["image"], PHOTO_SIDE) for item in items]
     header, *rows = intro_rows
-    page = _template("samples.html.j2").render(title=title, note=note, header=header, rows=rows, cards=cards)
+    page = template("samples.html.j2").render(title=title, note=note, header=header, rows=rows, cards=cards)
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -77,7 +70,7 @@ def write_comparison_page(
         remarks: what is shown of the images and what is not, as sentences of plain text.
     """
     path = Path(path)
-    page = _template("gallery.html.j2").render(
+    page = template("gallery.html.j2").render(
         title=title,
         tables=tables,
         notes=notes,
@@ -134,31 +127,6 @@ def select_images(disagreements: dict[str, float], maximum: int, seed: int) -> t
     return [image for image in ids if image in chosen], sentence
 
 
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["lang"] = lambda text: "ja" if JAPANESE.search(text) else "en"
-    return environment.get_template(name)
-
-
-def _embedded(image: Image.Image, side: int) -> dict:
-    """Data URI, size in px and whether to scale with hard edges: PNG for small drawings, JPEG for photographs."""
-    image = image.convert("RGB")
-    drawing = max(image.size) <= PIXEL_ART
-    if not drawing:
-        image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, **({"format": "PNG", "optimize": True} if drawing else {"format": "JPEG", "quality": 85}))
-    data = base64.b64encode(buffer.getvalue()).decode()
-    uri = f"data:image/{'png' if drawing else 'jpeg'};base64,{data}"
-    return {"uri": uri, "width": image.width, "height": image.height, "drawing": drawing}
-
-
 def _with_pictures(cards: Iterable[dict], disagreements: dict[str, float]) -> Iterator[dict]:
     for card in cards:
         best = max(caption["score"] for caption in card["captions"])
@@ -168,7 +136,7 @@ def _with_pictures(cards: Iterable[dict], disagreements: dict[str, float]) -> It
             "disagreement": disagreements[card["image_id"]],
             "captions": [caption | {"best": 0 < caption["score"] == best} for caption in card["captions"]],
             "flagged": [number for number, caption in enumerate(card["captions"]) if caption["flags"]],
-            **(_embedded(card["image"], THUMBNAIL_SIDE) if card["image"] else {"uri": None}),
+            **(embed(card["image"], THUMBNAIL_SIDE) if card["image"] else {"uri": None}),
         }
 
 

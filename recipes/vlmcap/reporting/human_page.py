@@ -1,19 +1,13 @@
 """The files of a human evaluation: a page for each rater, the key, the pictures, a note for the experimenter."""
 
-import base64
-import io
 import json
 from pathlib import Path
 
-import jinja2
 from jinja2.utils import htmlsafe_json_dumps
-from PIL import Image
 
 from vlmcap.data.images import open_image
 from vlmcap.evaluation.human import ANSWERS_FORMAT, HumanError, blinded_items
-
-PICTURE_SIDE = 640  # px; the longer side of COCO's photographs, at which larger ones are embedded
-DRAWING_SIDE = 256  # px; pictures with no longer side are drawings, embedded without loss and shown with hard edges
+from vlmcap.reporting.html import embed, template
 
 README = """\
 Human evaluation of captions
@@ -82,32 +76,13 @@ def rater_page(key: dict, rater: str, pictures: dict[str, dict]) -> str:
         "pictures": [pictures[image_id] for image_id in image_ids],
         "items": items,
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("pages")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("human_eval.html.j2").render(
+    return template("human_eval.html.j2").render(
         rater=rater,
         item_count=len(items),
         has_preferences="preference" in kinds,
         has_ratings="rating" in kinds,
         data=htmlsafe_json_dumps(data, ensure_ascii=False),
     )
-
-
-def embed(image: Image.Image) -> dict:
-    """`{"uri", "width", "height", "drawing"}`: the picture, at most PICTURE_SIDE px long, as a data URI."""
-    image = image.convert("RGB")
-    drawing = max(image.size) <= DRAWING_SIDE
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, **({"format": "PNG", "optimize": True} if drawing else {"format": "JPEG", "quality": 85}))
-    data = base64.b64encode(buffer.getvalue()).decode()
-    uri = f"data:image/{'png' if drawing else 'jpeg'};base64,{data}"
-    return {"uri": uri, "width": image.width, "height": image.height, "drawing": drawing}
 
 
 def _suffix(row: dict) -> str:
