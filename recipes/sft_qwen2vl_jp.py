@@ -22,9 +22,11 @@ with its processor and model card in `adapter/`, and `samples.html`. `--push_to_
 """
 
 import gc
+import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +43,15 @@ from vlmcap.data.images import (
     load_captions,
     open_image,
 )
-from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record, weights_hash
+from vlmcap.evaluation.generate import (
+    GenerationArguments,
+    PredictionsError,
+    decoding_record,
+    generate,
+    image_size_record,
+    model_record,
+    weights_hash,
+)
 from vlmcap.evaluation.scoring import ScoreError, read_predictions, write_metrics
 from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
@@ -92,6 +102,13 @@ class DataArguments:
         },
     )
     tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
+    base_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which runs share the base's captions, found again by model, data, prompt and decoding;"
+            " default output_dir/base, of this run alone."
+        },
+    )
 
 
 # The trainer's settings that the model card prints.
@@ -113,6 +130,14 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
     if resume == "latest" and not latest:
         raise SystemExit(f"error: --resume_from_checkpoint latest, but {output_dir} holds no checkpoint")
     return latest if resume == "latest" else resume
+
+
+def base_folder(output_dir: Path, base_dir: str | None, record: dict) -> Path:
+    """Where the base's captions lie: `output_dir/base`, or a folder of `base_dir` named by a hash of `record`."""
+    if base_dir is None:
+        return output_dir / "base"
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False)
+    return Path(base_dir) / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def main(
@@ -167,15 +192,17 @@ def main(
     names = (model_args.model_name_or_path, model_args.model_revision)
     processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    features = None
+    features = validation_features = validation = None
     if training_args.cache_image_features:
-        features = cache_features(
-            Path(training_args.cache_image_features), model, processor, train_rows, *names, bad_images
-        )
+        cache = partial(cache_features, Path(training_args.cache_image_features), model, processor)
+        features = cache(train_rows, *names, bad_images)
         train_rows = features.rows
-    validation = None
+        if validation_rows is not None:
+            validation_features = cache(validation_rows, *names, bad_images)
     if validation_rows is not None:
-        validation = CaptionValidation(validation_rows, processor, generation_args, data_args.tokenizer)
+        validation = CaptionValidation(
+            validation_rows, processor, generation_args, data_args.tokenizer, validation_features
+        )
     trainer = CaptionTrainer(
         model=model,
         args=training_args,
@@ -220,15 +247,20 @@ def main(
 
     # Evaluation: the base and the adapter as they lie on disk, on the same images with the same decoding.
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    saw = {"STAIR": data_args.base_saw, "YJ": data_args.base_saw, "note": "As stated in the configuration (base_saw)."}
+    saw = dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw)
+    saw["note"] = "As stated in the configuration (base_saw)."
     record = {"model": model_record(model, *names), "dataset": test_set, "saw": saw}
-    base_predictions = output_dir / "base/predictions.jsonl"
+    asked = {"prompt": generation_args.prompt, "images": len(test_rows)}
+    asked |= decoding_record(generation_args) | image_size_record(processor)
+    base_dir = base_folder(output_dir, data_args.base_dir, record | asked)
+    base_predictions = base_dir / "predictions.jsonl"
     generate(model, processor, test_rows, base_predictions, generation_args, record)
 
     model = load_adapter(model, str(adapter_dir))
     if train_set["corpus"] == "stair":
         yj = "train images" if any(train_rows["in_yj"]) else data_args.base_saw
-        saw = {"STAIR": "train", "YJ": yj, "note": "Fine-tuned on the training split; else what the base model saw."}
+        saw = {"STAIR": "train", "YJ": yj, "COCO": "train images"}
+        saw["note"] = "Fine-tuned on the training split, photographs of COCO; else what the base model saw."
     record = {"model": model_record(model, *names, adapter=str(adapter_dir)), "dataset": test_set, "saw": saw}
     generate(model, processor, test_rows, adapter_predictions, generation_args, record)
     if not is_main:
@@ -236,7 +268,8 @@ def main(
 
     # Scores, model card, a page of samples
     references = {str(i): captions for i, captions in zip(test_rows["image_id"], test_rows["captions"], strict=True)}
-    base = write_metrics(base_predictions, references, output_dir / "base/metrics.json", data_args.tokenizer)
+    base = write_metrics(base_predictions, references, base_dir / "metrics.json", data_args.tokenizer)
+    del base["per_image"]  # as large as the rest together, and in the base's own file
     more = {"training": json.loads((adapter_dir / "training.json").read_text(encoding="utf-8")), "base": base}
     metrics = write_metrics(adapter_predictions, references, adapter_dir / "metrics.json", data_args.tokenizer, more)
     write_adapter_card(adapter_dir, training_args.hub_model_id)

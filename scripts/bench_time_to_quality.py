@@ -52,7 +52,7 @@ from vlmcap.data.build import PublishArguments, publish
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.data.scenes import write_scene_dataset
 from vlmcap.evaluation.generate import GenerationArguments, caption_images
-from vlmcap.evaluation.scoring import score
+from vlmcap.evaluation.scoring import quick_scores
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
@@ -212,7 +212,7 @@ class Bench:
         model.train()
         ids = [str(image_id) for image_id in rows["image_id"]]
         references = dict(zip(ids, rows["captions"], strict=True))
-        return score(dict(zip(ids, captions, strict=True)), references)["scores"]["cider_d"]
+        return quick_scores(dict(zip(ids, captions, strict=True)), references)["cider_d"]
 
     def learn(self, training: Training) -> dict:
         """One training: its curve on the first `test_images`, its final score on all test images of the demo."""

@@ -1,33 +1,59 @@
-r"""Score captions against references: BLEU-1..4, ROUGE-L and CIDEr-D into a metrics.json.
+r"""Score captions against references, with signatures, intervals and a register-normalised variant, into metrics.json.
 
     python scripts/eval_captioning.py --predictions predictions.jsonl --references references.jsonl \
-        --tokenizer unidic-lite --output metrics.json
+        --output metrics.json
 
     # against a split of a published dataset (Hub id or local folder; its images are not needed)
     python scripts/eval_captioning.py --predictions predictions.jsonl --dataset USER/stair-captions --split test
 
-    # text that is tokenised already, tokens between spaces
+    # text that is tokenised already, tokens between spaces; Vietnamese; another Japanese dictionary
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer none
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer vietnamese
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer ipadic
 
-    # the same from a file
+    # CIDEr-D with the idf of another split, so that scores of any set of images compare: write it once, use it often
+    python scripts/eval_captioning.py --dataset USER/stair-captions --split train --write_idf stair_idf.json
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --idf stair_idf.json
+
+    # SPICE (English) and JaSPICE (Japanese) by services of your own
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer none \
+        --spice_url http://127.0.0.1:8080/spice
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --jaspice_url http://127.0.0.1:8080
+
+    # BLEU, ROUGE-L, CIDEr-D and chrF alone, as fast as can be; all of it from a file
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --no_meteor --resamples 0 \
+        --no_register_normalised
     python scripts/eval_captioning.py --config eval.yaml
 
 Predictions are lines {"image_id", "caption"}, references lines {"image_id", "captions": [...]}. If the run record that
 scripts/infer_baseline.py writes lies beside the predictions (predictions.run.json), it goes into metrics.json too.
-5,000 images with five references each take two to three seconds on one CPU core.
+
+METEOR is Java's: `java` on the PATH and meteor-1.5.jar, named by $VLMCAP_METEOR_JAR or found in an installed
+pycocoevalcap. It has no Japanese, and is computed on characters there, which its signature says. A score that cannot
+be computed is left out, and a notice says why.
 """
 
 import sys
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import parse
-from vlmcap.evaluation.scoring import ScoreError, dataset_references, read_references, score_table, write_metrics
-from vlmcap.evaluation.tokenise import TokenizerError
+from vlmcap.evaluation.scoring import (
+    ScoreError,
+    ScoreOptions,
+    dataset_references,
+    read_references,
+    score_table,
+    write_idf,
+    write_metrics,
+)
+from vlmcap.evaluation.tokenise import TOKENIZERS, TokenizerError
 
 
 @dataclass
 class EvalArguments:
-    predictions: str = field(metadata={"help": 'Predictions, JSONL lines {"image_id", "caption"}.'})
+    predictions: str | None = field(
+        default=None, metadata={"help": 'Predictions, JSONL lines {"image_id", "caption"}.'}
+    )
     references: str | None = field(
         default=None, metadata={"help": 'References, JSONL lines {"image_id", "captions"}; or give --dataset.'}
     )
@@ -36,25 +62,35 @@ class EvalArguments:
     )
     split: str = field(default="test", metadata={"help": "Split of --dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of --dataset on the Hub."})
-    tokenizer: str = field(
-        default="unidic-lite", metadata={"help": "unidic-lite, characters or none (split at spaces)."}
-    )
+    tokenizer: str = field(default="unidic-lite", metadata={"help": f"One of {', '.join(TOKENIZERS)}."})
     output: str = field(default="metrics.json", metadata={"help": "Where to write the scores."})
+    write_idf: str | None = field(
+        default=None, metadata={"help": "Write the references' idf to this file, for --idf, and score nothing."}
+    )
 
 
-def main(args: EvalArguments) -> None:
+def main(args: EvalArguments, options: ScoreOptions) -> None:
     if (args.references is None) == (args.dataset is None):
         raise ScoreError("give the references either as --references FILE or as --dataset ID_OR_DIR, one of the two")
+    if (args.predictions is None) == (args.write_idf is None):
+        raise ScoreError("give either --predictions FILE to score or --write_idf FILE to write an idf, one of the two")
     if args.references is not None:
         references = read_references(args.references)
     else:
         references = dataset_references(args.dataset, args.split, args.dataset_revision)
-    print(score_table(write_metrics(args.predictions, references, args.output, args.tokenizer)))
+    if args.write_idf:
+        frequencies = write_idf(references, args.write_idf, args.tokenizer)
+        print(f"{len(frequencies.ngrams):,} n-grams of {frequencies.images:,} images written to {args.write_idf}")
+        return
+    metrics = write_metrics(args.predictions, references, args.output, args.tokenizer, options=options)
+    print(score_table(metrics))
+    for notice in metrics["notices"]:
+        print(f"notice: {notice}")
     print(f"written to {args.output}")
 
 
 if __name__ == "__main__":
     try:
-        main(*parse(__doc__, EvalArguments))
+        main(*parse(__doc__, EvalArguments, ScoreOptions))
     except (OSError, ScoreError, TokenizerError) as error:
         sys.exit(f"error: {error}")

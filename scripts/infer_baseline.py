@@ -12,26 +12,74 @@ The same with a trained adapter, from the Hub or a folder:
     python scripts/infer_baseline.py --model Qwen/Qwen2-VL-2B-Instruct --adapter you/qwen2vl-jp --load_in_4bit \\
         --dataset you/stair-captions-ja --split test --image_dir images --output outputs/adapter/predictions.jsonl
 
+A model of the table (recipes/configs/baselines.yaml): its id, commit, prompt, licence and what it has seen come from
+there. It is asked with the one short Japanese prompt that all share, or with its own:
+
+    python scripts/infer_baseline.py --list
+    python scripts/infer_baseline.py --baseline paligemma_3b_mix --prompt_kind native \\
+        --dataset you/stair-captions-ja --image_dir images --output outputs/paligemma/predictions.jsonl
+
+Some need an environment of their own, which is built with uv and kept, and run code of their authors. That happens
+with --trust_remote_code alone, and at a commit that you name (after reading it):
+
+    python scripts/infer_baseline.py --baseline asagi_2b --trust_remote_code --model_revision COMMIT \\
+        --dataset you/stair-captions-ja --image_dir images --output outputs/asagi/predictions.jsonl
+
+Several prompts of one model, loaded once: predictions and scores of each in a folder, and a table of all:
+
+    python scripts/infer_baseline.py --baseline qwen2_5_vl_7b --prompts recipes/configs/prompts/qwen2_5_vl_7b.yaml \\
+        --dataset you/stair-captions-ja --split validation --max_images 500 --image_dir images \\
+        --output_dir outputs/prompts
+
 Beside predictions.jsonl it writes predictions.run.json: model, dataset, prompt, decoding, hardware, seconds, versions.
 An interrupted run continues when the same command is given again. Several GPUs share the work under `accelerate
-launch`.
+launch`, but for models in an environment of their own.
 """
 
 import sys
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from accelerate import PartialState
 
 from vlmcap.arguments import parse
 from vlmcap.data.images import DatasetError, check_images, dataset_record, load_captions
+from vlmcap.evaluation.baselines import (
+    BaselineError,
+    check_remote_code,
+    choose_prompts,
+    read_table,
+    resolve_revision,
+    saw_record,
+    score_prompts,
+    table_text,
+)
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record
+from vlmcap.evaluation.isolated import IsolatedError, generate_isolated, isolated_record, start_isolated
+from vlmcap.evaluation.scoring import ScoreError
+from vlmcap.evaluation.tokenise import TokenizerError
 from vlmcap.models.load import ModelError, load_adapter, load_model, load_processor
+
+TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
 
 
 @dataclass
 class Arguments:
-    model: str = field(metadata={"help": "Base model: Hub id or folder, e.g. Qwen/Qwen2-VL-2B-Instruct."})
-    dataset: str = field(metadata={"help": "Caption dataset made by publish_datasets.py: Hub id or folder."})
-    output: str = field(metadata={"help": "Predictions file to write, e.g. outputs/base/predictions.jsonl."})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model: Hub id or folder, e.g. Qwen/Qwen2-VL-2B-Instruct. With --baseline: where its weights are,"
+            " instead of the id of the table."
+        },
+    )
+    baseline: str | None = field(default=None, metadata={"help": "Key of a row of the table; see --list."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Caption dataset made by publish_datasets.py: Hub id or folder."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Predictions file to write, e.g. outputs/base/predictions.jsonl."}
+    )
     split: str = field(default="test", metadata={"help": "Split to caption."})
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     adapter: str | None = field(default=None, metadata={"help": "Trained adapter: Hub id or folder."})
@@ -46,39 +94,98 @@ class Arguments:
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
     min_pixels: int | None = field(
-        default=None, metadata={"help": "Smallest image in pixels; default the processor's."}
+        default=None, metadata={"help": "Smallest image in pixels; default the processor's. Qwen-VL family only."}
     )
     max_pixels: int | None = field(
-        default=None, metadata={"help": "Largest image in pixels; default the processor's."}
+        default=None, metadata={"help": "Largest image in pixels; default the processor's. Qwen-VL family only."}
     )
-    saw_stair: str = field(
-        default="unknown", metadata={"help": "Whether the model was trained on STAIR: train, no or unknown. Recorded."}
+    saw_stair: str | None = field(
+        default=None,
+        metadata={"help": "Whether the model was trained on STAIR: train, no, unknown or translated. Recorded."},
     )
-    saw_yj: str = field(default="unknown", metadata={"help": "The same for YJ Captions."})
+    saw_yj: str | None = field(default=None, metadata={"help": "The same for YJ Captions."})
+    saw_coco: str | None = field(default=None, metadata={"help": "The same for COCO: its pictures or its captions."})
+    prompt_kind: str | None = field(
+        default=None,
+        metadata={
+            "help": "native (the model's own, of the table), common (the table's for all) or given (--prompt). Left"
+            " out: given with --model; common with --baseline, unless --prompt is set.",
+            "choices": ["native", "common", "given"],
+        },
+    )
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "YAML file, name -> prompt: caption with each and compare. Needs --output_dir."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "With --prompts: here a folder for each."})
+    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation of the scores of --prompts."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the code of the model's repository, at a commit of 40 hexadecimal digits only."},
+    )
+    table: str | None = field(
+        default=None, metadata={"help": "Table of baselines; default recipes/configs/baselines.yaml."}
+    )
+    env_dir: str = field(
+        default="~/.cache/vlmcap/envs", metadata={"help": "Where environments of isolated models are built and kept."}
+    )
+    list: bool = field(default=False, metadata={"help": "Print the table of baselines and end."})
 
 
 def main(args: Arguments, generation_args: GenerationArguments) -> None:
+    table = read_table(args.table or TABLE)
+    if args.list:
+        print(table_text(table))
+        return
+    if not (args.model or args.baseline) or not args.dataset or not (args.output_dir if args.prompts else args.output):
+        where = "--output_dir" if args.prompts else "--output"
+        raise BaselineError(f"--model or --baseline, --dataset and {where} are needed; --help shows examples")
+    row = table.row(args.baseline) if args.baseline else None
+    name = args.model or row.id
+    revision = args.model_revision or (row.revision if row and not args.model else None)
+    trusted = check_remote_code(name, revision, row, args.trust_remote_code)
+    revision = resolve_revision(name, revision)
+    prompts = choose_prompts(table, row, generation_args.prompt, args.prompt_kind, args.prompts)
+
     dataset = dataset_record(args.dataset, args.split, args.dataset_revision)
     rows = load_captions(args.dataset, args.split, args.image_dir, dataset["revision"])
     if args.max_images:
         rows = rows.select(range(min(args.max_images, len(rows))))
     check_images(rows, args.split)
-    # The adapter's own processor, when there is one: it carries the image size of the training.
-    processor = load_processor(
-        args.adapter or args.model,
-        args.adapter_revision if args.adapter else args.model_revision,
-        args.min_pixels,
-        args.max_pixels,
-    )
-    model = load_model(args.model, args.model_revision, args.load_in_4bit, args.attn_implementation)
-    if args.adapter:
-        model = load_adapter(model, args.adapter, args.adapter_revision)
-    record = {
-        "model": model_record(model, args.model, args.model_revision, args.adapter, args.adapter_revision),
-        "dataset": dataset,
-        "saw": {"STAIR": args.saw_stair, "YJ": args.saw_yj, "note": "As stated on the command line."},
-    }
-    generate(model, processor, rows, Path(args.output), generation_args, record)
+    said = {"STAIR": args.saw_stair, "YJ": args.saw_yj, "COCO": args.saw_coco}
+    record = {"dataset": dataset, "saw": saw_record(row, said, adapter=bool(args.adapter))}
+
+    if row and row.runs == "isolated":
+        unfit = ("adapter", "load_in_4bit", "min_pixels", "max_pixels")
+        if given := [f"--{option}" for option in unfit if getattr(args, option)]:
+            raise BaselineError(f"{row.key} runs in its own environment, where there is no {', '.join(given)}")
+        isolated = start_isolated(row, name, revision, generation_args, Path(args.env_dir))
+        record["model"] = isolated_record(isolated, name, revision)
+    else:
+        isolated = None
+        # The adapter's own processor, when there is one: it carries the image size of the training.
+        source = (args.adapter, args.adapter_revision) if args.adapter else (name, revision)
+        trust_processor = trusted and not args.adapter
+        processor = load_processor(*source, args.min_pixels, args.max_pixels, trust_processor)
+        model = load_model(name, revision, args.load_in_4bit, args.attn_implementation, trusted)
+        if args.adapter:
+            model = load_adapter(model, args.adapter, args.adapter_revision)
+        record["model"] = model_record(model, name, revision, args.adapter, args.adapter_revision)
+    if row:
+        record["model"] |= {"baseline": row.key, "license": row.license}
+    with isolated or nullcontext():
+        for folder, (kind, prompt) in prompts.items():
+            output = Path(args.output_dir, folder, "predictions.jsonl") if args.prompts else Path(args.output)
+            asked = replace(generation_args, prompt=prompt)
+            if isolated:
+                generate_isolated(isolated, rows, output, asked, record | {"prompt_kind": kind})
+            else:
+                generate(model, processor, rows, output, asked, record | {"prompt_kind": kind})
+    if not PartialState().is_main_process:
+        return
+    if args.prompts:
+        print(score_prompts(Path(args.output_dir), list(prompts), rows, args.tokenizer))
+        return
     print(
         f"{len(rows):,} captions in {args.output}; score them with\n  python scripts/eval_captioning.py --predictions"
         f" {args.output} --dataset {args.dataset} --split {args.split} --output "
@@ -89,5 +196,13 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
 if __name__ == "__main__":
     try:
         main(*parse(__doc__, Arguments, GenerationArguments))
-    except (DatasetError, ModelError, PredictionsError) as error:
+    except (
+        BaselineError,
+        DatasetError,
+        IsolatedError,
+        ModelError,
+        PredictionsError,
+        ScoreError,
+        TokenizerError,
+    ) as error:
         sys.exit(f"error: {error}")

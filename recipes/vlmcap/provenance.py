@@ -12,7 +12,7 @@ import torch
 
 LIBRARIES = (
     "vlmcap torch torchvision transformers trl peft bitsandbytes datasets accelerate huggingface-hub fugashi "
-    "unidic-lite"
+    "unidic-lite sacrebleu"
 ).split()
 
 

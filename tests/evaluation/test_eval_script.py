@@ -5,9 +5,12 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
 
-from vlmcap.evaluation.scoring import ScoreError, dataset_references, score, write_metrics
+from vlmcap.evaluation.scoring import ScoreError, ScoreOptions, dataset_references, score, write_metrics
 
 PREDICTIONS = {1: "赤い車が道路を走っている", 2: "白い猫が窓辺で眠っている"}
+# METEOR takes seconds to start: test_external.py has it.
+LEAN = ["--no_meteor", "--resamples", "20"]
+OPTIONS = ScoreOptions(meteor=False, resamples=20)
 REFERENCES = {1: ["赤い車が道を走っている", "道路を走る赤い車"], 2: ["窓辺で白い猫が寝ている", "眠る白猫"]}
 
 
@@ -16,6 +19,7 @@ def expected(tokenizer: str = "unidic-lite") -> dict:
         {str(i): caption for i, caption in PREDICTIONS.items()},
         {str(i): captions for i, captions in REFERENCES.items()},
         tokenizer,
+        OPTIONS,
     )
 
 
@@ -59,12 +63,13 @@ def dataset(tmp_path):
 def test_scores_two_files_and_prints_them_with_their_signatures(run_script, tmp_path, predictions, references):
     output = tmp_path / "new" / "metrics.json"
     done = run_script(
-        "eval_captioning.py", "--predictions", predictions, "--references", references, "--output", output
+        "eval_captioning.py", "--predictions", predictions, "--references", references, "--output", output, *LEAN
     )
     metrics = json.loads(output.read_text(encoding="utf-8"))
     assert metrics == expected()
     for name, value in metrics["scores"].items():
-        assert f"{value:.4f}   {metrics['signatures'][name]}" in done.stdout
+        low, high = metrics["intervals"][name]
+        assert f"{value:.4f}  [{low:.4f}, {high:.4f}]   {metrics['signatures'][name]}" in done.stdout
     assert str(output) in done.stdout
 
 
@@ -74,6 +79,7 @@ def test_the_run_record_beside_the_predictions_goes_in(run_script, tmp_path, pre
     config, output = tmp_path / "eval.yaml", tmp_path / "metrics.json"
     config.write_text(
         f"predictions: {predictions}\nreferences: {references}\ntokenizer: characters\noutput: {output}\n"
+        "meteor: false\nresamples: 20\n"
     )
     run_script("eval_captioning.py", "--config", config)
     assert json.loads(output.read_text(encoding="utf-8")) == expected("characters") | record
@@ -81,7 +87,7 @@ def test_the_run_record_beside_the_predictions_goes_in(run_script, tmp_path, pre
 
 def test_scores_against_a_local_dataset_whose_images_cannot_be_read(run_script, tmp_path, predictions, dataset):
     output = tmp_path / "metrics.json"
-    run_script("eval_captioning.py", "--predictions", predictions, "--dataset", dataset, "--output", output)
+    run_script("eval_captioning.py", "--predictions", predictions, "--dataset", dataset, "--output", output, *LEAN)
     assert json.loads(output.read_text(encoding="utf-8")) == expected()
 
 
@@ -101,9 +107,34 @@ def test_an_image_twice_in_a_dataset_is_named(dataset):
 
 def test_more_keys_stand_beside_the_scores(tmp_path, predictions):
     references = {str(i): captions for i, captions in REFERENCES.items()}
-    metrics = write_metrics(predictions, references, tmp_path / "metrics.json", "characters", {"base": expected()})
+    metrics = write_metrics(
+        predictions, references, tmp_path / "metrics.json", "characters", {"base": expected()}, OPTIONS
+    )
     assert metrics == expected("characters") | {"base": expected()}
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
+
+
+def test_an_idf_is_written_and_used(run_script, tmp_path, predictions, references):
+    idf, output = tmp_path / "idf.json", tmp_path / "metrics.json"
+    done = run_script("eval_captioning.py", "--references", references, "--write_idf", idf)
+    assert f"of 2 images written to {idf}" in done.stdout
+    files = ["--predictions", predictions, "--references", references, "--output", output, *LEAN]
+    run_script("eval_captioning.py", *files, "--idf", idf)
+    metrics = json.loads(output.read_text(encoding="utf-8"))
+    assert metrics["scores"] == expected()["scores"] and "|df:refs|" not in metrics["signatures"]["cider_d"]
+    other = run_script("eval_captioning.py", *files, "--idf", idf, "--tokenizer", "characters", expect=1)
+    assert f"{idf} was made with another tokenizer" in other.stderr
+
+
+def test_what_is_left_out_is_printed(run_script, tmp_path, predictions, references):
+    done = run_script(
+        *("eval_captioning.py", "--predictions", predictions, "--references", references),
+        *("--output", tmp_path / "metrics.json", "--resamples", "0", "--no_register_normalised"),
+        env={"VLMCAP_METEOR_JAR": str(tmp_path / "none.jar")},
+    )
+    assert (
+        "notice: METEOR is left out: " in done.stdout and "CIDEr-D" in done.stdout and "reg:plain" not in done.stdout
+    )
 
 
 def test_mistakes_stop_the_script_with_what_to_do(run_script, tmp_path, predictions, references):
@@ -114,9 +145,11 @@ def test_mistakes_stop_the_script_with_what_to_do(run_script, tmp_path, predicti
     )
     assert f"No such file or directory: '{tmp_path / 'none'}'" in missing.stderr
     output = tmp_path / "metrics.json"
-    files = ["--predictions", predictions, "--references", references, "--output", output]
+    files = ["--predictions", predictions, "--references", references, "--output", output, *LEAN]
     unknown = run_script("eval_captioning.py", *files, "--tokenizer", "mecab", expect=1)
-    assert "unknown tokenizer 'mecab': choose one of unidic-lite, characters, none" in unknown.stderr
+    assert (
+        "unknown tokenizer 'mecab': choose one of unidic-lite, ipadic, characters, vietnamese, none" in unknown.stderr
+    )
     (tmp_path / "predictions.run.json").write_text('{"model": ')
     broken = run_script("eval_captioning.py", *files, expect=1)
     assert "predictions.run.json: not JSON" in broken.stderr

@@ -1,13 +1,21 @@
 """Beam search over batches, continued runs, the run record."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
 
 from vlmcap.data.images import BadImageError, load_captions
 from vlmcap.data.scenes import scenes
-from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, caption_images, generate, model_record
+from vlmcap.evaluation.generate import (
+    GenerationArguments,
+    PredictionsError,
+    caption_images,
+    decoding_record,
+    generate,
+    model_record,
+)
 from vlmcap.models.load import count_parameters, load_model, load_processor
 
 ARGS = GenerationArguments(prompt="Describe this image briefly.", max_new_tokens=12, generation_batch_size=3)
@@ -110,3 +118,15 @@ def test_an_unreadable_test_picture_stops_the_run(model, processor, rows, folder
     rows = rows.map(lambda row: {"image": {"bytes": b"no picture", "path": None}} if row["image_id"] == 2 else row)
     with pytest.raises(BadImageError, match="2.png"):
         generate(model, processor, rows, tmp_path / "predictions.jsonl", ARGS, record(model))
+
+
+def test_words_to_avoid_are_avoided(model, processor, tmp_path):
+    images = [scene.draw() for scene in scenes(3, seed=1, held_out=True)]
+    said = caption_images(model, processor, images, ARGS)
+    words = tmp_path / "words.txt"
+    words.write_text(said[0].split()[1] + "\n", encoding="utf-8")
+    avoiding = replace(ARGS, avoid_words=str(words))
+    now = caption_images(model, processor, images, avoiding)
+    assert now[0] and said[0].split()[1] not in now[0]
+    assert decoding_record(ARGS).keys() == {"num_beams", "max_new_tokens", "do_sample", "batch_size"}
+    assert decoding_record(avoiding)["avoid_words"] == [said[0].split()[1]]

@@ -1,3 +1,6 @@
+import json
+import subprocess
+import sys
 import unicodedata
 
 import fugashi
@@ -6,9 +9,7 @@ import unidic_lite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmcap.evaluation.tokenise import TokenizerError, tokenise, tokenizer_signature
-
-TOKENIZERS = ["unidic-lite", "characters", "none"]
+from vlmcap.evaluation.tokenise import TOKENIZERS, TokenizerError, tokenise, tokenizer_signature
 
 
 def words(text: str) -> list[str]:
@@ -46,12 +47,44 @@ def test_characters_and_none():
     assert tokenise(["A  dog , ケーキ。\t"], "none") == [["A", "dog", ",", "ケーキ。"]]
 
 
+def test_ipadic_splits_by_its_own_dictionary_with_the_same_normalisation():
+    text = "ＴＶを見ています、白い犬が。"
+    assert tokenise([text], "ipadic") == ["tv を 見 て い ます 白い 犬 が".split()]
+    surfboard = "サーフボードに乗った男性"
+    assert tokenise([surfboard], "ipadic")[0][:2] == ["サーフ", "ボード"] and words(surfboard)[0] == "サーフボード"
+
+
+def test_vietnamese_words_keep_their_tone_marks_and_join_syllables():
+    (tokens,) = tokenise(["Một người đàn ông đang chơi bóng đá, ở sân vận động!"], "vietnamese")
+    assert "đàn_ông" in tokens and "bóng_đá" in tokens and "vận_động" in tokens
+    assert tokens[0] == "một" and not {",", "!"} & set(tokens)
+    decomposed = unicodedata.normalize("NFD", "Một người đàn ông đang chơi bóng đá, ở sân vận động!")
+    assert tokenise([decomposed], "vietnamese") == [tokens]
+    assert tokenise(["ma má mà mả mã mạ"], "vietnamese")[0] != tokenise(["ma ma ma ma ma ma"], "vietnamese")[0]
+    assert tokenise(["", " \n", "..."], "vietnamese") == [[], [], []]
+
+
+def test_pyvi_is_loaded_only_when_asked_for():
+    code = "import sys, vlmcap.evaluation.scoring; sys.exit('pyvi' in sys.modules or 'sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_real_vietnamese_captions(data_dir):
+    """Of UIT-ViIC: football, whose words have two syllables and more."""
+    annotations = json.loads((data_dir / "uit_viic" / "uitviic_captions_test2017.json").read_bytes())["annotations"]
+    captions = [annotation["caption"] for annotation in annotations[:200]]
+    tokens = tokenise(captions, "vietnamese")
+    assert "bóng_đá" in {word for words in tokens for word in words}
+    kept = ["".join(c for c in unicodedata.normalize("NFC", text).lower() if c.isalnum()) for text in captions]
+    assert ["".join(c for c in "".join(words) if c.isalnum()) for words in tokens] == kept
+
+
 def test_order_and_repeats_are_kept():
     assert tokenise(iter(["猫", "犬", "猫"])) == [["猫"], ["犬"], ["猫"]]
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_tokens_survive_joining_with_spaces(tokenizer, text):
     (tokens,) = tokenise([text], tokenizer)
@@ -75,10 +108,12 @@ def test_segmentation_is_that_of_fugashi_nodes():
 def test_signatures_name_what_was_done():
     assert tokenizer_signature() == "tok:unidic-lite-1.0.8|norm:nfkc|punct:drop|case:lc"
     assert tokenizer_signature("characters") == "tok:characters|norm:nfkc|punct:drop|case:lc"
+    assert tokenizer_signature("ipadic") == "tok:ipadic-1.0.0|norm:nfkc|punct:drop|case:lc"
+    assert tokenizer_signature("vietnamese") == "tok:vietnamese-pyvi-0.1.1|norm:nfc|punct:drop|case:lc"
     assert tokenizer_signature("none") == "tok:none|norm:none|punct:keep|case:mixed"
 
 
 @pytest.mark.parametrize("call", [lambda: tokenise(["犬"], "mecab"), lambda: tokenizer_signature("mecab")])
 def test_an_unknown_tokenizer_names_the_choices(call):
-    with pytest.raises(TokenizerError, match="'mecab'.*unidic-lite, characters, none"):
+    with pytest.raises(TokenizerError, match="'mecab'.*unidic-lite, ipadic, characters, vietnamese, none"):
         call()

@@ -12,7 +12,10 @@ from huggingface_hub import HfApi, ModelCard
 
 from vlmcap.data.scenes import write_scene_dataset
 
-SETTINGS = "--config recipes/configs/sft_qwen2vl_jp/demo.yaml --max_steps 6 --save_steps 3 --max_new_tokens 24".split()
+SETTINGS = (
+    "--config recipes/configs/sft_qwen2vl_jp/demo.yaml --max_steps 6 --save_steps 3 --eval_steps 3"
+    " --load_best_model_at_end false --max_new_tokens 24"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +54,13 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     assert "language_model.layers.7.mlp.up_proj (LoRA)" in done.stdout and "36 images, 180 captions" in done.stdout
     metrics = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))
     assert metrics["training"]["steps"] == 6 and metrics["training"]["in_yj_images"] == 0
+    assert [entry["step"] for entry in metrics["training"]["log"] if "eval_cider_d" in entry] == [3, 6]
     assert metrics["counts"]["images"] == metrics["base"]["counts"]["images"] == 6
+    assert set(metrics["intervals"]) == set(metrics["scores"]) and len(metrics["per_image"]["image_id"]) == 6
     assert metrics["dataset"]["revision"] == HfApi().dataset_info("user/scenes").sha
-    assert json.loads((run / "base/metrics.json").read_text(encoding="utf-8")) == metrics["base"]
+    base = json.loads((run / "base/metrics.json").read_text(encoding="utf-8"))
+    del base["per_image"]  # the base's own file has it
+    assert base == metrics["base"]
     assert metrics["saw"]["STAIR"] == "train" and metrics["base"]["saw"]["STAIR"] == "no"
     # What is published names no folder of this machine.
     assert not [path.name for path in (run / "adapter").glob("*.json*") if str(tmp_path) in path.read_text("utf-8")]

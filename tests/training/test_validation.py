@@ -12,6 +12,7 @@ from vlmcap.data.scenes import scenes
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages
+from vlmcap.training.features import cache_features
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 from vlmcap.training.validation import CaptionValidation
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 def make(folder, miniature_dir):
     """make(output_dir, ...): a trainer of the miniature, which writes English and is trained to write Japanese."""
 
-    def make(output_dir: Path, validate: bool = True, **changes) -> CaptionTrainer:
+    def make(output_dir: Path, validate: bool = True, cached: bool = False, **changes) -> CaptionTrainer:
         settings = {
             "output_dir": str(output_dir),
             "max_steps": 8,
@@ -55,19 +56,27 @@ def make(folder, miniature_dir):
         model = load_model(str(miniature_dir), load_in_4bit=False)
         processor = load_processor(str(miniature_dir))
         rows = load_captions(str(folder / "data"), "train", image_dir=str(folder))
+        bad_images = BadImages(output_dir / "bad_images.jsonl", limit=0)
+
+        def features(rows: datasets.Dataset):
+            names = (str(miniature_dir), None)
+            return cache_features(output_dir / "features", model, processor, rows, *names, bad_images)
+
         validation = None
         if validate:
             validation_rows = load_captions(str(folder / "data"), "validation", image_dir=str(folder))
             generation = GenerationArguments(prompt=PROMPT, num_beams=2, max_new_tokens=24, generation_batch_size=3)
-            validation = CaptionValidation(validation_rows, processor, generation)
+            validation_features = features(validation_rows) if cached else None
+            validation = CaptionValidation(validation_rows, processor, generation, features=validation_features)
         return CaptionTrainer(
             model=model,
             args=CaptionSFTConfig(**settings | changes),
             rows=rows,
             processing_class=processor,
             prompt=PROMPT,
-            bad_images=BadImages(output_dir / "bad_images.jsonl", limit=0),
+            bad_images=bad_images,
             peft_config=lora_config(model, ModelArguments()),
+            features=features(rows) if cached else None,
             validation=validation,
         )
 
@@ -109,6 +118,15 @@ def test_validation_leaves_the_training_as_it_is(make, tmp_path, checkpointing):
     for name, parameter in plain.model.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, parameters[name]), name
+
+
+def test_cached_features_are_scored_as_pictures_are(make, tmp_path):
+    live, cached = (make(tmp_path / name, cached=name == "cached", max_steps=1) for name in ("live", "cached"))
+    scores = live.evaluate()
+    assert scores["eval_cider_d"] > 1
+    assert {k: v for k, v in cached.evaluate().items() if k != "eval_seconds"} == {
+        k: v for k, v in scores.items() if k != "eval_seconds"
+    }
 
 
 def test_the_last_model_is_scored_too(make, tmp_path):

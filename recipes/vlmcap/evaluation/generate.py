@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from vlmcap import provenance
 from vlmcap.data.images import open_image
-from vlmcap.models.load import base_model, chat_prompt, count_parameters
+from vlmcap.evaluation.constraints import constraints
+from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds
 
 
 @dataclass
@@ -41,7 +43,7 @@ class GenerationArguments:
 
 
 class PredictionsError(ValueError):
-    """A predictions file cannot be continued. The message names the file and the mend."""
+    """Captions cannot be made or continued as asked. The message names the file and the mend."""
 
 
 def run_record_path(predictions: Path) -> Path:
@@ -79,29 +81,94 @@ def read_done(predictions: Path, asked: dict) -> set:
     return {json.loads(line)["image_id"] for line in whole.decode("utf-8").splitlines()}
 
 
+def read_words(path: str | None) -> list[str] | None:
+    """The words of an `avoid_words` file, one a line, blank lines left out; None without a file.
+
+    Raises:
+        PredictionsError: the file is missing, is not UTF-8 or has no word.
+    """
+    if path is None:
+        return None
+    try:
+        words = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PredictionsError(
+            f"--avoid_words {path} cannot be read as UTF-8 text, one word a line: {error}"
+        ) from error
+    if not words:
+        raise PredictionsError(f"--avoid_words {path} holds no word. Write one a line, or leave the option out.")
+    return words
+
+
+def decoding_record(args: GenerationArguments) -> dict:
+    """The "decoding" part of a run record. Constraints are named only when they are on."""
+    return (
+        {
+            "num_beams": args.num_beams,
+            "max_new_tokens": args.max_new_tokens,
+            "do_sample": False,
+            "batch_size": args.generation_batch_size,
+        }
+        | ({"japanese_only": True} if args.japanese_only else {})
+        | ({"no_repeat_ngram_size": args.no_repeat_ngram_size} if args.no_repeat_ngram_size else {})
+        | ({"avoid_words": read_words(args.avoid_words)} if args.avoid_words else {})
+    )
+
+
+def image_size_record(processor: ProcessorMixin) -> dict:
+    """What a run record says of the size of images: the pixel bounds, or the size that the processor has instead."""
+    size = processor.image_processor.size
+    if takes_pixel_bounds(processor):
+        return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    return {"image_size": dict(size)}
+
+
 @torch.inference_mode()
 def caption_images(
-    model: PreTrainedModel | PeftModel, processor: ProcessorMixin, images: list, args: GenerationArguments
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    images: list,
+    args: GenerationArguments,
+    features: dict[str, torch.Tensor] | None = None,
 ) -> list[str]:
-    """Captions of a list of PIL images, by one beam search over the batch."""
+    """Captions of a list of PIL images, by one beam search over the batch.
+
+    `features` stands in for what the processor makes of the pictures, for a model that takes cached features
+    (vlmcap.training.features).
+    """
+    text, bos = chat_prompt(processor, args.prompt), processor.tokenizer.bos_token
     inputs = processor(
         images=[[image] for image in images],
-        text=[chat_prompt(processor, args.prompt)] * len(images),
+        text=[text] * len(images),
         padding=True,
         padding_side="left",
+        add_special_tokens=not (bos and text.startswith(bos)),  # Gemma 3's template writes it already
         return_tensors="pt",
-    ).to(model.device)
+    )
+    inputs.update(features or {})
+    inputs = inputs.to(model.device, dtype=base_model(model).dtype)
+    inputs.pop("labels", None)  # PaliGemma's processor makes them, also without a text to learn
+    prompt_length = inputs["input_ids"].shape[1]
     own = model.generation_config
-    # A fresh configuration: the one published with Qwen2-VL-2B-Instruct samples (temperature 0.01, top_k 1).
+    # A fresh configuration: the one published with Qwen2-VL-2B-Instruct samples (temperature 0.01, top_k 1). What is
+    # not set here is still taken from the model's own, so the penalty is: Qwen2.5-VL comes with 1.05.
     config = GenerationConfig(
         num_beams=args.num_beams,
         do_sample=False,
         max_new_tokens=args.max_new_tokens,
+        repetition_penalty=1.0,
         eos_token_id=own.eos_token_id,
-        pad_token_id=own.pad_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id if own.pad_token_id is None else own.pad_token_id,
     )
-    output = model.generate(**inputs, generation_config=config)
-    texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    limits = constraints(
+        processor.tokenizer,
+        prompt_length,
+        args.japanese_only,
+        args.no_repeat_ngram_size,
+        read_words(args.avoid_words),
+    )
+    output = model.generate(**inputs, generation_config=config, logits_processor=limits)
+    texts = processor.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
 
 
@@ -113,13 +180,42 @@ def generate(
     args: GenerationArguments,
     record: dict,
 ) -> None:
+    """Captions every row with a loaded model and writes `output` and its run record, as `write_captions` does.
+
+    Args:
+        rows: as `load_captions` returns them.
+        record: "model", "dataset" and "saw" of the run record.
+    """
+    decoding = decoding_record(args) | image_size_record(processor)
+    model.eval()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+    def caption(batch: datasets.Dataset) -> list[str]:
+        return caption_images(model, processor, [open_image(row) for row in batch], args)
+
+    def peak_memory() -> int | None:
+        return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+    write_captions(caption, rows, output, record | {"prompt": args.prompt, "decoding": decoding}, peak_memory)
+
+
+def write_captions(
+    caption: Callable[[datasets.Dataset], list[str]],
+    rows: datasets.Dataset,
+    output: Path,
+    record: dict,
+    peak_memory: Callable[[], int | None],
+) -> None:
     """Captions every row and writes `output` (JSON lines) and its run record; continues where an earlier call stopped.
 
     With several processes each captions its share and process 0 joins the shares.
 
     Args:
+        caption: captions of a few rows, `record["decoding"]["batch_size"]` at most.
         rows: as `load_captions` returns them.
-        record: "model", "dataset" and "saw" of the run record.
+        record: "model", "dataset", "saw", "prompt" and "decoding" of the run record.
+        peak_memory: bytes of device memory that were held at most, None on a CPU; asked at the end.
 
     Raises:
         BadImageError: a picture cannot be read; a score over fewer images than its split would be no score of the
@@ -128,18 +224,7 @@ def generate(
     """
     state = PartialState()
     output.parent.mkdir(parents=True, exist_ok=True)
-    size = processor.image_processor.size
-    record = record | {
-        "prompt": args.prompt,
-        "decoding": {
-            "num_beams": args.num_beams,
-            "max_new_tokens": args.max_new_tokens,
-            "do_sample": False,
-            "batch_size": args.generation_batch_size,
-            "min_pixels": size["shortest_edge"],
-            "max_pixels": size["longest_edge"],
-        },
-    }
+    batch_size = record["decoding"]["batch_size"]
     asked = {key: record[key] for key in ("model", "dataset", "prompt", "decoding")}
     run_record = run_record_path(output)
     if state.is_main_process:
@@ -159,9 +244,6 @@ def generate(
             text = json.dumps(record | {"seconds": seconds} | more, ensure_ascii=False, indent=2)
             run_record.write_text(text, encoding="utf-8")
 
-    model.eval()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     write_record()
     target = output if state.num_processes == 1 else output.with_suffix(f".rank{state.process_index}.jsonl")
@@ -174,11 +256,10 @@ def generate(
             disable=not state.is_main_process,
         ) as bar,
     ):
-        for begin in range(0, len(mine), args.generation_batch_size):
-            batch = rows.select(mine[begin : begin + args.generation_batch_size])
-            captions = caption_images(model, processor, [open_image(row) for row in batch], args)
-            for image_id, caption in zip(batch["image_id"], captions, strict=True):
-                file.write(json.dumps({"image_id": image_id, "caption": caption}, ensure_ascii=False) + "\n")
+        for begin in range(0, len(mine), batch_size):
+            batch = rows.select(mine[begin : begin + batch_size])
+            for image_id, text in zip(batch["image_id"], caption(batch), strict=True):
+                file.write(json.dumps({"image_id": image_id, "caption": text}, ensure_ascii=False) + "\n")
             file.flush()
             write_record()  # with the time so far, so that a continued run reports all of it
             bar.update(len(batch) * state.num_processes)
@@ -189,7 +270,7 @@ def generate(
     write_record(
         hardware=provenance.hardware(),
         images_per_second=len(rows) / seconds,
-        peak_memory_bytes=torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None,
+        peak_memory_bytes=peak_memory(),
         versions=provenance.versions(),
         commit=provenance.git_commit(),
         created=provenance.now(),
@@ -222,7 +303,7 @@ def model_record(
         )
     return {
         "id": provenance.public_name(name),
-        "revision": revision or getattr(base.config, "_commit_hash", None),
+        "revision": getattr(base.config, "_commit_hash", None) or revision,  # the commit, where a branch was named
         "adapter": adapter and provenance.public_name(adapter),
         "adapter_revision": adapter_revision,
         "dtype": str(base.dtype).removeprefix("torch."),

@@ -4,10 +4,12 @@
 means (`bleu`, `corpus_scores`). pycocoevalcap's choices are kept where papers leave room: the closest reference length
 in BLEU; in ROUGE-L the best precision and the best recall, of possibly different references; in CIDEr-D the clipping,
 the length penalty, the factor 10, and document frequencies from the references given, so that a subset of the images
-scores differently from the whole and a single image always 0.
+scores differently from the whole and a single image always 0. `DocumentFrequencies` of a fixed set of references, such
+as a training split, make CIDEr-D of any set of images comparable instead.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -45,15 +47,47 @@ class CaptionStatistics:
     cider_d: np.ndarray
 
 
+@dataclass(frozen=True)
+class DocumentFrequencies:
+    """In how many images' references an n-gram stands, for CIDEr-D with a fixed idf.
+
+    images   number of images counted over
+    ngrams   n-gram, its tokens joined by single spaces, -> number of images, of those in two images or more: one that
+             is in a single image weighs as much as one that is in none (pycocoevalcap/cider/cider_scorer.py)
+    """
+
+    images: int
+    ngrams: dict[str, int]
+
+
+def document_frequencies(references: Iterable[Sequence[Sequence[str]]]) -> DocumentFrequencies:
+    """Document frequencies of the n-grams, n = 1..4, in the references of each image, given as lists of tokens."""
+    images, counts = 0, Counter()
+    for refs in references:
+        images += 1
+        counts.update(
+            {
+                " ".join(tokens[start : start + n])
+                for tokens in refs
+                for n in range(1, MAX_ORDER + 1)
+                for start in range(len(tokens) - n + 1)
+            }
+        )
+    return DocumentFrequencies(images, {ngram: count for ngram, count in sorted(counts.items()) if count > 1})
+
+
 def caption_statistics(
-    hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+    hypotheses: Sequence[Sequence[str]],
+    references: Sequence[Sequence[Sequence[str]]],
+    idf: DocumentFrequencies | None = None,
 ) -> CaptionStatistics:
     """Statistics of each image from the tokens of its hypothesis and of its references, in the order given.
 
     Every image needs at least one reference; hypotheses and references may be empty lists of tokens. Tokens must hold
-    no white space (pycocoevalcap would split them). CIDEr-D takes document frequencies from all `references` given.
+    no white space (pycocoevalcap would split them). CIDEr-D takes document frequencies from all `references` given,
+    or from `idf`.
     """
-    correct, guess, cider = _ngram_statistics(hypotheses, references)
+    correct, guess, cider = _ngram_statistics(hypotheses, references, idf)
     closest = [
         min((abs(len(ref) - len(hypothesis)), len(ref)) for ref in refs)[1]
         for hypothesis, refs in zip(hypotheses, references, strict=True)
@@ -128,7 +162,9 @@ def _common_subsequence(positions: dict[str, int], length: int, reference: Seque
 
 
 def _ngram_statistics(
-    hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
+    hypotheses: Sequence[Sequence[str]],
+    references: Sequence[Sequence[Sequence[str]]],
+    idf_of: DocumentFrequencies | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`correct`, `guess` and `cider_d` of CaptionStatistics.
 
@@ -154,7 +190,8 @@ def _ngram_statistics(
     correct = np.zeros((images, MAX_ORDER))
     guess = np.maximum(0, lengths[is_hypothesis, None] - np.arange(MAX_ORDER)).astype(np.float64)
     cosine = np.zeros(len(sentences))
-    start, ngram = np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.int64)
+    documents = idf_of.images if idf_of else images
+    start, ngram, names = np.arange(len(tokens)), np.zeros(len(tokens), dtype=np.int64), [""]
     for n in range(MAX_ORDER):
         # An n-gram is the (n-1)-gram at the same start and the token after it; the two become one number.
         fits = tokens_left[start] > n
@@ -172,8 +209,12 @@ def _ngram_statistics(
 
         # One logarithm, not a difference of two: an n-gram that every image has must weigh exactly 0, or its rounding
         # error would be normalised into a full match.
-        document_frequency = np.bincount(kind[run_start], in_references > 0, len(kinds))
-        idf = np.log(images / np.maximum(1, document_frequency))[kind]
+        if idf_of:
+            names = _ngram_names(names, list(vocabulary), kinds)
+            document_frequency = np.array([idf_of.ngrams.get(name, 0) for name in names], dtype=np.float64)
+        else:
+            document_frequency = np.bincount(kind[run_start], in_references > 0, len(kinds))
+        idf = np.log(documents / np.maximum(1, document_frequency))[kind]
         weight = count * idf
         hypothesis_weight = np.repeat(in_hypothesis, run_length) * idf
         dot = np.bincount(sentence, np.minimum(hypothesis_weight, weight) * weight, len(sentences))
@@ -185,3 +226,9 @@ def _ngram_statistics(
     similarity = cosine / MAX_ORDER * np.exp(-((lengths[hypothesis_of] - lengths) ** 2) / (2 * CIDER_SIGMA**2))
     to_references = np.bincount(image_of, np.where(is_hypothesis, 0, similarity))
     return correct, guess, CIDER_SCALE * to_references / (per_image - 1)
+
+
+def _ngram_names(shorter: list[str], vocabulary: list[str], kinds: np.ndarray) -> list[str]:
+    """Tokens joined by spaces of the n-grams `kinds`, from those of the (n-1)-grams they begin with."""
+    begin, last = np.divmod(kinds, len(vocabulary))
+    return [f"{shorter[b]} {vocabulary[t]}".lstrip(" ") for b, t in zip(begin, last, strict=True)]

@@ -1,13 +1,15 @@
 """Captions into tokens: the step that decides more about a Japanese score than the metric does.
 
     unidic-lite   words of MeCab (fugashi) with the frozen dictionary unidic-lite; the default
+    ipadic        words of MeCab with the older dictionary ipadic (PyPI package of that name)
     characters    one token a character
+    vietnamese    words of pyvi, the syllables of one joined by `_`: con_mèo
     none          the text split at white space, otherwise as it is: for captions that are tokenised already
 
-`unidic-lite` and `characters` normalise first (Unicode NFKC, then lower case) and drop every token without a letter or
-digit; pycocoevalcap's PTB tokenizer lowers case and drops punctuation too. UniDic's part of speech is no guide to what
-is punctuation: in 32,944 human captions it called 51 word fragments such as 梁, ク and 々 symbols, and no sign a word.
-Numerals stay as written: 2 and 二 are different tokens.
+All but `none` lower case and drop every token without a letter or digit; pycocoevalcap's PTB tokenizer does both too.
+The Japanese ones normalise by Unicode NFKC first, `vietnamese` by NFC, and no tone mark is lost. UniDic's part of
+speech is no guide to what is punctuation: in 32,944 human captions it called 51 word fragments such as 梁, ク and 々
+symbols, and no sign a word. Numerals stay as written: 2 and 二 are different tokens.
 """
 
 import unicodedata
@@ -16,7 +18,11 @@ from functools import cache
 from importlib import metadata
 
 import fugashi
+import ipadic
 import unidic_lite
+
+JAPANESE_TOKENIZERS = ("unidic-lite", "ipadic", "characters")
+TOKENIZERS = (*JAPANESE_TOKENIZERS, "vietnamese", "none")
 
 
 class TokenizerError(ValueError):
@@ -43,23 +49,38 @@ def tokenizer_signature(tokenizer: str = "unidic-lite") -> str:
     _splitter(tokenizer)
     if tokenizer == "none":
         return "tok:none|norm:none|punct:keep|case:mixed"
-    version = f"-{metadata.version('unidic-lite')}" if tokenizer == "unidic-lite" else ""
+    if tokenizer == "vietnamese":
+        return f"tok:vietnamese-pyvi-{metadata.version('pyvi')}|norm:nfc|punct:drop|case:lc"
+    version = "" if tokenizer == "characters" else f"-{metadata.version(tokenizer)}"
     return f"tok:{tokenizer}{version}|norm:nfkc|punct:drop|case:lc"
 
 
 def _splitter(tokenizer: str) -> Callable[[str], list[str]]:
-    splitters = {"unidic-lite": _words, "characters": _characters, "none": str.split}
+    splitters = {
+        "unidic-lite": lambda text: _words(text, unidic_lite.DICDIR),
+        "ipadic": lambda text: _words(text, ipadic.DICDIR),
+        "characters": _characters,
+        "vietnamese": _vietnamese_words,
+        "none": str.split,
+    }
     if tokenizer not in splitters:
-        raise TokenizerError(f"unknown tokenizer {tokenizer!r}: choose one of {', '.join(splitters)}")
+        raise TokenizerError(f"unknown tokenizer {tokenizer!r}: choose one of {', '.join(TOKENIZERS)}")
     return splitters[tokenizer]
 
 
-def _words(text: str) -> list[str]:
-    return [token for token in _tagger().parse(_normalise(text)).split() if _has_letter_or_digit(token)]
+def _words(text: str, dictionary: str) -> list[str]:
+    return [token for token in _tagger(dictionary).parse(_normalise(text)).split() if _has_letter_or_digit(token)]
 
 
 def _characters(text: str) -> list[str]:
     return [character for character in _normalise(text) if character.isalnum()]
+
+
+def _vietnamese_words(text: str) -> list[str]:
+    from pyvi import ViTokenizer  # imports scikit-learn, which takes seconds
+
+    words = ViTokenizer.tokenize(unicodedata.normalize("NFC", text)).lower().split()
+    return [word for word in words if _has_letter_or_digit(word)]
 
 
 def _normalise(text: str) -> str:
@@ -73,6 +94,6 @@ def _has_letter_or_digit(token: str) -> bool:
 
 
 @cache
-def _tagger() -> fugashi.GenericTagger:
+def _tagger(dictionary: str) -> fugashi.GenericTagger:
     # The dictionary by its path: fugashi.Tagger() would take the full unidic wherever that is installed.
-    return fugashi.GenericTagger(f'-r "{unidic_lite.DICDIR}/mecabrc" -d "{unidic_lite.DICDIR}" -Owakati')
+    return fugashi.GenericTagger(f'-r "{dictionary}/mecabrc" -d "{dictionary}" -Owakati')

@@ -1,7 +1,9 @@
-"""Loading Qwen2-VL for QLoRA and for inference: precision, NF4, LoRA on the top layers, projector, frozen tower."""
+"""Loading models for QLoRA and for inference: precision, NF4, LoRA on the top layers, projector, frozen tower."""
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import bitsandbytes as bnb
@@ -12,8 +14,11 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PaliGemmaProcessor,
     PreTrainedModel,
     ProcessorMixin,
+    Qwen2VLImageProcessor,
+    Qwen2VLImageProcessorPil,
 )
 
 # Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
@@ -58,8 +63,10 @@ class ModelArguments:
     train_projector: bool = field(
         default=True, metadata={"help": "Train the projector (visual.merger) in full; otherwise it is frozen."}
     )
-    min_pixels: int = field(default=56 * 56, metadata={"help": "Images are scaled up to at least this many pixels."})
-    max_pixels: int = field(
+    min_pixels: int | None = field(
+        default=56 * 56, metadata={"help": "Images are scaled up to at least this many pixels."}
+    )
+    max_pixels: int | None = field(
         default=400 * 28 * 28,
         metadata={"help": "Images are scaled down to at most this many pixels; 28 x 28 of them are one image token."},
     )
@@ -75,13 +82,37 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turns what transformers raises about a repository into a ModelError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"{name} cannot be loaded: {str(error).strip().splitlines()[0]} A gated model: accept its licence at"
+            f" https://huggingface.co/{name} and log in with `hf auth login`."
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"{name} needs code of its own repository, which is not run: read it, then give --trust_remote_code and"
+            " --model_revision with the commit that you read"
+        ) from error
+
+
 def load_model(
-    name: str, revision: str | None = None, load_in_4bit: bool = True, attn_implementation: str = "sdpa"
+    name: str,
+    revision: str | None = None,
+    load_in_4bit: bool = True,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads an image-text-to-text model on this process's device, its language layers in NF4 unless told otherwise.
 
     Raises:
-        ModelError: after a 4-bit load, the projector is quantised or a language layer is not.
+        ModelError: there is no such model, or it is gated, or it needs code of its repository without
+            `trust_remote_code`; after a 4-bit load, the projector is quantised or a language layer is not.
     """
     dtype = compute_dtype()
     quantization = None
@@ -96,14 +127,16 @@ def load_model(
             llm_int8_skip_modules=UNQUANTISED,
         )
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageTextToText.from_pretrained(
-        name,
-        revision=revision,
-        dtype=dtype,
-        quantization_config=quantization,
-        attn_implementation="sdpa" if attn_implementation == "flex_attention" else attn_implementation,
-        device_map={"": device},
-    )
+    with _loading(name):
+        model = AutoModelForImageTextToText.from_pretrained(
+            name,
+            revision=revision,
+            dtype=dtype,
+            quantization_config=quantization,
+            attn_implementation="sdpa" if attn_implementation == "flex_attention" else attn_implementation,
+            device_map={"": device},
+            trust_remote_code=trust_remote_code,  # left out, transformers would ask at the terminal
+        )
     if attn_implementation == "flex_attention":
         # transformers does not offer it for this family, but its attention takes any implementation with its mask. The
         # vision tower stays with sdpa: it has no mask.
@@ -131,21 +164,54 @@ def check_quantisation(model: PreTrainedModel) -> None:
         )
 
 
+def takes_pixel_bounds(processor: ProcessorMixin) -> bool:
+    """Whether images are scaled to a number of pixels between two bounds, as in the Qwen-VL family.
+
+    Its image processor calls the bounds `shortest_edge` and `longest_edge`; in others these are lengths of edges.
+    """
+    return isinstance(processor.image_processor, Qwen2VLImageProcessor | Qwen2VLImageProcessorPil)
+
+
 def load_processor(
-    name: str, revision: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None
+    name: str,
+    revision: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> ProcessorMixin:
-    """Loads a processor; given pixel bounds replace its own. The bounds are saved with it."""
-    processor = AutoProcessor.from_pretrained(name, revision=revision)
-    size = processor.image_processor.size
-    processor.image_processor.size = {
-        "shortest_edge": min_pixels or size["shortest_edge"],
-        "longest_edge": max_pixels or size["longest_edge"],
-    }
+    """Loads a processor; given pixel bounds replace its own. The bounds are saved with it.
+
+    Raises:
+        ModelError: as `load_model`; or bounds were given, and the processor has none.
+    """
+    with _loading(name):
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if takes_pixel_bounds(processor):
+        size = processor.image_processor.size
+        processor.image_processor.size = {
+            "shortest_edge": min_pixels or size["shortest_edge"],
+            "longest_edge": max_pixels or size["longest_edge"],
+        }
+    elif min_pixels or max_pixels:
+        raise ModelError(
+            f"min_pixels={min_pixels}, max_pixels={max_pixels}: {type(processor).__name__} of {name} scales images to"
+            " a size of its own. Leave both out, or set them to null in the configuration."
+        )
     return processor
 
 
 def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
-    """The text of one user turn, image first, up to where the assistant begins to write."""
+    """The text of one user turn, image first, up to where the assistant begins to write.
+
+    PaliGemma has no turns: its text is the image and a task prefix such as `caption ja`.
+
+    Raises:
+        ModelError: another processor has no chat template.
+    """
+    if isinstance(processor, PaliGemmaProcessor):
+        return processor.image_token + prompt
+    if processor.chat_template is None:
+        raise ModelError(f"{type(processor).__name__} has no chat template: this model cannot be given a prompt")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 

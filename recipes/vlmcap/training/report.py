@@ -67,11 +67,11 @@ def estimate_memory(
     }
 
 
-def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int, caption_tokens: int) -> str:
+def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int | None, caption_tokens: int) -> str:
     """The text printed at the start: what trains, what is quantised, how much of everything, and whether it fits.
 
     Args:
-        max_pixels: of a picture.
+        max_pixels: of a picture; None, where the processor knows no such bound, is reckoned as 400 image tokens.
         caption_tokens: of a long caption, for the memory estimate.
     """
     model, args = trainer.model, trainer.args
@@ -113,8 +113,10 @@ def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int, c
         else "Engine: reference, one caption a sequence"
     )
 
-    pixels = (trainer.processing_class.image_processor.patch_size * 2) ** 2
-    parts = estimate_memory(model, args, max_pixels // pixels + 40, caption_tokens, trainer.shared_prefix)
+    image_tokens = 400
+    if max_pixels is not None:
+        image_tokens = max_pixels // (trainer.processing_class.image_processor.patch_size * 2) ** 2
+    parts = estimate_memory(model, args, image_tokens + 40, caption_tokens, trainer.shared_prefix)
     if torch.cuda.is_available():
         device, has = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     else:

@@ -11,7 +11,8 @@ from transformers import ProcessorMixin
 
 from vlmcap.data.images import open_image
 from vlmcap.evaluation.generate import GenerationArguments, caption_images
-from vlmcap.evaluation.scoring import score
+from vlmcap.evaluation.scoring import quick_scores
+from vlmcap.training.features import FeatureCache
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class CaptionValidation:
 
     rows: as `load_captions` returns them; every picture must be readable.
     tokenizer: word segmentation of the metrics.
+    features: cached image features of the rows, for a model that takes them instead of pictures.
     """
 
     rows: datasets.Dataset
     processor: ProcessorMixin
     generation: GenerationArguments
     tokenizer: str = "unidic-lite"
+    features: FeatureCache | None = None
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -38,10 +41,12 @@ class CaptionValidation:
         mine = list(range(len(self.rows)))[state.process_index :: state.num_processes]
         captions = []
         for start in range(0, len(mine), self.generation.generation_batch_size):
-            batch = self.rows.select(mine[start : start + self.generation.generation_batch_size])
+            picked = mine[start : start + self.generation.generation_batch_size]
+            batch = self.rows.select(picked)
             images = [open_image(row) for row in batch]
-            said = caption_images(model, self.processor, images, self.generation)
+            features = self.features.batch(picked) if self.features else None
+            said = caption_images(model, self.processor, images, self.generation, features)
             captions += zip(batch["image_id"], said, strict=True)
         predictions = {str(image_id): caption for image_id, caption in gather_object(captions)}
         references = dict(zip(map(str, self.rows["image_id"]), self.rows["captions"], strict=True))
-        return score(predictions, references, self.tokenizer)["scores"]
+        return quick_scores(predictions, references, self.tokenizer)

@@ -1,0 +1,334 @@
+"""The table of models to compare with: what each is, how its authors ask it for a caption, and what it has seen.
+
+The table is a YAML file (recipes/configs/baselines.yaml, which explains every key). Nothing here loads a model.
+"""
+
+import json
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+import datasets
+import transformers
+import yaml
+from httpx2 import HTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from transformers.utils import cached_file
+
+from vlmcap.evaluation.generate import GenerationArguments
+from vlmcap.evaluation.scoring import SCORE_LABELS, write_metrics
+
+CORPORA = ("STAIR", "YJ", "COCO")
+SEEN = ("train", "no", "unknown", "translated")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# Where transformers looks for references to code (`auto_map`).
+CODE_REFERENCES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+class BaselineError(ValueError):
+    """The table or a prompts file is malformed, or a row cannot be run as asked. The message names row and key."""
+
+
+@dataclass
+class Baseline:
+    """One row of the table, where the keys are explained; its `class` is `model_class` here."""
+
+    key: str
+    id: str
+    revision: str | None
+    license: str
+    gated: bool
+    model_class: str
+    native_prompt: str
+    runs: str
+    parameters: float
+    saw: dict[str, str]
+    remote_code: bool = False
+    runner: str | None = None
+    python: str | None = None
+    requirements: list[str] = field(default_factory=list)
+    source: dict[str, str] | None = None
+
+    @property
+    def foreign_code(self) -> bool:
+        """Whether running it executes code that is neither this project's nor an installed release."""
+        return self.remote_code or self.source is not None
+
+
+@dataclass
+class BaselineTable:
+    common_prompt: str
+    rows: dict[str, Baseline]
+
+    def row(self, key: str) -> Baseline:
+        """The row with this key; BaselineError names those there are."""
+        if key not in self.rows:
+            raise BaselineError(f"--baseline {key}: there is no such row; there are {', '.join(self.rows)}")
+        return self.rows[key]
+
+
+def _read_yaml(path: str | Path) -> dict:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BaselineError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise BaselineError(f"{path}: a mapping is needed, but this is {document!r:.80}")
+    return document
+
+
+def read_table(path: str | Path) -> BaselineTable:
+    """Reads and checks a table of baselines.
+
+    Raises:
+        BaselineError: naming file, row and key: a key that is missing, unknown or of the wrong kind, a corpus without
+            a word on whether it was seen, a revision that is no commit, a class that transformers does not have, an
+            isolated row without runner, python and pinned requirements.
+    """
+    document = _read_yaml(path)
+    if not isinstance(document.get("common_prompt"), str) or not isinstance(document.get("models"), dict):
+        raise BaselineError(f"{path}: `common_prompt` (text) and `models` (a mapping of rows) are needed")
+    rows = {key: _read_row(f"{path}, row {key}", key, row) for key, row in document["models"].items()}
+    return BaselineTable(document["common_prompt"], rows)
+
+
+def _read_row(where: str, key: str, row: dict) -> Baseline:
+    if not isinstance(row, dict):
+        raise BaselineError(f"{where}: a mapping is needed, but this is {row!r:.80}")
+    row = {"model_class" if name == "class" else name: value for name, value in row.items()} | {"key": key}
+    known = {f.name: f for f in fields(Baseline)}
+    for name in row.keys() - known.keys():
+        raise BaselineError(f"{where}: unknown key `{name}`")
+    for name, known_field in known.items():
+        shown = "class" if name == "model_class" else name
+        required = known_field.default is MISSING and known_field.default_factory is MISSING
+        if required and name not in row:
+            raise BaselineError(f"{where}: `{shown}` is missing")
+        if name in row and not _is_kind(row[name], name):
+            raise BaselineError(f"{where}: `{shown}` cannot be {row[name]!r}")
+    for corpus in (*CORPORA, "note"):
+        value = row["saw"].get(corpus)
+        if corpus == "note" and not value or corpus != "note" and value not in SEEN:
+            allowed = "a text" if corpus == "note" else f'one of {", ".join(SEEN)} (quote "no" in YAML)'
+            raise BaselineError(f"{where}: `saw.{corpus}` must be {allowed}, but is {value!r}")
+    if row["revision"] is not None and not COMMIT.fullmatch(row["revision"]):
+        raise BaselineError(f"{where}: `revision` must be a commit of 40 hexadecimal digits or null")
+    if row["model_class"] not in ("remote", "package") and not hasattr(transformers, row["model_class"]):
+        raise BaselineError(f"{where}: `class` {row['model_class']} is neither in transformers, nor remote or package")
+    if row["runs"] == "isolated":
+        for name in ("runner", "python", "requirements"):
+            if not row.get(name):
+                raise BaselineError(f"{where}: `{name}` is missing, which an isolated row needs")
+        for requirement in row["requirements"]:
+            if "==" not in requirement and not COMMIT.search(requirement):
+                raise BaselineError(
+                    f"{where}: `requirements`: {requirement!r} is not pinned (name==version, or a commit)"
+                )
+        if (source := row.get("source")) and not (source.get("url") and COMMIT.fullmatch(source.get("commit") or "")):
+            raise BaselineError(f"{where}: `source` needs `url` and `commit`, 40 hexadecimal digits")
+    return Baseline(**row)
+
+
+def _is_kind(value, name: str) -> bool:
+    if name in ("gated", "remote_code"):
+        return isinstance(value, bool)
+    if name == "parameters":
+        return isinstance(value, int | float)
+    if name in ("saw", "source"):
+        return isinstance(value, dict)
+    if name == "requirements":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if name == "runs":
+        return value in ("here", "isolated")
+    return isinstance(value, str) or (name == "revision" and value is None)
+
+
+def table_text(table: BaselineTable) -> str:
+    """The table as aligned lines of text, the common prompt below it."""
+    lines = [("key", "id", "B", "licence", "runs", *CORPORA, "native prompt")]
+    for row in table.rows.values():
+        gated = " (gated)" if row.gated else ""
+        seen = [row.saw[corpus] for corpus in CORPORA]
+        runs = row.runs + (" (code)" if row.foreign_code else "")
+        lines.append((row.key, row.id, f"{row.parameters:g}", row.license + gated, runs, *seen, row.native_prompt))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(
+        1, "  ".join("-" * min(width, 20) if i == len(widths) - 1 else "-" * width for i, width in enumerate(widths))
+    )
+    return "\n".join(
+        [
+            *text,
+            "",
+            "STAIR, YJ, COCO: what the model was trained on. (gated): accept the licence on its page and log in.",
+            "(code): runs code of others, with --trust_remote_code only.",
+            f"Common prompt: {table.common_prompt}",
+        ]
+    )
+
+
+def check_remote_code(name: str, revision: str | None, row: Baseline | None, trust_remote_code: bool) -> bool:
+    """Whether code of the model's repository may run: with `--trust_remote_code`, at a commit, when it is needed.
+
+    Args:
+        name: Hub id or folder of the model.
+        revision: what was asked for, before any look at the Hub.
+
+    Raises:
+        BaselineError: the row runs code of others without the flag, or the flag is given for a repository on the Hub
+            without a commit, or the code of that commit lies in another repository, at no commit.
+    """
+    if row and row.foreign_code and not trust_remote_code:
+        what = f"code of {name}" if row.remote_code else f"code of {row.source['url']} at {row.source['commit']}"
+        raise BaselineError(
+            f"{row.key} runs {what}. Read it, then give --trust_remote_code"
+            + (" and --model_revision with the commit that you read." if row.remote_code else ".")
+        )
+    if not trust_remote_code or (row and not row.remote_code):
+        return False
+    if not Path(name).exists() and not COMMIT.fullmatch(revision or ""):
+        raise BaselineError(
+            f"--trust_remote_code runs the code of {name} at a commit only, but the revision is {revision}: give"
+            " --model_revision (or `revision` in the table) the 40 hexadecimal digits of the commit that you read"
+        )
+    for file in CODE_REFERENCES:
+        try:
+            path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        except OSError as error:
+            raise BaselineError(f"{name}: {str(error).strip().splitlines()[0]}") from error
+        references = json.loads(Path(path).read_text(encoding="utf-8")).get("auto_map") if path else None
+        elsewhere = [text for text in _strings(references) if "--" in text]
+        if elsewhere:
+            raise BaselineError(
+                f"{file} of {name} refers to code in another repository ({elsewhere[0]}), which no commit pins:"
+                " download both, point the reference at the copy, and give the folder as --model"
+            )
+    return True
+
+
+def _strings(value) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value or []
+    return [text for item in items for text in _strings(item)]
+
+
+def resolve_revision(name: str, revision: str | None) -> str | None:
+    """The commit that a branch, tag or None means on the Hub now; None for a local folder.
+
+    A commit is returned as it is, and without a network (HF_HUB_OFFLINE) so is anything.
+
+    Raises:
+        BaselineError: there is no such model or revision.
+    """
+    if Path(name).exists():
+        return None
+    if COMMIT.fullmatch(revision or ""):
+        return revision
+    try:
+        return HfApi().model_info(name, revision=revision).sha
+    except OfflineModeIsEnabled:
+        return revision
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise BaselineError(
+            f"{name} is no folder, and the Hub does not have it as a model, or not at revision {revision}"
+            f" ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
+def saw_record(row: Baseline | None, given: dict[str, str | None], adapter: bool) -> dict[str, str]:
+    """The "saw" part of a run record: STAIR, YJ, COCO and a note.
+
+    Args:
+        row: of the table; None when the model is none of it.
+        given: corpus -> what the command line says; None where it says nothing, and then the row counts.
+        adapter: an adapter is on the model. It may have seen what its base has not: only "train" and "translated"
+            of the row still hold.
+    """
+    known = row.saw if row else dict.fromkeys(CORPORA, "unknown")
+    saw = {c: "unknown" if adapter and known[c] == "no" else known[c] for c in CORPORA}
+    said = {corpus: value for corpus, value in given.items() if value is not None}
+    if said and not row:
+        note = "As stated on the command line."
+    elif row:
+        note = row.saw["note"]
+        note += " Adapter: only what its base saw is known." if adapter and not said else ""
+        note += f" {', '.join(said)}: as stated on the command line." if said else ""
+    else:
+        note = "Not stated."
+    return saw | said | {"note": note}
+
+
+def read_prompts(path: str | Path) -> dict[str, str]:
+    """Name -> prompt, from a YAML mapping or from a mapping below `prompts:`.
+
+    Raises:
+        BaselineError: naming file and name: no prompts, a prompt that is no text, a name that cannot be a folder.
+    """
+    document = _read_yaml(path)
+    if isinstance(document.get("prompts"), dict):
+        document = document["prompts"]
+    if not document:
+        raise BaselineError(f"{path} holds no prompts")
+    for name, prompt in document.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise BaselineError(f"{path}: {name!r} cannot be the name of a folder; use letters, digits, - and _")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise BaselineError(f"{path}: the prompt `{name}` must be a text, but is {prompt!r:.80}")
+    return document
+
+
+def choose_prompts(
+    table: BaselineTable, row: Baseline | None, given: str, kind: str | None, study: str | None
+) -> dict[str, tuple[str, str]]:
+    """The prompts to caption with: name -> (kind, prompt). Without a study it is one, and its name is its kind.
+
+    Args:
+        given: the value of `--prompt`.
+        kind: native, common or given; None for common with a row, unless `--prompt` was set, and for given without.
+        study: a prompts file, all of whose prompts are "given".
+
+    Raises:
+        BaselineError: native without a row, a kind other than given beside a set `--prompt` or beside a study, or a
+            prompts file that `read_prompts` refuses.
+    """
+    prompt_is_set = given != GenerationArguments.prompt
+    if (study or prompt_is_set) and kind in ("native", "common"):
+        raise BaselineError(f"--prompt_kind {kind} beside {'--prompts' if study else '--prompt'}: give one of them")
+    if study:
+        return {name: ("given", prompt) for name, prompt in read_prompts(study).items()}
+    kind = kind or ("common" if row and not prompt_is_set else "given")
+    if kind == "native" and row is None:
+        raise BaselineError("--prompt_kind native is the prompt of a row of the table: give --baseline, or --prompt")
+    prompts = {"given": given, "common": table.common_prompt, "native": row and row.native_prompt}
+    return {kind: (kind, prompts[kind])}
+
+
+def score_prompts(folder: Path, names: list[str], rows: datasets.Dataset, tokenizer: str) -> str:
+    """Scores the predictions of every prompt of a study and returns a table of text, a line a prompt.
+
+    Beside `<folder>/<name>/predictions.jsonl` it writes metrics.json, which `scripts/compare_runs.py` reads.
+
+    Args:
+        rows: those that were captioned, with their captions.
+
+    Raises:
+        ScoreError, TokenizerError: as `write_metrics` does.
+    """
+    references = {str(i): captions for i, captions in zip(rows["image_id"], rows["captions"], strict=True)}
+    documents = {
+        name: write_metrics(folder / name / "predictions.jsonl", references, folder / name / "metrics.json", tokenizer)
+        for name in names
+    }
+    scores = [s for s in SCORE_LABELS if any(s in document["scores"] for document in documents.values())]
+    width = max(len("prompt"), *map(len, names))
+    lines = [f"{'prompt':<{width}}" + "".join(f"{SCORE_LABELS[score]:>10}" for score in scores)]
+    for name, document in documents.items():
+        values = (document["scores"].get(score) for score in scores)
+        cells = ("-" if value is None else f"{value:.4f}" for value in values)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    files = " ".join(str(folder / name / "metrics.json") for name in names)
+    return "\n".join(
+        [*lines, "", "With intervals and captions side by side:", f"  python scripts/compare_runs.py {files}"]
+    )

@@ -1,0 +1,32 @@
+"""Sarashina2.2-Vision (SB Intuitions): code in the model's repository, a chat template.
+
+Never run with the real weights. Unverified: the versions, and that its code searches with beams.
+"""
+
+from loading import about, device_and_dtype, open_png, search_settings
+from protocol import serve
+
+
+def load(header):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoProcessor
+
+    pinned = {"revision": header["revision"], "trust_remote_code": header["trust_remote_code"]}
+    device, dtype = device_and_dtype()
+    processor = AutoProcessor.from_pretrained(header["model"], **pinned)
+    model = AutoModelForCausalLM.from_pretrained(header["model"], torch_dtype=dtype, **pinned).to(device).eval()
+
+    @torch.inference_mode()
+    def caption(png, prompt):
+        image = open_png(png)
+        message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = processor(text=[text], images=[image], padding=True, return_tensors="pt").to(device, dtype)
+        output = model.generate(**inputs, **search_settings(header["decoding"]))
+        return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+    return caption, about(model)
+
+
+if __name__ == "__main__":
+    serve(load)

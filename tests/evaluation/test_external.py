@@ -1,0 +1,254 @@
+"""Scores of other programs: equal to theirs, and never a number when the program is missing."""
+
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+from pycocoevalcap.meteor.meteor import Meteor
+from sacrebleu.metrics import CHRF
+
+from vlmcap.evaluation.external import (
+    METEOR_JAR_VARIABLE,
+    ScorerUnavailable,
+    chrf,
+    chrf_statistics,
+    local_spice_scores,
+    meteor,
+    meteor_jar,
+    meteor_statistics,
+    service_scores,
+)
+from vlmcap.evaluation.scoring import ScoreOptions, read_predictions, read_references, score
+
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java: no `java` on the PATH")
+PREDICTIONS = {"1": "赤い車が道路を走っています。", "2": "白い猫が寝ている", "3": ""}
+REFERENCES = {"1": ["赤い車が走る", "道を走る車"], "2": ["猫が眠っている", "白猫"], "3": ["犬"]}
+LEAN = {"resamples": 20, "register_normalised": False}
+
+
+@pytest.fixture
+def service():
+    """service(answer): URL of a real HTTP server that answers so, and the list of the requests' bodies.
+
+    `answer` is the body, or a status code.
+    """
+    servers = []
+
+    def start(answer):
+        received = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(answer if isinstance(answer, int) else 200)
+                self.end_headers()
+                self.wfile.write(b"" if isinstance(answer, int) else answer.encode())
+
+            def log_message(self, *args):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/spice", received
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_chrf_is_sacrebleus_with_ragged_references():
+    generator = np.random.default_rng(0)
+
+    def draw():
+        return "".join(generator.choice(list("犬猫が走 る。Ａb"), generator.integers(0, 14)))
+
+    hypotheses = [draw() for _ in range(60)]
+    references = [[draw() for _ in range(generator.integers(1, 5))] for _ in range(60)]
+    statistics = chrf_statistics(hypotheses, references)
+    documents = [[refs[i] if i < len(refs) else None for refs in references] for i in range(4)]
+    nfkc = [[text and text.replace("Ａ", "A") for text in document] for document in documents]
+    texts = [text.replace("Ａ", "A") for text in hypotheses]
+    assert chrf(statistics.sum(0)) == pytest.approx(CHRF().corpus_score(texts, nfkc).score / 100, rel=1e-12)
+    alone = [
+        CHRF().sentence_score(text, [doc[i] for doc in nfkc if doc[i] is not None]).score / 100
+        for i, text in enumerate(texts)
+    ]
+    np.testing.assert_allclose(chrf(statistics), alone, rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def odd_meteor():
+    """METEOR's statistics of captions that could break the protocol, from one run of Java."""
+    if shutil.which("java") is None:
+        pytest.skip("needs Java: no `java` on the PATH")
+    hypotheses = ["", "赤 い 車", "青 い 車", "a ||| dog", "a dog", "|||", "the dogs are running"]
+    references = [
+        ["a dog"],
+        ["赤 い 車"],
+        ["赤 い 車"],
+        ["a dog ||| runs", "||| a"],
+        ["a dog runs", "a"],
+        ["x"],
+        ["a dog runs fast", "the dog is running"],
+    ]
+    return meteor_statistics(
+        [text.split() for text in hypotheses], [[text.split() for text in refs] for refs in references], 120
+    )
+
+
+def test_captions_that_could_break_meteors_protocol(odd_meteor):
+    scores = meteor(odd_meteor)
+    assert scores.shape == (7,) and np.isfinite(scores).all()
+    assert scores[0] == scores[5] == 0
+    assert scores[1] == 1 and 0 < scores[2] < 1  # Japanese reaches Java as Japanese
+    np.testing.assert_array_equal(odd_meteor[3], odd_meteor[4])
+    assert scores[6] > 0.5
+
+
+@needs_java
+def test_meteor_is_pycocoevalcaps_on_fakecap(data_dir):
+    folder = data_dir / "metric_vectors" / "fakecap"
+    predictions = read_predictions(folder / "predictions.jsonl")
+    references = read_references(folder / "references.jsonl")
+    document = score(predictions, references, "none", ScoreOptions(resamples=100))
+    theirs = Meteor()
+    expected, images = theirs.compute_score(
+        {i: refs for i, refs in references.items()}, {i: [predictions[i]] for i in references}
+    )
+    assert document["notices"] == []
+    assert document["scores"]["meteor"] == pytest.approx(expected, rel=0, abs=1e-9)
+    assert round(document["scores"]["meteor"], 3) == 0.195
+    np.testing.assert_allclose(document["per_image"]["meteor"], images, rtol=0, atol=1e-9)
+    low, high = document["intervals"]["meteor"]
+    assert 0.185 < low < document["scores"]["meteor"] < high < 0.206
+
+
+def missing_meteor(timeout: float = 60) -> str:
+    """The notice of a document that has no METEOR, whose other scores stand."""
+    document = score(PREDICTIONS, REFERENCES, options=ScoreOptions(**LEAN, meteor_timeout=timeout))
+    for part in ("scores", "signatures", "intervals", "per_image"):
+        assert "meteor" not in document[part] and "chrf" in document[part]
+    (notice,) = document["notices"]
+    return notice
+
+
+def test_meteor_without_java_is_a_notice(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing_meteor() == "METEOR is left out: there is no Java (`java` on the PATH; any version from 8 on)"
+
+
+def test_meteor_without_its_jar_is_a_notice(monkeypatch, tmp_path):
+    monkeypatch.setenv(METEOR_JAR_VARIABLE, str(tmp_path / "none.jar"))
+    assert "none.jar, which is no file" in missing_meteor()
+
+
+def test_the_jar_is_found_without_importing_pycocoevalcap(monkeypatch):
+    monkeypatch.delenv(METEOR_JAR_VARIABLE, raising=False)
+    assert meteor_jar().name == "meteor-1.5.jar"
+
+
+@needs_java
+def test_a_broken_jar_is_a_notice(monkeypatch, tmp_path):
+    (tmp_path / "meteor.jar").write_text("no jar")
+    monkeypatch.setenv(METEOR_JAR_VARIABLE, str(tmp_path / "meteor.jar"))
+    assert "java ended with 1" in missing_meteor() and "meteor.jar" in missing_meteor()
+
+
+def fake_java(folder, script: str, monkeypatch) -> None:
+    java = folder / "java"
+    java.write_text(f"#!/bin/sh\n{script}\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_a_java_that_hangs_is_given_up(monkeypatch, tmp_path):
+    fake_java(tmp_path, "exec sleep 60", monkeypatch)
+    assert missing_meteor(timeout=0.5) == "METEOR is left out: it was not done after the time limit of 0.5 seconds"
+
+
+def test_a_java_that_answers_too_little_is_a_notice(monkeypatch, tmp_path):
+    fake_java(tmp_path, "echo 1.0 2.0; cat > /dev/null", monkeypatch)
+    assert "answered 1 lines to 3 captions" in missing_meteor()
+
+
+def test_jaspice_comes_from_its_service(service):
+    url, received = service('{"scores": [0.5, 0.25, 0], "version": "jaspice-0.2"}')
+    document = score(PREDICTIONS, REFERENCES, options=ScoreOptions(**LEAN, meteor=False, jaspice_url=url))
+    assert document["scores"]["jaspice"] == 0.25
+    assert document["signatures"]["jaspice"] == "jaspice|norm:none|by:service-jaspice-0.2|nref:1-2|v:0.1"
+    assert document["per_image"]["jaspice"] == [0.5, 0.25, 0.0]
+    assert 0 <= document["intervals"]["jaspice"][0] < 0.25 < document["intervals"]["jaspice"][1] <= 0.5
+    assert received == [
+        {"items": [{"image_id": i, "candidate": PREDICTIONS[i], "references": REFERENCES[i]} for i in REFERENCES]}
+    ]
+
+
+def test_spice_comes_from_its_service_for_english_only(service):
+    url, received = service('{"scores": [0.5, 0.5, 0.2]}')
+    options = ScoreOptions(**LEAN, meteor=False, spice_url=url, jaspice_url=url)
+    japanese = score(PREDICTIONS, REFERENCES, options=ScoreOptions(**LEAN, meteor=False, spice_url=url))
+    assert "spice" not in japanese["scores"] and received == []
+    assert japanese["notices"] == ["SPICE is left out: it is for English alone, and the tokenizer is unidic-lite"]
+    english = score({"1": "a", "2": "b", "3": "c"}, {"1": ["a"], "2": ["b"], "3": ["d"]}, "none", options)
+    assert english["scores"]["spice"] == pytest.approx(0.4)
+    assert english["notices"] == ["JaSPICE is left out: it is for Japanese alone, and the tokenizer is none"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (503, "503 Server Error"),
+        ("no json", "Expecting value"),
+        ("[1]", "must answer"),
+        ('{"scores": [0.1]}', "must answer .*2 numbers.* but answered .*0.1"),
+        ('{"scores": [0.1, null]}', "the score None, which is no number"),
+        ('{"scores": [0.1, NaN]}', "the score nan"),
+        ('{"scores": [12.5, 0.1]}', "the score 12.5, which is no number from 0 to 1"),
+    ],
+)
+def test_a_service_that_fails_is_named(service, answer, message):
+    url, _ = service(answer)
+    with pytest.raises(ScorerUnavailable, match=message) as failed:
+        service_scores(url, [{}, {}], 10)
+    assert url in str(failed.value)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_notice_tells_no_secret_of_the_url(service, there):
+    url = service(503)[0] if there else "http://127.0.0.1:9/spice"
+    with pytest.raises(ScorerUnavailable) as failed:
+        service_scores(url.replace("127", "me:secret@127", 1) + "?key=secret", [{}], 10)
+    assert url in str(failed.value) and "secret" not in str(failed.value)
+
+
+def test_a_service_that_is_not_there_is_a_notice(service):
+    url = "http://127.0.0.1:9/spice"
+    document = score(PREDICTIONS, REFERENCES, options=ScoreOptions(**LEAN, meteor=False, jaspice_url=url))
+    assert "jaspice" not in document["scores"]
+    (notice,) = document["notices"]
+    assert notice.startswith(f"JaSPICE is left out: {url}: ") and "refused" in notice
+
+
+def test_a_local_spice_names_the_jars_it_lacks(tmp_path):
+    (tmp_path / "spice-1.0.jar").touch()
+    with pytest.raises(ScorerUnavailable, match="lacks lib/stanford-corenlp-3.6.0.jar, lib/stanford.*-models.jar"):
+        local_spice_scores(tmp_path, [], 10)
+
+
+def test_a_local_spice_is_run_and_read(monkeypatch, tmp_path):
+    """Java itself stands in: SPICE's models cannot be had in a test. The files have SPICE's format."""
+    (tmp_path / "lib").mkdir()
+    for name in ("spice-1.0.jar", "lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar"):
+        (tmp_path / name).touch()
+    rows = [{"image_id": i, "scores": {"All": {"f": f, "pr": 1, "re": 1}}} for i, f in ((1, 0.25), (0, 0.75))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    fake_java(tmp_path, 'while [ "$1" != -out ]; do shift; done; cp rows.json "$2"', monkeypatch)
+    items = [{"candidate": "a", "references": ["b"]}, {"candidate": "c", "references": ["d"]}]
+    assert local_spice_scores(tmp_path, items, 10).tolist() == [0.75, 0.25]
+    with pytest.raises(ScorerUnavailable, match="left 1 images without a score"):
+        local_spice_scores(tmp_path, [*items, items[0]], 10)

@@ -1,0 +1,185 @@
+"""The document of scores: what stands in it, how it is written, and what two of them say about each other."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vlmcap.evaluation.bootstrap import interval, resampled_scores, scores_of
+from vlmcap.evaluation.scoring import (
+    SCORE_LABELS,
+    ScoreError,
+    ScoreOptions,
+    paired_comparison,
+    quick_scores,
+    score,
+    score_table,
+    write_metrics,
+)
+
+NAMES = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d", "chrf"]
+OPTIONS = ScoreOptions(resamples=200, meteor=False)
+
+
+def corpus(images: int, seed: int) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Polite predictions of plain references, some of them right."""
+    generator = np.random.default_rng(seed)
+
+    def caption(topic):
+        words = (str(generator.choice(list(many))) if generator.random() < 0.3 else one for many, one in topic)
+        return "{}{}が{}で{}ている".format(*words)
+
+    topics = [
+        [(many, str(generator.choice(list(many)))) for many in ("赤白黒青", "犬猫馬車", "道庭川駅", "見待寝出")]
+        for _ in range(images)
+    ]
+    references = {str(i): [caption(topic) for _ in range(3)] for i, topic in enumerate(topics)}
+    return {str(i): caption(topic).replace("いる", "います。") for i, topic in enumerate(topics)}, references
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return corpus(80, 0)
+
+
+@pytest.fixture(scope="module")
+def document(texts):
+    return score(*texts, options=OPTIONS)
+
+
+def test_the_parts_of_a_document(document):
+    assert list(document["scores"]) == list(document["signatures"]) == list(document["intervals"]) == NAMES
+    assert all(type(value) is float for value in document["scores"].values())
+    for name, (low, high) in document["intervals"].items():
+        assert low < document["scores"][name] < high and high - low < 0.6 * document["scores"][name], name
+    assert document["bootstrap"] == {"resamples": 200, "seed": 0, "level": 0.95}
+    assert document["notices"] == []
+    assert set(NAMES) <= set(SCORE_LABELS)
+
+
+def test_signatures_carry_what_makes_scores_comparable(texts, document):
+    shared = "tok:unidic-lite-1.0.8|norm:nfkc|punct:drop|case:lc"
+    assert document["signatures"]["bleu_4"] == f"bleu_4|{shared}|nref:3|v:0.1"
+    assert document["signatures"]["cider_d"] == f"cider_d|{shared}|df:refs|nref:3|v:0.1"
+    chrf = "norm:nfkc|punct:keep|case:mixed|nc:6|nw:0|space:no|eff:yes|scale:1|sacrebleu:"
+    assert document["signatures"]["chrf"].startswith(f"chrf|{chrf}")
+    plain = document["register_normalised"]["signatures"]
+    assert plain["cider_d"] == f"cider_d|{shared}|reg:plain|df:refs|nref:3|v:0.1"
+    assert "|reg:plain|" in plain["chrf"] and list(plain) == NAMES
+    predictions, references = texts
+    ragged = score(predictions, references | {"0": ["赤"]}, "none", ScoreOptions(resamples=0, meteor=False))
+    assert ragged["signatures"]["rouge_l"] == "rouge_l|tok:none|norm:none|punct:keep|case:mixed|nref:1-3|v:0.1"
+
+
+def test_register_normalised_scores_are_those_of_plain_text(texts, document):
+    predictions, references = texts
+    plain = {image_id: text.replace("います。", "いる") for image_id, text in predictions.items()}
+    normalised = document["register_normalised"]
+    assert {name: normalised["scores"][name] for name in NAMES[:6]} == pytest.approx(quick_scores(plain, references))
+    assert normalised["scores"]["bleu_4"] > document["scores"]["bleu_4"] + 0.1
+    assert set(normalised) == {"scores", "signatures", "intervals"}
+
+
+@pytest.mark.parametrize("tokenizer", ["ipadic", "characters", "vietnamese", "none"])
+def test_the_register_is_normalised_for_japanese_tokenizers_alone(tokenizer):
+    japanese = tokenizer in ("ipadic", "characters")
+    made = score({"1": "犬がいます"}, {"1": ["犬がいる"]}, tokenizer, ScoreOptions(resamples=10, meteor=False))
+    assert ("register_normalised" in made) == japanese
+    if japanese:
+        assert made["register_normalised"]["scores"]["bleu_1"] == pytest.approx(1)
+
+
+def test_options_leave_parts_out(texts):
+    lean = score(*texts, options=ScoreOptions(resamples=0, meteor=False, register_normalised=False))
+    assert lean["intervals"] == {} and "bootstrap" not in lean and "register_normalised" not in lean
+    assert {name: lean["scores"][name] for name in NAMES[:6]} == pytest.approx(quick_scores(*texts), rel=1e-12)
+    with pytest.raises(ScoreError, match="resamples=-1: choose 0"):
+        score(*texts, options=ScoreOptions(resamples=-1))
+    with pytest.raises(ScoreError, match="--spice_url .* and --spice_dir .*: give one of the two"):
+        score(*texts, options=ScoreOptions(meteor=False, spice_url="http://a", spice_dir="b"))
+
+
+def test_per_image_columns_give_the_scores_back(texts, document):
+    per_image = document["per_image"]
+    assert per_image["image_id"] == list(texts[1])
+    assert list(per_image) == ["image_id", "bleu_4", "rouge_l", "cider_d", "chrf", "statistics"]
+    assert np.mean(per_image["cider_d"]) == pytest.approx(document["scores"]["cider_d"])
+    first = quick_scores({"0": texts[0]["0"]}, {"0": texts[1]["0"]})
+    assert per_image["bleu_4"][0] == pytest.approx(first["bleu_4"])
+    rows = {name: np.array(columns, float) for name, columns in per_image["statistics"].items()}
+    assert rows["bleu"].shape == (80, 9) and rows["chrf"].shape == (80, 18)
+    again = scores_of(rows, np.ones((1, 80)))
+    assert {name: again[name][0] for name in again} == pytest.approx(
+        {name: document["scores"][name] for name in again}, rel=1e-12
+    )
+    assert document["intervals"]["bleu_2"] == interval(resampled_scores(rows, 200, 0)["bleu_2"])
+
+
+def test_metrics_json_has_every_column_on_one_line(texts, tmp_path):
+    predictions, references = texts
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps({"image_id": i, "caption": c}) + "\n" for i, c in predictions.items()))
+    metrics = write_metrics(
+        path, references, tmp_path / "metrics.json", more={"training": {"x": [1, 2]}}, options=OPTIONS
+    )
+    text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
+    assert json.loads(text) == metrics and metrics["training"] == {"x": [1, 2]}
+    lines = text.splitlines()
+    assert len(lines) < 150
+    for column in ("image_id", "bleu_4", "chrf", "bleu"):
+        assert any(line.strip().startswith(f'"{column}": [') and line.rstrip(",").endswith("]") for line in lines)
+
+
+def test_the_table_has_score_interval_and_signature(document):
+    table = score_table(document)
+    low, high = document["intervals"]["cider_d"]
+    line = next(line for line in table.splitlines() if line.startswith("CIDEr-D"))
+    assert line.split()[1:4] == [f"{document['scores']['cider_d']:.4f}", f"[{low:.4f},", f"{high:.4f}]"]
+    assert line.endswith(document["signatures"]["cider_d"])
+    assert "with polite endings made plain on both sides:" in table and "|reg:plain|" in table
+    assert "80 images, 240 references, 0 empty predictions" in table and "type-token ratio" in table
+
+
+def test_a_better_system_is_found_better(texts, document):
+    predictions, references = texts
+    worse = dict(predictions) | {str(i): "魚" for i in range(40)}
+    other = score(worse, references, options=OPTIONS)
+    comparison = paired_comparison(document, json.loads(json.dumps(other)), resamples=500)
+    assert list(comparison) == NAMES
+    for name, result in comparison.items():
+        assert result["difference"] == document["scores"][name] - other["scores"][name] > 0
+        assert 0 < result["interval"][0] < result["difference"] < result["interval"][1]
+        assert result["p_value"] == 1 / 501
+    back = paired_comparison(other, document, resamples=500)
+    assert back["chrf"]["difference"] == -comparison["chrf"]["difference"]
+    assert back["chrf"]["p_value"] == comparison["chrf"]["p_value"]
+
+
+def test_equal_systems_are_equal_in_any_order_of_images(texts, document):
+    predictions, references = texts
+    turned = score(predictions, dict(reversed(references.items())), options=OPTIONS)
+    for result in paired_comparison(document, turned, resamples=50).values():
+        assert result["difference"] == pytest.approx(0, abs=1e-12)
+        assert result["interval"] == pytest.approx([0, 0], abs=1e-12)
+
+
+def test_a_small_chance_difference_is_not_significant(texts, document):
+    predictions, references = texts
+    swapped = predictions | {"0": predictions["1"], "1": predictions["0"]}
+    comparison = paired_comparison(document, score(swapped, references, options=OPTIONS), resamples=500)
+    assert comparison["bleu_1"]["p_value"] > 0.05
+
+
+def test_what_cannot_be_compared_is_refused(texts, document):
+    predictions, references = texts
+    with pytest.raises(ScoreError, match="the second metrics document has no per_image"):
+        paired_comparison(document, {name: part for name, part in document.items() if name != "per_image"})
+    fewer = score(*({i: side[i] for i in list(side)[1:]} for side in texts), options=OPTIONS)
+    with pytest.raises(ScoreError, match=r"different images: 1 differ \(0\)"):
+        paired_comparison(document, fewer)
+    other = score(predictions, references | {"0": ["赤い犬"]}, options=OPTIONS)
+    with pytest.raises(ScoreError, match="different references: 240 and 238"):
+        paired_comparison(document, other)
+    characters = score(predictions, references, "characters", OPTIONS)
+    with pytest.raises(ScoreError, match="bleu_1 was computed in different ways: .*unidic.* and .*characters"):
+        paired_comparison(document, characters)
