@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 # machine; without any (OMP_WAIT_POLICY = PASSIVE) it is twice as slow on every one.
 export GOMP_SPINCOUNT = 20000
 
-.PHONY: setup test lint demo miniature clean
+.PHONY: setup test lint demo ablation miniature clean
 
 setup: .venv/.ready
 
@@ -26,18 +26,28 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Drawn scenes -> published dataset -> QLoRA of the miniature -> scores, model card, page of samples. Offline.
+# Drawn scenes -> published dataset -> QLoRA of the miniature -> scores, audit, model card, comparison. Offline.
 demo: export HF_HUB_OFFLINE = 1
 demo: setup
 	rm -rf $(DEMO)
+	$(MAKE) $(DEMO)/dataset/README.md
+	.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_qwen2vl_jp.py \
+		--config recipes/configs/sft_qwen2vl_jp/demo.yaml
+	$(PYTHON) scripts/compare_runs.py base=$(DEMO)/base adapter=$(DEMO)/adapter --dataset $(DEMO)/dataset \
+		--output_dir $(DEMO)/comparison
+
+$(DEMO)/dataset/README.md: | setup
 	$(PYTHON) scripts/draw_scenes.py --output_dir $(DEMO)/scenes
 	$(PYTHON) scripts/publish_datasets.py --source stair --tokenizer recipes/miniature \
 		--annotations $(DEMO)/scenes/stair_train.json $(DEMO)/scenes/stair_val.json --images $(DEMO)/scenes/images \
 		--yj_annotations $(DEMO)/scenes/yj.json --val_ids $(DEMO)/scenes/val_ids.txt \
 		--test_ids $(DEMO)/scenes/test_ids.txt --output_dir $(DEMO)/dataset \
 		--card scenes --pretty_name "Drawn scenes with Japanese captions" --license cc0-1.0
-	.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_qwen2vl_jp.py \
-		--config recipes/configs/sft_qwen2vl_jp/demo.yaml
+
+# A grid of settings on the miniature: rank, depth, projector, label smoothing, resolution, two seeds each.
+ablation: export HF_HUB_OFFLINE = 1
+ablation: setup $(DEMO)/dataset/README.md
+	$(PYTHON) scripts/run_ablation.py --config recipes/configs/sft_qwen2vl_jp/ablation_demo.yaml
 
 # The committed checkpoint of the miniature, pretrained again from its seed.
 miniature: setup

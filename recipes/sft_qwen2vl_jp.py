@@ -43,6 +43,8 @@ from vlmcap.data.images import (
     load_captions,
     open_image,
 )
+from vlmcap.evaluation.audit import AuditError, write_audit
+from vlmcap.evaluation.constraints import ConstraintError
 from vlmcap.evaluation.generate import (
     GenerationArguments,
     PredictionsError,
@@ -52,6 +54,7 @@ from vlmcap.evaluation.generate import (
     model_record,
     weights_hash,
 )
+from vlmcap.evaluation.lexicon import LexiconError
 from vlmcap.evaluation.scoring import ScoreError, read_predictions, write_metrics
 from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
@@ -102,6 +105,16 @@ class DataArguments:
         },
     )
     tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
+    lexicon: str = field(
+        default="coco_ja", metadata={"help": "Things the audit looks for in captions: coco_ja or a YAML file."}
+    )
+    instances: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "COCO's instances_*.json of the test images, for the audit; without them the references alone say"
+            " what is in an image."
+        },
+    )
     base_dir: str | None = field(
         default=None,
         metadata={
@@ -272,6 +285,18 @@ def main(
     del base["per_image"]  # as large as the rest together, and in the base's own file
     more = {"training": json.loads((adapter_dir / "training.json").read_text(encoding="utf-8")), "base": base}
     metrics = write_metrics(adapter_predictions, references, adapter_dir / "metrics.json", data_args.tokenizer, more)
+    audit = partial(
+        write_audit,
+        references=references,
+        lexicon=data_args.lexicon,
+        instances=data_args.instances or [],
+        count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),
+    )
+    base_audit = audit(base_predictions, output=base_dir / "audit.json")
+    trained_on = train_rows.remove_columns(
+        "image"
+    )  # ids and captions; scripts/audit_captions.py compares pictures too
+    audit(adapter_predictions, output=adapter_dir / "audit.json", train_rows=trained_on, base=base_audit)
     write_adapter_card(adapter_dir, training_args.hub_model_id)
     said = {"base": read_predictions(base_predictions), "adapter": read_predictions(adapter_predictions)}
     samples = [
@@ -297,5 +322,14 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (DatasetError, ModelError, PredictionsError, PushError, ScoreError) as error:
+    except (
+        AuditError,
+        ConstraintError,
+        DatasetError,
+        LexiconError,
+        ModelError,
+        PredictionsError,
+        PushError,
+        ScoreError,
+    ) as error:
         sys.exit(f"error: {error}")

@@ -55,6 +55,7 @@ from vlmcap.evaluation.baselines import (
     score_prompts,
     table_text,
 )
+from vlmcap.evaluation.constraints import ConstraintError
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record
 from vlmcap.evaluation.isolated import IsolatedError, generate_isolated, isolated_record, start_isolated
 from vlmcap.evaluation.scoring import ScoreError
@@ -198,6 +199,7 @@ if __name__ == "__main__":
         main(*parse(__doc__, Arguments, GenerationArguments))
     except (
         BaselineError,
+        ConstraintError,
         DatasetError,
         IsolatedError,
         ModelError,

@@ -1,8 +1,12 @@
 """The miniature's world: seeded, held out by combination, in the format of STAIR."""
 
 import json
+import math
 
-from vlmcap.data.scenes import scenes, write_scene_dataset
+import numpy as np
+from PIL import Image
+
+from vlmcap.data.scenes import COLOURS, scenes, write_scene_dataset
 
 
 def test_scenes_are_seeded():
@@ -40,3 +44,24 @@ def test_written_dataset_is_complete(tmp_path):
     ids = [(tmp_path / name).read_text().split() for name in ("val_ids.txt", "test_ids.txt")]
     assert sorted(ids[0] + ids[1]) == sorted(str(image["id"]) for image in val["images"])
     assert all((tmp_path / "images" / image["file_name"]).is_file() for image in train["images"] + val["images"])
+
+
+def test_instances_lie_where_the_things_are_drawn(tmp_path):
+    """The colour in the middle of every box is the category's, and beyond all boxes there is paper alone."""
+    write_scene_dataset(tmp_path, train=2, validation=5, test=10)
+    document = json.loads((tmp_path / "instances.json").read_text())
+    names = {category["id"]: category["name"] for category in document["categories"]}
+    val = json.loads((tmp_path / "stair_val.json").read_text())
+    assert len(names) == 24 and {i["id"] for i in document["images"]} == {i["id"] for i in val["images"]}
+    assert len(document["annotations"]) == 30 and len({a["id"] for a in document["annotations"]}) == 30
+    for image in document["images"]:
+        with Image.open(tmp_path / "images" / image["file_name"]) as picture:
+            assert picture.size == (image["width"], image["height"])
+            pixels = np.asarray(picture, dtype=float)
+        inside = np.zeros(pixels.shape[:2], dtype=bool)
+        for annotation in (a for a in document["annotations"] if a["image_id"] == image["id"]):
+            x, y, width, height = annotation["bbox"]
+            colour = COLOURS[names[annotation["category_id"]].split()[0]][0]
+            assert np.abs(pixels[round(y + height / 2), round(x + width / 2)] - colour).max() < 35
+            inside[math.floor(y) : math.ceil(y + height) + 1, math.floor(x) : math.ceil(x + width) + 1] = True
+        assert pixels[~inside].min() > 200

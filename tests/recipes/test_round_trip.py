@@ -50,6 +50,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     run = tmp_path / "run"
     publication = ["--push_to_hub", "--hub_model_id", "user/miniature-ja"]
     recipe = ["recipes/sft_qwen2vl_jp.py", *SETTINGS, "--dataset", "user/scenes", "--output_dir", run]
+    recipe += ["--instances", scenes / "instances.json"]
     done = run_script(*recipe, *publication)
     assert "language_model.layers.7.mlp.up_proj (LoRA)" in done.stdout and "36 images, 180 captions" in done.stdout
     metrics = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))
@@ -126,6 +127,7 @@ def test_two_processes_share_training_and_captions(run_script, scenes, miniature
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher.append("recipes/sft_qwen2vl_jp.py")
     settings = ["--dataset", tmp_path / "dataset", "--output_dir", tmp_path / "run", "--use_cpu", "true"]
+    settings += ["--instances", scenes / "instances.json"]
     settings += ["--per_device_train_batch_size", 8, "--generation_batch_size", 2]
     command = [*launcher, *SETTINGS, *map(str, settings)]
     done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from tests.reporting.documents import NAMES, SHA, adapter_document, miniature_document
+from tests.reporting.documents import NAMES, SHA, adapter_document, audit_document, miniature_document
 from vlmcap.reporting.cards import load_snippet, render_adapter_card, score_rows, write_adapter_card
 
 LABELS = dict(zip(NAMES, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"), strict=True))
@@ -45,9 +45,12 @@ def test_every_score_is_the_document_s():
         "split": "test",
         "revision": SHA[::-1],
     }
+    raw = card.split("register-normalised")[0]
     for name in NAMES:
-        base, adapter, signature = table_cells(card, LABELS[name])
-        assert (base, adapter) == (f"{metrics['base']['scores'][name]:.4f}", f"**{metrics['scores'][name]:.4f}**")
+        base, adapter, signature = table_cells(raw, LABELS[name])
+        for cell, run, value in ((base, metrics["base"], "{:.4f}"), (adapter, metrics, "**{:.4f}**")):
+            low, high = run["intervals"][name]
+            assert cell == f"{value.format(run['scores'][name])} [{low:.4f}, {high:.4f}]"
         assert signature.replace("\\|", "|") == f"`{metrics['signatures'][name]}`"
     assert score_rows(metrics)[-1] == ["CIDEr-D", "0.1606", "0.9183"]
 
@@ -77,12 +80,71 @@ def test_the_card_states_how_the_scores_came_about():
         " 11 h 6 min, 1.2% of it waiting for data ",
     ]
     assert table_cells(card, "saw STAIR in training") == ["unknown", "train"]
+    assert table_cells(card, "saw COCO in training") == ["unknown", "train images"]
+    assert "95% intervals of a bootstrap over images (1,000 resamples, seed 0)" in card
     assert table_cells(card, "revision") == [f"`{SHA}`", "not recorded"]
     assert table_cells(card, "`num_beams`") == ["3"] and table_cells(card, "`max_pixels`") == ["401408"]
     assert table_cells(card, "`target`") == ['["q_proj", "v_proj"]'] and table_cells(card, "`note`") == ["a\\|b"]
     assert "Tesla T4 (14.76 GiB)" in card and "torch 2.15.0" in card and metrics["commit"] in card
     assert "Split of Karpathy, by image." in card
     assert "measured with the base quantised to NF4, as here" in card
+
+
+def test_scores_with_the_register_normalised(tmp_path):
+    metrics = adapter_document()
+    metrics["register_normalised"]["intervals"] = {"cider_d": [0.9, 0.94]}
+    _, after = render_adapter_card(metrics).split("| metric, register-normalised |")
+    assert table_cells(after, "CIDEr-D") == ["0.1627", "0.9204 [0.9000, 0.9400]"]
+    for run in (metrics, metrics["base"]):
+        del run["register_normalised"], run["intervals"], run["bootstrap"]
+    card = render_adapter_card(metrics)
+    assert "register-normalised" not in card and "bootstrap" not in card
+    assert table_cells(card, "CIDEr-D")[:2] == ["0.1606", "**0.9183**"]
+
+
+def test_what_the_captions_say_is_out_of_the_audit(tmp_path):
+    metrics = adapter_document()
+    assert "No audit was made of them" in render_adapter_card(metrics)
+    audit = audit_document(metrics)
+    (tmp_path / "audit.json").write_text(json.dumps(audit))
+    card = write(tmp_path, metrics).read_text()
+    assert "No audit" not in card and "2 of 5,000 captions are flagged" in card
+    made_up = table_cells(card, "captions with a thing that is not in the picture (CHAIRs)")
+    assert made_up == ["28.1% [28.0, 28.2]", "12.2% [12.1, 12.3]"]
+    assert table_cells(card, "the other gender than the references'")[1] == "3.4% [3.3, 3.5]"
+    assert "in the picture is what the instance annotations or the references name." in card
+    assert "`coco_ja.yaml` (1,234 words)" in card and "overlap" not in card
+
+    del audit["base"], audit["hallucination"]
+    card = render_adapter_card(metrics, audit=audit)
+    assert "CHAIR" not in card and table_cells(card, "cut off") == ["not audited", "0.2% [0.1, 0.3]"]
+    audit["hallucination"] = audit_document(metrics)["hallucination"] | {"objects_from": ["references"]}
+    assert "a thing which is there and which no reference names counts as made up" in render_adapter_card(
+        metrics, audit=audit
+    )
+
+
+def test_an_audit_of_other_captions_makes_no_card(tmp_path):
+    metrics = adapter_document()
+    audit = audit_document(metrics)
+    audit["base"]["decoding"] = {"num_beams": 1}
+    with pytest.raises(ValueError, match="audit of the base is of other captions than the scores: decoding differs"):
+        render_adapter_card(metrics, audit=audit)
+    audit = audit_document(metrics)
+    audit["counts"]["images"] = 10
+    with pytest.raises(ValueError, match="the audit is of 10 images, the scores of 5000"):
+        render_adapter_card(metrics, audit=audit)
+    (tmp_path / "audit.json").write_text("{}")
+    with pytest.raises(ValueError, match="audit.json: not an audit"):
+        write(tmp_path, metrics)
+
+
+def test_constrained_decoding_is_said_beside_the_quick_start():
+    metrics = adapter_document()
+    assert "constrained decoding" not in render_adapter_card(metrics)
+    for run in (metrics, metrics["base"]):
+        run["decoding"] |= {"japanese_only": True, "avoid_words": ["美人"]}
+    assert "constrained decoding (`japanese_only`, `avoid_words`)" in render_adapter_card(metrics)
 
 
 @pytest.mark.parametrize(

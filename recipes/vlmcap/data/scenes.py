@@ -79,6 +79,15 @@ class Thing(NamedTuple):
     shape: str
 
 
+class Place(NamedTuple):
+    """Where a thing is drawn, in shares of the picture's side: its middle, its radius; `shade` darkens its colour."""
+
+    x: float
+    y: float
+    radius: float
+    shade: float
+
+
 class Scene(NamedTuple):
     """`first` is left of (horizontal) or above (vertical) `second`; `seed` fixes the drawing."""
 
@@ -103,35 +112,54 @@ class Scene(NamedTuple):
 
     def draw(self) -> Image.Image:
         """The scene as an 84 x 84 RGB picture: place, size, paper and brightness vary with the seed."""
-        rng = random.Random(self.seed)
-        paper = rng.randint(225, 255)
-        image = Image.new("RGB", (SIZE * 4, SIZE * 4), (paper, paper, paper - rng.randint(0, 12)))
+        paper, places = self._layout()
+        image = Image.new("RGB", (SIZE * 4, SIZE * 4), paper)
         pen = ImageDraw.Draw(image)
-        for place, thing in enumerate((self.first, self.second)):
-            along = (0.26 if place == 0 else 0.74) + rng.uniform(-0.02, 0.02)
-            across = 0.5 + rng.uniform(-0.14, 0.14)
-            x, y = (along, across) if self.arrangement == "horizontal" else (across, along)
-            radius = rng.uniform(0.17, 0.205)
-            shade = rng.uniform(0.88, 1.0)
-            fill = tuple(int(channel * shade) for channel in COLOURS[thing.colour][0])
-            _draw_shape(pen, thing.shape, *(v * SIZE * 4 for v in (x, y, radius)), fill)
+        for thing, place in zip((self.first, self.second), places, strict=True):
+            fill = tuple(int(channel * place.shade) for channel in COLOURS[thing.colour][0])
+            outline = _outline(thing.shape, *(v * SIZE * 4 for v in place[:3]))
+            if thing.shape == "circle":
+                pen.ellipse(outline, fill=fill)
+            elif thing.shape == "square":
+                pen.rectangle(outline, fill=fill)
+            else:
+                pen.polygon(outline, fill=fill)
         return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
+    def boxes(self) -> list[list[float]]:
+        """[x, y, width, height] in pixels of `first` and of `second`, as COCO annotates instances."""
+        boxes = []
+        for thing, place in zip((self.first, self.second), self._layout()[1], strict=True):
+            xs, ys = zip(*_outline(thing.shape, *(v * SIZE for v in place[:3])), strict=True)
+            boxes.append([round(v, 2) for v in (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))])
+        return boxes
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple) -> None:
-    if shape == "circle":
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-    elif shape == "square":
-        side = radius * 0.88
-        pen.rectangle((x - side, y - side, x + side, y + side), fill=fill)
-    else:
-        points = 3 if shape == "triangle" else 10
-        radii = itertools.cycle([radius * 1.12] if shape == "triangle" else [radius * 1.15, radius * 0.48])
-        corners = []
-        for corner, length in zip(range(points), radii, strict=False):
-            angle = 2 * math.pi * corner / points - math.pi / 2
-            corners.append((x + length * math.cos(angle), y + length * math.sin(angle)))
-        pen.polygon(corners, fill=fill)
+    def _layout(self) -> tuple[tuple[int, int, int], list[Place]]:
+        """The paper's colour and where the things lie on it, from the seed."""
+        rng = random.Random(self.seed)
+        paper = rng.randint(225, 255)
+        colour = (paper, paper, paper - rng.randint(0, 12))
+        places = []
+        for start in (0.26, 0.74):
+            along = start + rng.uniform(-0.02, 0.02)
+            across = 0.5 + rng.uniform(-0.14, 0.14)
+            x, y = (along, across) if self.arrangement == "horizontal" else (across, along)
+            places.append(Place(x, y, rng.uniform(0.17, 0.205), rng.uniform(0.88, 1.0)))
+        return colour, places
+
+
+def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    """Corners of a triangle or star; two opposite ones of the box around a circle or square."""
+    if shape in ("circle", "square"):
+        side = radius * (0.88 if shape == "square" else 1)
+        return [(x - side, y - side), (x + side, y + side)]
+    points = 3 if shape == "triangle" else 10
+    radii = itertools.cycle([radius * 1.12] if shape == "triangle" else [radius * 1.15, radius * 0.48])
+    corners = []
+    for corner, length in zip(range(points), radii, strict=False):
+        angle = 2 * math.pi * corner / points - math.pi / 2
+        corners.append((x + length * math.cos(angle), y + length * math.sin(angle)))
+    return corners
 
 
 def scenes(count: int, seed: int, held_out: bool) -> Iterator[Scene]:
@@ -150,7 +178,8 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
     """Writes a Japanese scene dataset as STAIR and YJ Captions come: pictures and COCO-format annotation files.
 
     `directory/images/*.png`, `stair_train.json`, `stair_val.json` (plain form, five captions an image),
-    `yj.json` (polite form, two captions on a tenth of the training images), `val_ids.txt` and `test_ids.txt`.
+    `yj.json` (polite form, two captions on a tenth of the training images), `val_ids.txt` and `test_ids.txt`; and
+    `instances.json`, what is drawn where in the validation and test scenes, as COCO annotates instances.
     """
     images = directory / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -179,6 +208,35 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
     write("stair_train.json", numbered[:train])
     write("stair_val.json", numbered[train:])
     write("yj.json", numbered[: train // 10], polite=True)
+    write_instances(directory / "instances.json", [(n, names[n], scene) for n, scene in numbered[train:]])
     heldout_ids = [number for number, _ in numbered[train:]]
     (directory / "val_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[:validation]))
     (directory / "test_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[validation:]))
+
+
+def write_instances(path: Path, selected: list[tuple[int, str, Scene]]) -> None:
+    """Writes COCO-format instance annotations of (image id, file name, scene); a category is a colour and a shape."""
+    things = [Thing(colour, shape) for colour in COLOURS for shape in SHAPES]
+    numbers = {thing: number for number, thing in enumerate(things, start=1)}
+    annotations = [
+        {
+            "id": image_id * 10 + place,
+            "image_id": image_id,
+            "category_id": numbers[thing],
+            "bbox": box,
+            "area": round(box[2] * box[3], 2),
+            "iscrowd": 0,
+        }
+        for image_id, _, scene in selected
+        for place, (thing, box) in enumerate(zip((scene.first, scene.second), scene.boxes(), strict=True))
+    ]
+    document = {
+        "info": {"description": "What is drawn in drawn scenes, generated by vlmcap"},
+        "images": [{"id": i, "file_name": name, "width": SIZE, "height": SIZE} for i, name, _ in selected],
+        "categories": [
+            {"id": number, "name": f"{thing.colour} {thing.shape}", "supercategory": thing.shape}
+            for thing, number in numbers.items()
+        ],
+        "annotations": annotations,
+    }
+    path.write_text(json.dumps(document), encoding="utf-8")

@@ -38,7 +38,11 @@ class GenerationArguments:
         default=0, metadata={"help": "No n-gram of this many tokens comes twice in a caption; 0 allows it."}
     )
     avoid_words: str | None = field(
-        default=None, metadata={"help": "File of words, one a line, that no caption may contain."}
+        default=None,
+        metadata={
+            "help": "File of words, one a line, that no caption may contain, e.g."
+            " recipes/vlmcap/evaluation/lexicons/avoid_persons_ja.txt."
+        },
     )
 
 
@@ -166,6 +170,8 @@ def caption_images(
         args.japanese_only,
         args.no_repeat_ngram_size,
         read_words(args.avoid_words),
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=own.eos_token_id,
     )
     output = model.generate(**inputs, generation_config=config, logits_processor=limits)
     texts = processor.batch_decode(output[:, prompt_length:], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The adapter's model card: README.md and .eval_results/, written from its metrics.json and from nothing else."""
+"""The adapter's model card: README.md and .eval_results/, written from its metrics.json and audit.json alone."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import jinja2
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
+from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
 
 REPOSITORY = Path(__file__).parents[3]
@@ -20,23 +21,51 @@ REQUIRED = (
     "scores signatures counts model dataset prompt decoding saw hardware seconds images_per_second peak_memory_bytes "
     "versions commit created"
 ).split()
+# The rates of an audit that the card shows, as it calls them.
+AUDITED = {
+    "hallucination.chair_s": "captions with a thing that is not in the picture (CHAIRs)",
+    "hallucination.chair_i": "such mentions among all mentions of things (CHAIRi)",
+    "hallucination.coverage": "things in the picture that are mentioned",
+    "persons.groups.gender.female.predictions": "captions that say female",
+    "persons.groups.gender.female.references": "references that say female",
+    "persons.groups.gender.male.predictions": "captions that say male",
+    "persons.groups.gender.male.references": "references that say male",
+    "persons.gender.error": "the other gender than the references'",
+    "persons.gender.unsupported": "a gender where no reference says one",
+    "form.empty": "empty",
+    "form.repetition": "repeating",
+    "form.truncated": "cut off",
+    "form.non_japanese": "not Japanese",
+    "form.copied_prompt": "copied from the prompt",
+    "form.special_tokens": "special tokens or chat markup",
+    "overlap.image_in_training": "images that are in the training data",
+    "overlap.picture_in_training": "pictures that are in the training data, byte for byte",
+    "overlap.references_in_training": "references that are training captions, word for word",
+    "overlap.training_caption": "captions that are training captions, word for word",
+}
+# Counts that speak of the references alone, and so are the same for base and adapter.
+OF_REFERENCES = ("references", "mean_reference_tokens", "reference_type_token_ratio")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 
 
 def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> Path:
     """Writes `README.md` into `adapter_dir` and, for scores on a Hub dataset, `.eval_results/captioning.yaml`.
 
-    Both are written whole from `adapter_dir/metrics.json`, whatever stood there before, so a README that the trainer
-    or PEFT's `save_pretrained` has rewritten is put right by calling this again. Returns the path of the README.
+    Both are written whole from `adapter_dir/metrics.json` and, where there is one, `audit.json`, whatever stood there
+    before, so a README that the trainer or PEFT's `save_pretrained` has rewritten is put right by calling this again.
+    Returns the path of the README.
 
     Raises:
         FileNotFoundError: there is no metrics.json in the folder.
-        ValueError: metrics.json is not the document of an adapter scored beside its base (see `render_adapter_card`).
+        ValueError: metrics.json is not the document of an adapter scored beside its base (see `render_adapter_card`),
+            or audit.json no audit.
     """
     adapter_dir = Path(adapter_dir)
     metrics = read_metrics(adapter_dir)
+    audit_path = adapter_dir / "audit.json"
+    audit = read_audit(audit_path) if audit_path.exists() else None
     try:
-        card = render_adapter_card(metrics, repo_id)
+        card = render_adapter_card(metrics, repo_id, audit)
     except ValueError as error:
         raise ValueError(f"{adapter_dir / 'metrics.json'}: {error}") from error
     readme = adapter_dir / "README.md"
@@ -66,19 +95,22 @@ def read_metrics(adapter_dir: str | Path) -> dict:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def render_adapter_card(metrics: dict, repo_id: str | None = None) -> str:
+def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict | None = None) -> str:
     """The model card (YAML block and Markdown) of an adapter, as text.
 
     Args:
         metrics: the adapter's metrics document: its own scores and run record, with the training run under "training"
             and the whole document of the zero-shot base, scored alike, under "base".
         repo_id: "user/name" on the Hub for the quick start; None makes the quick start name the local folder.
+        audit: the audit of the adapter's captions, with that of the base's under "base" where there is one.
 
     Raises:
         ValueError: keys are missing, or base and adapter were not scored on the same data in the same way, so that a
-            table with both would mislead.
+            table with both would mislead; an audit of other captions.
     """
     _check(metrics)
+    if audit:
+        _check_audit(audit, metrics)
     base, training = metrics["base"], metrics["training"]
     base_id = metrics["model"]["id"]
     adapter_name = repo_id or local_name(metrics["model"]["adapter"] or ".")
@@ -110,15 +142,45 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None) -> str:
         scores=[
             {
                 "label": SCORE_LABELS.get(name, name),
-                "base": f"{base['scores'][name]:.4f}",
-                "adapter": f"{score:.4f}",
+                "base": _score(base, name),
+                "adapter": _score(metrics, name, bold=True),
                 "signature": metrics["signatures"][name],
             }
-            for name, score in metrics["scores"].items()
+            for name in metrics["scores"]
+        ],
+        normalised=[
+            {
+                "label": SCORE_LABELS.get(name, name),
+                "base": _score(base["register_normalised"], name),
+                "adapter": _score(metrics["register_normalised"], name),
+            }
+            for name in metrics.get("register_normalised", {}).get("scores", {})
+        ],
+        audit=audit,
+        audited=_audited(audit) if audit else [],
+        constraints=[
+            key for key in ("japanese_only", "no_repeat_ngram_size", "avoid_words") if key in metrics["decoding"]
         ],
         quick_start=quick_start(metrics, adapter_name),
     )
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def _score(scored: dict, name: str, bold: bool = False) -> str:
+    """A score and, where there is one, its interval: `0.5128 [0.5011, 0.5240]`."""
+    value = f"{scored['scores'][name]:.4f}"
+    interval = scored.get("intervals", {}).get(name)
+    return (f"**{value}**" if bold else value) + (f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "")
+
+
+def _audited(audit: dict) -> list[dict]:
+    """The rows of the audit's table, of what was audited."""
+    ours, theirs = audit_rates(audit), audit_rates(audit["base"]) if "base" in audit else {}
+    return [
+        {"label": label, "base": rate_text(theirs.get(path)), "adapter": rate_text(ours.get(path))}
+        for path, label in AUDITED.items()
+        if path in ours
+    ]
 
 
 def score_rows(metrics: dict) -> list[list[str]]:
@@ -240,15 +302,30 @@ def _check(metrics: dict) -> None:
     for what, theirs, ours in (
         ("dataset", base["dataset"], metrics["dataset"]),
         ("number of images", base["counts"]["images"], metrics["counts"]["images"]),
-        ("number of references", base["counts"]["references"], metrics["counts"]["references"]),
+        *((f"counts: {key}", base["counts"].get(key), metrics["counts"].get(key)) for key in OF_REFERENCES),
         ("prompt", base["prompt"], metrics["prompt"]),
         ("decoding", base["decoding"] | {"batch_size": 0}, metrics["decoding"] | {"batch_size": 0}),
         ("signatures", base["signatures"], metrics["signatures"]),
+        ("bootstrap", base.get("bootstrap"), metrics.get("bootstrap")),
     ):
         if theirs != ours:
             raise ValueError(
                 f"base and adapter differ in {what} and cannot stand in one table (base: {theirs}; adapter: {ours}). "
                 "Score both again with the same settings."
+            )
+
+
+def _check_audit(audit: dict, metrics: dict) -> None:
+    for name, other, run in (("audit", audit, metrics), ("audit of the base", audit.get("base"), metrics["base"])):
+        if other is None:
+            continue
+        for key in ("model", "dataset", "prompt", "decoding"):
+            if other.get(key, run[key]) != run[key]:
+                raise ValueError(f"the {name} is of other captions than the scores: {key} differs. Audit them again.")
+        if other["counts"]["images"] != run["counts"]["images"]:
+            raise ValueError(
+                f"the {name} is of {other['counts']['images']} images, the scores of {run['counts']['images']}. Audit "
+                "the captions again."
             )
 
 
