@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import fugashi
-import unidic_lite
 import yaml
+
+from vlmcap.evaluation.tokenise import tagger
 
 LEXICONS = Path(__file__).parent / "lexicons"
 # Tokens of unidic-lite that one entry may span; the longest of the shipped lexicons spans six.
@@ -49,18 +49,12 @@ def analyse(text: str) -> tuple[Token, ...]:
     """Tokens of a caption (NFKC) by MeCab with unidic-lite."""
     tokens = []
     # MeCab reads a C string: whatever follows a NUL would be lost.
-    for node in _tagger()(unicodedata.normalize("NFKC", text).replace("\0", " ")):
+    for node in tagger()(unicodedata.normalize("NFKC", text).replace("\0", " ")):
         feature = node.feature
         known = len(feature) > LEMMA
         lemma = f"{feature[LEMMA]}/{feature[READING]}" if known else node.surface
         tokens.append(Token(node.surface, f"{lemma}/{feature[POS]}", feature[POS], feature[KIND], feature[FORM]))
     return tuple(tokens)
-
-
-@lru_cache(maxsize=1)
-def _tagger() -> fugashi.GenericTagger:
-    # The dictionary by its path: fugashi.Tagger() would take the full unidic wherever that is installed.
-    return fugashi.GenericTagger(f'-r "{unidic_lite.DICDIR}/mecabrc" -d "{unidic_lite.DICDIR}"')
 
 
 class Lexicon:

@@ -19,10 +19,10 @@ afterwards, five of them misspelt (tests/evaluation/test_register.py).
 """
 
 import re
-from functools import cache
 
 import fugashi
-import unidic_lite
+
+from vlmcap.evaluation.tokenise import tagger
 
 # Fields of a UniDic entry: part of speech, conjugation type and form, lemma, reading of the lemma, dictionary form.
 POS, TYPE, FORM, READING, LEMMA, DICTIONARY_FORM = 0, 4, 5, 6, 7, 10
@@ -45,10 +45,18 @@ VOICED = {"た": "だ", "て": "で"}
 
 
 def to_plain(text: str) -> str:
-    """`text` with its polite endings made plain by the rules above; anything else, white space too, is kept."""
-    if not POLITE.search(text):
-        return text
-    words = _tagger()(text.replace("\0", " "))
+    """`text` with its polite endings made plain by the rules above; anything else, white space too, is kept.
+
+    Rewritten until no rule applies any more: MeCab may find other words in what a rule leaves. Every rule takes a polite
+    word away.
+    """
+    while POLITE.search(text) and (plain := _rewritten(text)) != text:
+        text = plain
+    return text
+
+
+def _rewritten(text: str) -> str:
+    words = tagger()(text.replace("\0", " "))
     plain, i, kept_to = [], 0, 0
     ends = _ends(text, words)
     while i < len(words):
@@ -167,8 +175,3 @@ def _stem(verb: tuple, form: str, suru: str, kuru: str) -> str:
     if verb[TYPE] == "カ行変格" and form.endswith("くる"):
         return form[:-2] + kuru
     return form[:-1]
-
-
-@cache
-def _tagger() -> fugashi.GenericTagger:
-    return fugashi.GenericTagger(f'-r "{unidic_lite.DICDIR}/mecabrc" -d "{unidic_lite.DICDIR}"')

@@ -69,7 +69,8 @@ def _splitter(tokenizer: str) -> Callable[[str], list[str]]:
 
 
 def _words(text: str, dictionary: str) -> list[str]:
-    return [token for token in _tagger(dictionary).parse(_normalise(text)).split() if _has_letter_or_digit(token)]
+    words = tagger(dictionary, "-Owakati").parse(_normalise(text)).split()
+    return [word for word in words if _has_letter_or_digit(word)]
 
 
 def _characters(text: str) -> list[str]:
@@ -94,6 +95,7 @@ def _has_letter_or_digit(token: str) -> bool:
 
 
 @cache
-def _tagger(dictionary: str) -> fugashi.GenericTagger:
+def tagger(dictionary: str = unidic_lite.DICDIR, output: str = "") -> fugashi.GenericTagger:
+    """MeCab with a dictionary, unidic-lite unless told otherwise; `output`: an option such as -Owakati."""
     # The dictionary by its path: fugashi.Tagger() would take the full unidic wherever that is installed.
-    return fugashi.GenericTagger(f'-r "{dictionary}/mecabrc" -d "{dictionary}" -Owakati')
+    return fugashi.GenericTagger(f'-r "{dictionary}/mecabrc" -d "{dictionary}" {output}')
