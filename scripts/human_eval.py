@@ -34,7 +34,8 @@ from pathlib import Path
 
 from vlmcap.arguments import parse
 from vlmcap.data.images import BadImageError, DatasetError, dataset_record, load_captions
-from vlmcap.evaluation.human import HumanError, draw, markdown, preference_rows, read_answers, read_key, report
+from vlmcap.evaluation.human import HumanError, draw, preference_rows, read_answers, read_key
+from vlmcap.evaluation.human_report import markdown, report
 from vlmcap.evaluation.scoring import ScoreError, read_predictions
 from vlmcap.provenance import public_name
 from vlmcap.reporting.human_page import write_export

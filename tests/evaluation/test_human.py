@@ -21,10 +21,12 @@ from vlmcap.evaluation.human import (
     HumanError,
     blinded_items,
     draw,
-    krippendorff_alpha,
-    markdown,
     preference_rows,
     read_answers,
+)
+from vlmcap.evaluation.human_report import (
+    krippendorff_alpha,
+    markdown,
     report,
     sign_flip_test,
     sign_test,

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vlmcap.data.images import BadImageError
 from vlmcap.data.scenes import scenes
-from vlmcap.evaluation.human import HumanError, draw, read_answers, report
+from vlmcap.evaluation.human import HumanError, draw, read_answers
+from vlmcap.evaluation.human_report import report
 from vlmcap.reporting.html import PHOTO_SIDE, embed
 from vlmcap.reporting.human_page import write_export
 

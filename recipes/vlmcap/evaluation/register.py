@@ -47,8 +47,8 @@ VOICED = {"た": "だ", "て": "で"}
 def to_plain(text: str) -> str:
     """`text` with its polite endings made plain by the rules above; anything else, white space too, is kept.
 
-    Rewritten until no rule applies any more: MeCab may find other words in what a rule leaves. Every rule takes a polite
-    word away.
+    Rewritten until no rule applies any more: MeCab may find other words in what a rule leaves. Every rule takes a
+    polite word away.
     """
     while POLITE.search(text) and (plain := _rewritten(text)) != text:
         text = plain
