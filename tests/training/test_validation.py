@@ -136,5 +136,5 @@ def test_the_last_model_is_scored_too(make, tmp_path):
 
 
 def test_ranking_without_evaluations_is_refused():
-    with pytest.raises(ValueError, match="set eval_strategy: steps and eval_steps"):
+    with pytest.raises(ValueError, match="set eval_strategy: steps and eval_steps.*switch them off"):
         CaptionSFTConfig(use_cpu=True, early_stopping_patience=3)

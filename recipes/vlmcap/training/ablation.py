@@ -24,6 +24,8 @@ import psutil
 import yaml
 from tqdm.auto import tqdm
 
+from vlmcap.evaluation.scoring import SCORE_LABELS
+
 REFERENCE = "reference"
 STATE = "cell.json"
 
@@ -146,7 +148,7 @@ def run_grid(grid: Grid) -> list[Cell]:
 
 def summary_rows(grid_cells: list[Cell], score: str = "cider_d") -> list[list[str]]:
     """The grid as rows of text, header first: a row for each of `vary`, means over the combinations of `grid`."""
-    rows = [["", score, "least", "most", "runs", "trained parameters", "seconds of training", "peak memory, GiB"]]
+    rows = [["", SCORE_LABELS[score], "least", "most", "runs", "trained parameters", "seconds of training", "peak memory, GiB"]]
     for varied in dict.fromkeys(cell.varied for cell in grid_cells):
         runs_of = [cell for cell in grid_cells if cell.varied == varied]
         documents = [json.loads(cell.metrics.read_text(encoding="utf-8")) for cell in runs_of if cell.finished()]

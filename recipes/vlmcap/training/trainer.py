@@ -86,7 +86,7 @@ class CaptionSFTConfig(SFTConfig):
         if (self.early_stopping_patience or self.load_best_model_at_end) and not validates:
             raise ValueError(
                 "early_stopping_patience and load_best_model_at_end rank the model by captions of validation images:"
-                " set eval_strategy: steps and eval_steps, or leave them out"
+                " set eval_strategy: steps and eval_steps, or switch them off (0 and false)"
             )
         if validates and self.metric_for_best_model is None:
             self.metric_for_best_model = "cider_d"
@@ -164,6 +164,11 @@ class CaptionTrainer(SFTTrainer):
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     parameter.data = trained[name]
+        if self.is_fsdp_enabled and validation is not None:
+            raise ValueError(
+                "captions cannot be generated while FSDP shards the model: set eval_strategy: no,"
+                " load_best_model_at_end: false and early_stopping_patience: 0"
+            )
         free_frozen_parts(self.model)
         self.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.clock = RunClock()
