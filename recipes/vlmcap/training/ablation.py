@@ -148,7 +148,8 @@ def run_grid(grid: Grid) -> list[Cell]:
 
 def summary_rows(grid_cells: list[Cell], score: str = "cider_d") -> list[list[str]]:
     """The grid as rows of text, header first: a row for each of `vary`, means over the combinations of `grid`."""
-    rows = [["", SCORE_LABELS[score], "least", "most", "runs", "trained parameters", "seconds of training", "peak memory, GiB"]]
+    about = ["trained parameters", "seconds of training", "peak memory, GiB"]
+    rows = [["", SCORE_LABELS[score], "least", "most", "runs", *about]]
     for varied in dict.fromkeys(cell.varied for cell in grid_cells):
         runs_of = [cell for cell in grid_cells if cell.varied == varied]
         documents = [json.loads(cell.metrics.read_text(encoding="utf-8")) for cell in runs_of if cell.finished()]
