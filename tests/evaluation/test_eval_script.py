@@ -5,7 +5,15 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
 
-from vlmcap.evaluation.scoring import ScoreError, ScoreOptions, dataset_references, score, write_metrics
+from vlmcap.evaluation.scoring import (
+    ScoreError,
+    ScoreOptions,
+    dataset_references,
+    read_predictions,
+    read_references,
+    score,
+    write_metrics,
+)
 
 PREDICTIONS = {1: "赤い車が道路を走っている", 2: "白い猫が窓辺で眠っている"}
 # METEOR takes seconds to start: test_external.py has it.
@@ -154,3 +162,15 @@ def test_mistakes_stop_the_script_with_what_to_do(run_script, tmp_path, predicti
     broken = run_script("eval_captioning.py", *files, expect=1)
     assert "predictions.run.json: not JSON" in broken.stderr
     assert not output.exists()
+
+
+def test_a_human_caption_is_held_out_and_scored_against_the_others(run_script, tmp_path):
+    captions = {"1": ["犬が走る", "犬が駆ける", "走る犬"], "2": ["猫が眠る"], "3": ["鳥が飛ぶ", "飛ぶ鳥"]}
+    lines = [json.dumps({"image_id": i, "captions": texts}) for i, texts in captions.items()]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    command = ["hold_out_captions.py", "--references", tmp_path / "captions.jsonl", "--output_dir", tmp_path / "out"]
+    assert "2 of 3 images, 3 references left" in run_script(*command).stdout
+    assert read_predictions(tmp_path / "out/predictions.jsonl") == {"1": "犬が走る", "3": "鳥が飛ぶ"}
+    references = read_references(tmp_path / "out/references.jsonl")
+    assert references == {"1": ["犬が駆ける", "走る犬"], "3": ["飛ぶ鳥"]}
+    assert "--min_captions 1" in run_script(*command, "--min_captions", 1, expect=1).stderr
