@@ -100,7 +100,16 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     run_script(*recipe, "--resume_from_checkpoint", "latest", "--max_steps", "8")
     continued = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))
     assert continued["training"]["steps"] == 8
-    assert continued["training"]["seconds"] > metrics["training"]["seconds"]
+    # It goes on from the time of its checkpoint: that of the first run, but for what came after its last step.
+    before, after = (
+        {
+            entry["step"]: entry["elapsed_seconds"]
+            for entry in run_metrics["training"]["log"]
+            if "elapsed_seconds" in entry
+        }
+        for run_metrics in (metrics, continued)
+    )
+    assert before[6] == after[6] <= after[8] <= continued["training"]["seconds"]
     # The longer-trained adapter was captioned with anew; the base, which did not change, was not.
     assert continued["model"]["adapter_revision"] != metrics["model"]["adapter_revision"]
     assert continued["created"] > metrics["created"] and continued["base"]["created"] == metrics["base"]["created"]

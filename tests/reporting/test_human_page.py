@@ -298,7 +298,7 @@ def test_a_saved_file_goes_on_elsewhere(page, browser, tmp_path):
     other.click("#saving summary")
     (tmp_path / "wrong.json").write_text('{"format": "vlmcap-human-answers/1", "fingerprint": "0"}')
     other.set_input_files("#load", tmp_path / "wrong.json")
-    assert other.locator("#load-error").is_visible()
+    other.locator("#load-error").wait_for(state="visible")  # the file is read in the background
     other.set_input_files("#load", early)
     other.wait_for_function("state.place === 7")
     assert not other.locator("#load-error").is_visible() and answered(other) == 7

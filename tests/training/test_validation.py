@@ -109,8 +109,10 @@ def test_validation_leaves_the_training_as_it_is(make, tmp_path, checkpointing):
     settings = {"max_steps": 3, "gradient_checkpointing": checkpointing}
     plain = make(tmp_path / "plain", validate=False, **settings)
     plain.train()
-    watched = make(tmp_path / "watched", load_best_model_at_end=False, **settings)  # sets the seed of dropout
+    # Sets the seed of dropout anew.
+    watched = make(tmp_path / "watched", load_best_model_at_end=False, save_total_limit=1, **settings)
     watched.train()
+    assert [path.name for path in (tmp_path / "watched").glob("checkpoint-*")] == ["checkpoint-3"], "the latest"
     losses = [[entry["loss"] for entry in t.summary()["log"] if "loss" in entry] for t in (plain, watched)]
     assert losses[0] == losses[1]
     assert watched.summary()["best"] is None
@@ -138,3 +140,5 @@ def test_the_last_model_is_scored_too(make, tmp_path):
 def test_ranking_without_evaluations_is_refused():
     with pytest.raises(ValueError, match="set eval_strategy: steps and eval_steps.*switch them off"):
         CaptionSFTConfig(use_cpu=True, early_stopping_patience=3)
+    with pytest.raises(ValueError, match="needs load_best_model_at_end"):
+        CaptionSFTConfig(use_cpu=True, early_stopping_patience=3, eval_strategy="steps", eval_steps=5)

@@ -88,7 +88,13 @@ class CaptionSFTConfig(SFTConfig):
                 "early_stopping_patience and load_best_model_at_end rank the model by captions of validation images:"
                 " set eval_strategy: steps and eval_steps, or switch them off (0 and false)"
             )
-        if validates and self.metric_for_best_model is None:
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError(
+                "early_stopping_patience needs load_best_model_at_end: true, or the worse models are kept"
+            )
+        # Without load_best_model_at_end there must be no metric: to keep the best checkpoint, the parent would delete
+        # the latest, from which the run continues.
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "cider_d"
         super().__post_init__()
 
