@@ -43,7 +43,7 @@ from vlmcap.data.images import (
     load_captions,
     open_image,
 )
-from vlmcap.evaluation.audit import AuditError, write_audit
+from vlmcap.evaluation.audit import AuditError, read_instances, write_audit
 from vlmcap.evaluation.constraints import ConstraintError
 from vlmcap.evaluation.generate import (
     GenerationArguments,
@@ -54,8 +54,9 @@ from vlmcap.evaluation.generate import (
     model_record,
     weights_hash,
 )
-from vlmcap.evaluation.lexicon import LexiconError
+from vlmcap.evaluation.lexicon import Lexicon, LexiconError
 from vlmcap.evaluation.scoring import ScoreError, read_predictions, write_metrics
+from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
 from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
@@ -101,7 +102,7 @@ class DataArguments:
     base_saw: str = field(
         default="unknown",
         metadata={
-            "help": "Whether the base model saw STAIR and YJ Captions: unknown, no or train. Goes into the card."
+            "help": "Whether the base model saw STAIR, YJ Captions and COCO: unknown, no or train. Goes into the card."
         },
     )
     tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
@@ -201,6 +202,13 @@ def main(
             check_images(validation_rows, data_args.validation_split)
     train_rows = drop_missing(train_rows, bad_images, write=is_main)
 
+    # What scores and audit will read hours later is read now.
+    tokenizer_signature(data_args.tokenizer)
+    decoding_record(generation_args)
+    things = Lexicon(data_args.lexicon)
+    if data_args.instances:
+        read_instances(data_args.instances, things, map(str, test_rows["image_id"]))
+
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
     names = (model_args.model_name_or_path, model_args.model_revision)
     processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
@@ -293,9 +301,7 @@ def main(
         count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),
     )
     base_audit = audit(base_predictions, output=base_dir / "audit.json")
-    trained_on = train_rows.remove_columns(
-        "image"
-    )  # ids and captions; scripts/audit_captions.py compares pictures too
+    trained_on = train_rows.remove_columns("image")  # scripts/audit_captions.py compares the pictures too
     audit(adapter_predictions, output=adapter_dir / "audit.json", train_rows=trained_on, base=base_audit)
     write_adapter_card(adapter_dir, training_args.hub_model_id)
     said = {"base": read_predictions(base_predictions), "adapter": read_predictions(adapter_predictions)}
@@ -331,5 +337,6 @@ if __name__ == "__main__":
         PredictionsError,
         PushError,
         ScoreError,
+        TokenizerError,
     ) as error:
         sys.exit(f"error: {error}")

@@ -28,6 +28,8 @@ import sys
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import parse
+from vlmcap.data.images import DatasetError
+from vlmcap.evaluation.scoring import ScoreError
 from vlmcap.reporting.compare import read_runs, write_comparison
 
 
@@ -66,5 +68,5 @@ if __name__ == "__main__":
         command_line.insert(0, "--runs")
     try:
         main(*parse(__doc__, CompareArguments, command_line=command_line))
-    except (OSError, ValueError) as error:  # ScoreError, DatasetError
+    except (OSError, DatasetError, ScoreError) as error:
         sys.exit(f"error: {error}")

@@ -129,6 +129,14 @@ def test_recipe_stops_before_training(run_script, scenes, miniature_dir, tmp_pat
     assert "fetch_images.py" in run_script(*recipe, expect=1).stderr
     assert not (tmp_path / "run").exists()
 
+    # What is read only after training is looked for before it.
+    publish(run_script, scenes, miniature_dir, tmp_path / "pictures", "--images", scenes / "images")
+    recipe[recipe.index(tmp_path / "captions")] = tmp_path / "pictures"
+    stopped = run_script(*recipe, "--instances", tmp_path / "nowhere.json", expect=1)
+    assert "nowhere.json: the annotations cannot be read" in stopped.stderr
+    assert "unknown tokenizer 'mecab'" in run_script(*recipe, "--tokenizer", "mecab", expect=1).stderr
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
 
 def test_two_processes_share_training_and_captions(run_script, scenes, miniature_dir, repo_root, tmp_path):
     """DDP over gloo on the CPU, as torchrun starts it: every test image is captioned once."""

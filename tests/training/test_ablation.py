@@ -122,6 +122,7 @@ def test_an_interrupted_cell_continues_from_its_checkpoint(grid_file, repo_root)
     [
         ({"vari": {}}, r"grid.yaml: \['vari'\] is not known"),
         ({"vary": {"lora_r": 8}}, "vary.lora_r must be a list of values, but is 8"),
+        ({"grid": None}, "grid must be a mapping, but is None"),
         ({"config": "nowhere.yaml"}, "config nowhere.yaml is no file"),
     ],
 )

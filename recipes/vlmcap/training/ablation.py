@@ -89,6 +89,9 @@ def read_grid(path: str | Path, **overrides) -> Grid:
     missing = [key for key in ("recipe", "config", "output_dir") if key not in document]
     if missing:
         raise AblationError(f"{path} lacks {', '.join(missing)}")
+    for part in ("settings", "vary", "grid"):
+        if not isinstance(document.get(part, {}), dict):
+            raise AblationError(f"{path}: {part} must be a mapping, but is {document[part]!r}")
     for part in ("vary", "grid"):
         for key, values in document.get(part, {}).items():
             if not isinstance(values, list) or not values:
@@ -121,8 +124,8 @@ def cells(grid: Grid) -> list[Cell]:
 def run_grid(grid: Grid) -> list[Cell]:
     """Runs what is not finished, and returns all cells.
 
-    An interrupted cell continues from its last checkpoint; a failed one begins anew; the others run on. What a cell
-    prints goes into `log.txt` of its folder.
+    An interrupted or failed cell continues from its last checkpoint, if it has one; a failure stops no other cell.
+    What a cell prints goes into `log.txt` of its folder.
 
     Raises:
         AblationError: a folder holds a cell that was run with other settings.
