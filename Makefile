@@ -38,7 +38,7 @@ demo: setup
 
 $(DEMO)/dataset/README.md: | setup
 	$(PYTHON) scripts/draw_scenes.py --output_dir $(DEMO)/scenes
-	$(PYTHON) scripts/publish_datasets.py --source stair --tokenizer recipes/miniature \
+	$(PYTHON) scripts/publish_datasets.py --source stair --tokenizer recipes/miniatures/qwen2_vl \
 		--annotations $(DEMO)/scenes/stair_train.json $(DEMO)/scenes/stair_val.json --images $(DEMO)/scenes/images \
 		--yj_annotations $(DEMO)/scenes/yj.json --val_ids $(DEMO)/scenes/val_ids.txt \
 		--test_ids $(DEMO)/scenes/test_ids.txt --output_dir $(DEMO)/dataset \
@@ -51,7 +51,7 @@ ablation: setup $(DEMO)/dataset/README.md
 
 # The committed checkpoint of the miniature, pretrained again from its seed.
 miniature: setup
-	$(PYTHON) scripts/pretrain_miniature.py --output_dir recipes/miniature
+	$(PYTHON) scripts/pretrain_miniature.py --output_dir recipes/miniatures/qwen2_vl
 
 clean:
 	rm -rf outputs .venv .uv

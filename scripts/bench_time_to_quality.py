@@ -59,7 +59,7 @@ from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEMO = REPOSITORY / "recipes/configs/sft_qwen2vl_jp/demo.yaml"
-MINIATURE = REPOSITORY / "recipes/miniature"
+MINIATURE = REPOSITORY / "recipes/miniatures/qwen2_vl"
 SEEDS = (42, 43, 44)  # of LoRA's weights, dropout and the order of captions
 # Learning rate and steps of the left panel: the demo's before this measurement, which may change demo.yaml.
 SAME_RATE, SAME_STEPS = 5e-3, 300

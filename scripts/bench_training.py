@@ -432,7 +432,7 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        processor = load_processor(str(REPOSITORY / "recipes/miniature"), max_pixels=args.max_pixels)
+        processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
         build_checkpoint(PRESETS[args.preset], processor, folder / "model", args.seed)
         rows = build_rows(args.images, folder, args.seed)
         trainers = {e: build_trainer(e, args, folder, processor, rows) for e in args.engines}

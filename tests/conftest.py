@@ -63,7 +63,7 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def miniature_dir(repo_root) -> Path:
     """The committed small Qwen2-VL and its processor."""
-    return repo_root / "recipes" / "miniature"
+    return repo_root / "recipes" / "miniatures" / "qwen2_vl"
 
 
 @pytest.fixture(scope="session")

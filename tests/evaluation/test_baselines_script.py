@@ -56,7 +56,7 @@ def test_a_model_that_is_none_of_the_table(script, dataset, miniature_dir, tmp_p
     run = record(output)
     assert run["prompt_kind"] == "given" and run["prompt"] == GenerationArguments.prompt
     assert run["saw"] == {"STAIR": "unknown", "YJ": "unknown", "COCO": "no", "note": "As stated on the command line."}
-    assert run["model"]["id"] == "miniature" and "baseline" not in run["model"]
+    assert run["model"]["id"] == "qwen2_vl" and "baseline" not in run["model"]
     assert len(output.read_text(encoding="utf-8").splitlines()) == 2
 
 

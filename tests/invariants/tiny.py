@@ -16,7 +16,7 @@ from vlmcap.models.load import ModelArguments, load_processor, lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
-MINIATURE = Path(__file__).resolve().parents[2] / "recipes/miniature"
+MINIATURE = Path(__file__).resolve().parents[2] / "recipes/miniatures/qwen2_vl"
 PROMPT = "この画像を日本語で短く説明してください。"
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Width x height in pixels: 9 to 24 image tokens, so that prefixes of one batch differ in length.

@@ -79,7 +79,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
 
     # Another process, a clean cache: the pushed adapter and processor say what was said before the push.
     again = tmp_path / "again/predictions.jsonl"
-    model = ["--model", "recipes/miniature", "--adapter", "user/miniature-ja", "--load_in_4bit"]
+    model = ["--model", "recipes/miniatures/qwen2_vl", "--adapter", "user/miniature-ja", "--load_in_4bit"]
     data = ["--dataset", "user/scenes", "--output", again, "--generation_batch_size", 50, "--max_new_tokens", 24]
     run_script("infer_baseline.py", *model, *data, env={"HF_HOME": str(tmp_path / "clean_home")})
     assert captions(again) == captions(run / "adapter/predictions.jsonl")
@@ -91,7 +91,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     # The card's quick start, pasted: it runs and writes a caption.
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
     rows[0]["image"].save(tmp_path / "photo.jpg")
-    code = code.replace('"recipes/miniature"', repr(str(miniature_dir)))
+    code = code.replace('"recipes/miniatures/qwen2_vl"', repr(str(miniature_dir)))
     pasted = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert pasted.returncode == 0 and pasted.stdout.strip(), pasted.stderr
 

@@ -95,7 +95,7 @@ def adapter_document() -> dict:
     return adapter
 
 
-def miniature_document(model: str = "recipes/miniature", adapter: str = "outputs/demo/adapter") -> dict:
+def miniature_document(model: str = "recipes/miniatures/qwen2_vl", adapter: str = "outputs/demo/adapter") -> dict:
     """The miniature's adapter: everything local, on a CPU, where peak memory is not measured."""
     metrics = copy.deepcopy(adapter_document())
     for run in (metrics, metrics["base"]):
