@@ -1,26 +1,43 @@
-"""Publish STAIR Captions or YJ Captions as a cleaned Hugging Face dataset: a folder, and with --push_to_hub the Hub.
+"""Publish a caption corpus as a cleaned Hugging Face dataset: a folder, and with --push_to_hub the Hub.
+
+The corpora: stair (STAIR Captions) and yj (YJ Captions), Japanese; uit_viic (UIT-ViIC), Vietnamese; food_titles (dish
+titles of Food Ingredients and Recipes), English. `stair` as the first word is short for `--source stair`.
 
 STAIR Captions and YJ Captions as released (downloaded once, cached by the datasets library), captions and image
 addresses only. Splits like Karpathy's in size; with Karpathy's own ids scores compare with published ones:
 
-    python scripts/publish_datasets.py --source stair --tokenizer Qwen/Qwen2-VL-2B-Instruct \\
+    python scripts/publish_datasets.py stair --tokenizer Qwen/Qwen2-VL-2B-Instruct \\
         --output_dir outputs/stair --karpathy dataset_coco.json
-    python scripts/publish_datasets.py --source yj --tokenizer Qwen/Qwen2-VL-2B-Instruct --output_dir outputs/yj
+    python scripts/publish_datasets.py yj --tokenizer Qwen/Qwen2-VL-2B-Instruct --output_dir outputs/yj
 
 From files at hand (COCO-format .json, or the official .tar.gz and .zip), with split lists of one image id a line:
 
-    python scripts/publish_datasets.py --source stair --tokenizer Qwen/Qwen2-VL-2B-Instruct \\
+    python scripts/publish_datasets.py stair --tokenizer Qwen/Qwen2-VL-2B-Instruct \\
         --output_dir outputs/stair --annotations stair_captions_v1.2_train.json stair_captions_v1.2_val.json \\
         --yj_annotations yjcaptions26k_clean.json --val_ids val_ids.txt --test_ids test_ids.txt
 
+UIT-ViIC from its three official files, with COCO's photographs (coco/train2017/*.jpg); given the training file alone,
+a seeded tenth of its images is the test split (--holdout 0.1 --seed 0):
+
+    python scripts/publish_datasets.py uit_viic --output_dir outputs/uit_viic --images coco \\
+        --annotations uitviic_captions_train2017.json uitviic_captions_val2017.json uitviic_captions_test2017.json
+
+Dish titles from the CSV (columns Image_Name and Title) and the folder of its images, split 80/10/10:
+
+    python scripts/publish_datasets.py food_titles --output_dir outputs/food_titles \\
+        --annotations food.csv --images "Food Images"
+
+These two can do without --tokenizer. With it, lengths are counted in its tokens too, and the training captions set the
+limit that longer captions are cut to (printed, and in cleaning_report.json as cleaning.max_tokens).
+
 With the photographs inside (coco/train2014/*.jpg and coco/val2014/*.jpg; about 20 GB for STAIR, 4 GB for YJ):
 
-    python scripts/publish_datasets.py --source yj --tokenizer Qwen/Qwen2-VL-2B-Instruct --output_dir outputs/yj \\
+    python scripts/publish_datasets.py yj --tokenizer Qwen/Qwen2-VL-2B-Instruct --output_dir outputs/yj \\
         --images coco
 
 And on the Hub, private unless --public (log in once with `hf auth login`):
 
-    python scripts/publish_datasets.py --source yj --tokenizer Qwen/Qwen2-VL-2B-Instruct --output_dir outputs/yj \\
+    python scripts/publish_datasets.py yj --tokenizer Qwen/Qwen2-VL-2B-Instruct --output_dir outputs/yj \\
         --push_to_hub --repo_id USER/yj-captions
 
 The folder holds README.md (the dataset card), data/*.parquet and cleaning_report.json (every cleaning rule with its
@@ -31,12 +48,16 @@ about a minute (scripts/bench_data.py measures it). `--config file.yaml` gives a
 import sys
 
 from vlmcap.arguments import parse
-from vlmcap.data.build import PublishArguments, publish
+from vlmcap.data.build import publish
+from vlmcap.data.corpora import PublishArguments
 from vlmcap.data.sources import DataError
 
 
 def main() -> None:
-    (args,) = parse(__doc__, PublishArguments)
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--source")
+    (args,) = parse(__doc__, PublishArguments, command_line=words)
     try:
         publish(args)
     except DataError as error:

@@ -80,3 +80,9 @@ def test_record_of_a_folder_and_of_nothing(folder, hub):
     assert len(load_captions(path, "test", str(folder / "images"), revision="build 0123abcd")) == 3
     with pytest.raises(DatasetError, match="data/stair is no folder, and the Hub .*publish_datasets.py.*data/stair"):
         dataset_record("data/stair", "train")
+
+
+@pytest.mark.parametrize("corpus", ["uit_viic", "food_titles", "scenes_vi", "scene_titles", "scenes"])
+def test_the_card_says_which_corpus_a_dataset_is(folder, corpus):
+    (folder / "dataset/README.md").write_text(f"---\ntags:\n- coco\n- {corpus}-captions\n---\n")
+    assert dataset_record(str(folder / "dataset"), "test")["corpus"] == corpus

@@ -1,12 +1,14 @@
 """The miniature's world: seeded, held out by combination, in the format of STAIR."""
 
+import csv
 import json
 import math
+import unicodedata
 
 import numpy as np
 from PIL import Image
 
-from vlmcap.data.scenes import COLOURS, scenes, write_scene_dataset
+from vlmcap.data.scenes import COLOURS, scenes, write_scene_dataset, write_title_scenes, write_vietnamese_scenes
 
 
 def test_scenes_are_seeded():
@@ -65,3 +67,42 @@ def test_instances_lie_where_the_things_are_drawn(tmp_path):
             assert np.abs(pixels[round(y + height / 2), round(x + width / 2)] - colour).max() < 35
             inside[math.floor(y) : math.ceil(y + height) + 1, math.floor(x) : math.ceil(x + width) + 1] = True
         assert pixels[~inside].min() > 200
+
+
+def test_vietnamese_captions_are_sentences_with_every_mark():
+    for scene in scenes(200, 3, held_out=None):
+        captions = scene.vietnamese()
+        assert len(set(captions)) == 5
+        for caption in captions:
+            assert caption[0].isupper() and caption.endswith(".") and unicodedata.is_normalized("NFC", caption)
+        assert f"màu {COLOURS[scene.first.colour][3]}" in captions[0].split(",")[0]
+
+
+def test_a_title_names_the_combination_and_nothing_else():
+    drawn = list(scenes(2000, 4, held_out=None))
+    assert len({scene.title() for scene in drawn}) == len({scene[:3] for scene in drawn})
+    scene = next(scene for scene in drawn if scene.arrangement == "vertical" and scene.first == ("red", "circle"))
+    assert scene.title() == f"Red Circle over {scene.second.colour} {scene.second.shape}".title().replace(
+        "Over", "over"
+    )
+    assert any(" with " in scene.title() for scene in drawn)
+    assert any(scene.held_out() for scene in drawn) and not all(scene.held_out() for scene in drawn)
+
+
+def test_written_vietnamese_scenes_are_complete(tmp_path):
+    write_vietnamese_scenes(tmp_path, train=5, validation=2, test=3)
+    ids = []
+    for part, size in (("train", 5), ("val", 2), ("test", 3)):
+        document = json.loads((tmp_path / f"uitviic_captions_{part}2017.json").read_text(encoding="utf-8"))
+        assert (len(document["images"]), len(document["annotations"])) == (size, 5 * size)
+        assert all((tmp_path / "images" / image["file_name"]).is_file() for image in document["images"])
+        ids += [annotation["id"] for annotation in document["annotations"]]
+    assert len(set(ids)) == 50
+
+
+def test_written_titles_are_complete(tmp_path):
+    write_title_scenes(tmp_path, count=7)
+    with (tmp_path / "titles.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["Image_Name"] for row in rows}) == 7 and all(row["Title"] for row in rows)
+    assert all((tmp_path / "images" / f"{row['Image_Name']}.png").is_file() for row in rows)

@@ -128,3 +128,33 @@ def test_official_lists_are_recognised(data_dir):
     assert splits.is_karpathy(val, test)
     assert not splits.is_karpathy(test, val)
     assert not splits.is_karpathy(val[1:], test)
+
+
+def test_shares_are_seeded_and_keep_keys_together():
+    rows = [{"image_id": number, "title": f"dish {number // 3}"} for number in range(300)]
+    shares = {"validation": 0.1, "test": 0.1}
+    drawn = splits.draw_shares(rows, shares, seed=0, key=lambda row: row["title"])
+    assert drawn == splits.draw_shares(rows, shares, seed=0, key=lambda row: row["title"])
+    assert drawn != splits.draw_shares(rows, shares, seed=1, key=lambda row: row["title"])
+    assert [len(members) for members in drawn.values()] == [240, 30, 30]
+    titles = [{row["title"] for row in members} for members in drawn.values()]
+    assert sum(map(len, titles)) == len(set().union(*titles)) == 100
+    assert all(members == sorted(members, key=lambda row: row["image_id"]) for members in drawn.values())
+    assert [row for row in rows if row in drawn["test"]] == drawn["test"]
+
+
+def test_one_more_row_moves_few():
+    rows = [{"image_id": number} for number in range(200)]
+    before, after = (
+        {
+            row["image_id"]
+            for row in splits.draw_shares(rows[:size], {"test": 0.1}, 0, lambda row: row["image_id"])["test"]
+        }
+        for size in (199, 200)
+    )
+    assert len(before ^ after) <= 2
+
+
+def test_shares_of_too_few_rows():
+    with pytest.raises(DataError, match="The test split would hold no row: 3 rows are too few"):
+        splits.draw_shares([{"image_id": n} for n in range(3)], {"test": 0.1}, 0, lambda row: row["image_id"])

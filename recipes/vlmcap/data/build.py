@@ -3,15 +3,13 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import jinja2
 import pyarrow as pa
@@ -23,12 +21,16 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from vlmcap import provenance
-from vlmcap.data import sources, splits
+from vlmcap.data import splits
 from vlmcap.data.clean import CaptionCleaner
+from vlmcap.data.corpora import READ, RELEASE, PublishArguments, check_arguments, find_license
+from vlmcap.data.lengths import caption_lengths, token_limit
 from vlmcap.data.sources import DataError, SourceFile
+from vlmcap.data.titles import word_counts, write_word_cloud
 
 CARDS = Path(__file__).resolve().parents[3] / "dataset_cards"
 REPORT = "cleaning_report.json"
+WORD_CLOUD = "word_cloud.png"
 COLUMNS = {
     "image_id": Value("int64"),
     "file_name": Value("string"),
@@ -41,64 +43,6 @@ COLUMNS = {
 SHARD_BYTES = 500_000_000  # what datasets.push_to_hub aims at too: a shard is one download that can be retried
 # Rows a row group: what a reader of one row has to load. 100 rows with photographs are about 16 MB.
 ROW_GROUP = {"captions": 10_000, "images": 100}
-
-# Images and captions of the public releases (captions.stair.center; Miyazaki and Shimizu, ACL 2016).
-RELEASE = {
-    "stair": {"name": "STAIR Captions v1.2", "images": 123_287, "captions": 616_435},
-    "yj": {"name": "YJ Captions 26k", "images": 26_500, "captions": 131_730},
-}
-
-
-@dataclass
-class PublishArguments:
-    """What to build, from which files, and where to; `publish` does it."""
-
-    source: Literal["stair", "yj"] = field(metadata={"help": "Caption corpus: STAIR Captions or YJ Captions."})
-    tokenizer: str = field(metadata={"help": "Hub id or folder of the model's tokenizer, for the length limit."})
-    output_dir: str = field(metadata={"help": "Folder to write the dataset to; load_dataset(FOLDER) reads it."})
-    annotations: list[str] | None = field(
-        default=None,
-        metadata={"help": "Annotation files: COCO-format .json, official .tar.gz or .zip. Default: download them."},
-    )
-    images: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the COCO photographs (directly, or in train2014/ and val2014/), which are then "
-            "embedded in the dataset; without it the dataset holds their coco_url only."
-        },
-    )
-    karpathy: str | None = field(
-        default=None, metadata={"help": "Karpathy's dataset_coco.json, which names the validation and test images."}
-    )
-    val_ids: str | None = field(default=None, metadata={"help": "File of validation image ids, one a line."})
-    test_ids: str | None = field(default=None, metadata={"help": "File of test image ids, one a line."})
-    val_size: int = field(default=5000, metadata={"help": "Validation images to draw when no ids are given."})
-    test_size: int = field(default=5000, metadata={"help": "Test images to draw when no ids are given."})
-    seed: int = field(default=0, metadata={"help": "Seed of that draw."})
-    yj_annotations: list[str] | None = field(
-        default=None,
-        metadata={"help": "STAIR only: the YJ Captions files, for the in_yj column. Default: download them."},
-    )
-    max_tokens: int = field(default=64, metadata={"help": "Captions are cut to this many tokens of the tokenizer."})
-    skip_bad_images: bool = field(
-        default=False,
-        metadata={"help": "Leave out missing and unreadable photographs (listed in the report) instead of stopping."},
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace the dataset that output_dir holds."})
-    license: str | None = field(
-        default=None,
-        metadata={
-            "help": "Licence of the captions, as the Hub writes it. Default: the one that `info` of the annotation "
-            "files states, else cc-by-4.0, under which STAIR and YJ Captions were released."
-        },
-    )
-    card: str | None = field(
-        default=None, metadata={"help": "Card template CARD_captions.md.j2 in dataset_cards/. Default: by source."}
-    )
-    pretty_name: str | None = field(default=None, metadata={"help": "Title of the card. Default: by source."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the folder to the Hub as well."})
-    repo_id: str | None = field(default=None, metadata={"help": "Hub dataset to push to, e.g. user/stair-captions."})
-    public: bool = field(default=False, metadata={"help": "Create the Hub dataset as a public one."})
 
 
 def publish(args: PublishArguments) -> dict:
@@ -121,44 +65,43 @@ def build(args: PublishArguments) -> dict:
 
     Returns {"source", "license", "files", "split_origin", "overlap", "splits": {split: {"images", "captions",
     "in_yj"}}, "bad_images", "cleaning": the cleaner's report, "fingerprint", "built_with", "folder", "seconds":
-    {stage: seconds}}; all but the last two also lie in the folder's cleaning_report.json.
+    {stage: seconds}}; all but the last two also lie in the folder's cleaning_report.json. uit_viic and food_titles
+    have "lengths" too (`lengths.caption_lengths`), food_titles "left_out": {"rules", "rows"} and "words": {"distinct",
+    "total", "most_common"}.
 
     Raises DataError on whatever is wrong with the annotations, the splits, the photographs or the output folder.
     """
     output_dir = Path(args.output_dir).resolve()
-    _check_arguments(args, output_dir)
+    check_arguments(args)
+    _check_folders(args, output_dir)
+    release = RELEASE[args.source]
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "load tokenizer"):
         try:
-            cleaner = CaptionCleaner(AutoTokenizer.from_pretrained(args.tokenizer), max_tokens=args.max_tokens)
+            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
         except (OSError, ValueError) as error:
             raise DataError(f"--tokenizer {args.tokenizer}: {error}") from error
-    with _timed(seconds, "read"):
-        rows, files = _read(args.source, args.annotations)
-        if args.source == "stair":
-            yj_rows, yj_files = _read("yj", args.yj_annotations)
-            splits.flag_yj(rows, {row["image_id"] for row in yj_rows})
-        else:
-            yj_rows, yj_files = rows, []
-        license = _license(args, files)
-    with _timed(seconds, "split"):
-        held_out, origin = _held_out_ids(args, rows)
-        if held_out:
-            splits.check_yj_overlap({row["image_id"] for row in yj_rows}, *held_out)
-        by_split = splits.split_rows(rows, *held_out) if args.source == "stair" else {"test": rows}
+        cleaner = CaptionCleaner(tokenizer, args.max_tokens or release["max_tokens"], rules=release["rules"])
+    with _timed(seconds, "read and split"):
+        corpus = READ[args.source](args)
+        license = find_license(args, corpus.files)
+        by_split = corpus.by_split
         splits.check_disjoint(by_split)
     image_paths, bad_images = None, []
     if args.images:
         with _timed(seconds, "check images"):
-            image_paths, bad_images = _check_images(rows, Path(args.images))
+            rows = sorted((row for rows in by_split.values() for row in rows), key=lambda row: row["image_id"])
+            image_paths, bad_images = _check_images(rows, Path(args.images), release["image_folders"])
             if bad_images and not args.skip_bad_images:
-                raise DataError(_bad_images_text(bad_images, len(rows), args.images))
+                raise DataError(_bad_images_text(bad_images, len(rows), args.images, release["image_folders"]))
             by_split = {
                 split: [row for row in members if row["image_id"] in image_paths]
                 for split, members in by_split.items()
             }
     with _timed(seconds, "clean and tokenise"):
+        if tokenizer and not cleaner.max_tokens:
+            cleaner.max_tokens = token_limit(cleaner, by_split["train"])
         by_split = {split: cleaner.clean(members, desc=f"cleaning {split}") for split, members in by_split.items()}
         for split, members in by_split.items():
             if not members:
@@ -167,24 +110,27 @@ def build(args: PublishArguments) -> dict:
         summary = {
             "source": args.source,
             "license": license,
-            "files": [asdict(file) for file in files + yj_files],
-            "split_origin": origin if args.source == "stair" else "one held-out test split",
-            "overlap": _overlap_text(args.source, by_split, len(yj_rows), held_out, origin),
-            "splits": {
-                split: {
-                    "images": len(members),
-                    "captions": sum(len(row["captions"]) for row in members),
-                    "in_yj": sum(row["in_yj"] for row in members),
-                }
-                for split, members in by_split.items()
-            },
+            "files": [asdict(file) for file in corpus.files + corpus.yj_files],
+            "split_origin": corpus.split_origin,
+            "overlap": corpus.overlap(by_split),
+            "splits": {split: _counts(members) for split, members in by_split.items()},
             "bad_images": bad_images,
             "cleaning": cleaner.report(),
             "fingerprint": _fingerprint(by_split, image_paths),
             "built_with": {"vlmcap": provenance.versions()["vlmcap"], "commit": provenance.git_commit()},
+            **corpus.more,
         }
+        words = None
+        if args.source in ("uit_viic", "food_titles"):
+            summary["lengths"] = caption_lengths(cleaner, by_split)
+        if args.source == "food_titles":
+            words = word_counts(row["captions"][0] for members in by_split.values() for row in members)
+            most = [{"word": word, "count": count} for word, count in words.most_common(100)]
+            summary["words"] = {"distinct": len(words), "total": words.total(), "most_common": most}
         with _replacing(output_dir) as folder:
-            _write_folder(folder, by_split, image_paths, summary, _card(args, summary, files))
+            _write_folder(folder, by_split, image_paths, summary, _card(args, summary, corpus.files))
+            if words:
+                write_word_cloud(words, folder / WORD_CLOUD)
     return summary | {"folder": str(output_dir), "seconds": seconds}
 
 
@@ -219,12 +165,24 @@ def summary_text(summary: dict) -> str:
     cleaning = summary["cleaning"]
     lines = [f"{'split':<12}{'images':>9}{'captions':>10}{'in YJ':>8}"]
     for split, counts in summary["splits"].items():
-        lines.append(f"{split:<12}{counts['images']:>9,}{counts['captions']:>10,}{counts['in_yj']:>8,}")
+        in_yj = "-" if counts["in_yj"] is None else f"{counts['in_yj']:,}"
+        lines.append(f"{split:<12}{counts['images']:>9,}{counts['captions']:>10,}{in_yj:>8}")
     lines += ["", f"{'cleaning rule':<28}{'captions':>9}  action"]
     for rule in cleaning["rules"]:
         lines.append(f"{rule['name']:<28}{rule['count']:>9,}  {rule['action']}")
     lines.append(f"captions {cleaning['captions_in']:,} -> {cleaning['captions_out']:,}")
     lines.append(f"images   {cleaning['images_in']:,} -> {cleaning['images_out']:,}")
+    if "left_out" in summary:
+        lines += ["", f"{'rows left out':<28}{'rows':>9}"]
+        lines += [f"{rule['name']:<28}{rule['count']:>9,}" for rule in summary["left_out"]["rules"]]
+    if "lengths" in summary:
+        lines += ["", f"{'caption length':<28}{'mean':>9}{'median':>8}{'p99':>6}{'p99.9':>7}{'max':>6}"]
+        for split, units in summary["lengths"].items():
+            for unit, of in units.items():
+                figures = f"{of['mean']:>9.1f}{of['median']:>8}{of['p99']:>6}{of['p99.9']:>7}{of['max']:>6}"
+                lines.append(f"{f'{split}, {unit}':<28}{figures}")
+        if cleaning["max_tokens"]:
+            lines.append(f"limit       {cleaning['max_tokens']} tokens of {cleaning['tokenizer']}")
     lines += ["", f"splits      {summary['split_origin']}", f"overlap     {summary['overlap']}"]
     if summary["bad_images"]:
         names = ", ".join(bad["file_name"] for bad in summary["bad_images"][:5])
@@ -236,13 +194,7 @@ def summary_text(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def _check_arguments(args: PublishArguments, output_dir: Path) -> None:
-    if args.karpathy and (args.val_ids or args.test_ids):
-        raise DataError("Give --karpathy or --val_ids and --test_ids, not both.")
-    if bool(args.val_ids) != bool(args.test_ids):
-        raise DataError("--val_ids and --test_ids go together.")
-    if args.source == "yj" and args.yj_annotations:
-        raise DataError("--yj_annotations goes with --source stair; with --source yj the files are --annotations.")
+def _check_folders(args: PublishArguments, output_dir: Path) -> None:
     if args.images and not Path(args.images).is_dir():
         raise DataError(f"{args.images}: no such folder (--images).")
     if output_dir.exists() and not output_dir.is_dir():
@@ -254,72 +206,21 @@ def _check_arguments(args: PublishArguments, output_dir: Path) -> None:
             raise DataError(f"{output_dir}: holds files but no {REPORT}: not a dataset of ours, so not overwritten.")
 
 
-def _license(args: PublishArguments, files: list[SourceFile]) -> str:
-    """--license, else the Creative Commons licence that the annotation files state, else the one of both releases."""
-    if args.license:
-        return args.license
-    stated = {
-        "-".join(re.split("[ -]", found[0].lower())): file.name
-        for file in files
-        if (found := re.search(r"CC[ -]BY(-(NC|ND|SA))*[ -]\d\.\d", file.license))
-    }
-    if len(stated) > 1:
-        raise DataError(f"The annotation files state different licences ({stated}). Say which it is with --license.")
-    return next(iter(stated), "cc-by-4.0")
+def _counts(rows: list[dict]) -> dict[str, int | None]:
+    """Images, captions and images in YJ Captions of a split; the last is None where nobody has compared."""
+    captions = sum(len(row["captions"]) for row in rows)
+    in_yj = [row["in_yj"] for row in rows]
+    return {"images": len(rows), "captions": captions, "in_yj": None if None in in_yj else sum(in_yj)}
 
 
-def _read(source: str, annotations: list[str] | None) -> tuple[list[dict], list[SourceFile]]:
-    if annotations:
-        return sources.read_rows(annotations, source)
-    rows, files = sources.read_rows([sources.download_archive(source)], source)
-    return rows, [replace(file, name=sources.ARCHIVES[source]) for file in files]
+def _check_images(rows: list[dict], folder: Path, parts: Sequence[str]) -> tuple[dict[int, Path], list[dict]]:
+    """({image id: path} of the photographs that decode, the others as {"image_id", "file_name", "reason"}).
 
-
-def _held_out_ids(args: PublishArguments, rows: list[dict]) -> tuple[tuple[list[int], list[int]] | None, str]:
-    """((validation ids, test ids), where they come from); no ids for YJ unless they are given."""
-    if args.karpathy:
-        held_out, lists = splits.read_karpathy(args.karpathy), Path(args.karpathy).name
-    elif args.val_ids:
-        held_out = splits.read_ids(args.val_ids), splits.read_ids(args.test_ids)
-        lists = f"{Path(args.val_ids).name} and {Path(args.test_ids).name}"
-    elif args.source == "stair":
-        return splits.draw_ids(rows, args.val_size, args.test_size, args.seed), (
-            f"a Karpathy-style partition drawn by this build (seed {args.seed}), not Karpathy's own: scores on it do "
-            "not compare with scores on the Karpathy splits"
-        )
-    else:
-        return None, ""
-    if splits.is_karpathy(*held_out):
-        return held_out, f"the Karpathy splits (image ids from {lists})"
-    return held_out, f"the image ids in {lists}, which are not the Karpathy splits"
-
-
-def _overlap_text(source: str, by_split: dict, yj_images: int, held_out: tuple | None, origin: str) -> str:
-    if source == "stair":
-        flagged = sum(row["in_yj"] for row in by_split["train"])
-        text = (
-            f"{flagged:,} of the {len(by_split['train']):,} training images are also in YJ Captions (in_yj is true); "
-            "no validation or test image is."
-        )
-        if yj_images != RELEASE["yj"]["images"]:
-            text += (
-                f" The YJ file given to the build names {yj_images:,} images, the release has "
-                f"{RELEASE['yj']['images']:,}: in_yj covers the images named only."
-            )
-        return text
-    if held_out:
-        return (
-            f"None of the {yj_images:,} images is among the {len(held_out[0]):,} validation and {len(held_out[1]):,} "
-            f"test images of {origin}."
-        )
-    return "Not compared with the validation and test images of STAIR Captions in this build."
-
-
-def _check_images(rows: list[dict], folder: Path) -> tuple[dict[int, Path], list[dict]]:
-    """({image id: path} of the photographs that decode, the others as {"image_id", "file_name", "reason"})."""
+    They lie in `folder` or in one of its `parts`.
+    """
 
     def check(row: dict) -> tuple[Path | None, str]:
-        candidates = [folder / part / row["file_name"] for part in ("", "train2014", "val2014")]
+        candidates = [folder / part / row["file_name"] for part in ("", *parts)]
         path = next((path for path in candidates if path.is_file()), None)
         if path is None:
             return None, "missing"
@@ -340,10 +241,13 @@ def _check_images(rows: list[dict], folder: Path) -> tuple[dict[int, Path], list
     return paths, bad
 
 
-def _bad_images_text(bad_images: list[dict], total: int, folder: str) -> str:
+def _bad_images_text(bad_images: list[dict], total: int, folder: str, parts: Sequence[str]) -> str:
     if len(bad_images) == total and all(bad["reason"] == "missing" for bad in bad_images):
         name = bad_images[0]["file_name"]
-        return f"{folder} holds none of the {total:,} photographs: no {name}, train2014/{name} or val2014/{name}, ..."
+        places = " or ".join(
+            [", ".join([name, *(f"{part}/{name}" for part in parts[:-1])]), *(f"{p}/{name}" for p in parts[-1:])]
+        )
+        return f"{folder} holds none of the {total:,} photographs: no {places}, ..."
     lines = [f"{len(bad_images):,} of {total:,} photographs in {folder} are missing or unreadable:"]
     lines += [f"  {bad['file_name']}: {bad['reason']}" for bad in bad_images]
     lines.append("Fetch them again (scripts/fetch_images.py), or leave them out with --skip_bad_images.")
@@ -421,12 +325,12 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         {"split": split, "path": f"data/{split}-{summary['fingerprint']}-*.parquet"} for split in summary["splits"]
     ]
     metadata = DatasetCardData(
-        language=["ja"],
+        language=[release["language"]],
         license=summary["license"],
         pretty_name=pretty_name,
         task_categories=["image-to-text"],
         size_categories=[_size_category(images)],
-        tags=["image-captioning", "coco", "japanese", f"{args.card or args.source}-captions"],
+        tags=["image-captioning", *release["tags"], f"{args.card or args.source}-captions"],
         configs=[{"config_name": "default", "data_files": data_files}],
     )
     # StrictUndefined: a name that the template has and the build does not give is an error, not a blank.
@@ -444,6 +348,7 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         pretty_name=pretty_name,
         repo_id=args.repo_id,
         images_embedded=bool(args.images),
+        compared_with_yj=all(counts["in_yj"] is not None for counts in summary["splits"].values()),
         release=release,
         complete=complete,
         images_read=images_read,
@@ -461,6 +366,8 @@ def _size_category(images: int) -> str:
 
 def _visible(text: str) -> str:
     """A caption as a code span in a Markdown table cell; characters that cannot be seen become \\u escapes."""
+    if not text:
+        return "nothing"
     shown = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
     return _cell(f"`` {shown} ``" if "`" in shown else f"`{shown}`")
 

@@ -1,5 +1,6 @@
-"""Cleaning of Japanese captions: every step is a named rule that counts what it did and keeps before/after examples.
+"""Cleaning of captions: every step is a named rule that counts what it did and keeps before/after examples.
 
+`CaptionCleaner` is for any language. The rules here are those for Japanese; `vietnamese` and `titles` have their own.
 Ordinary Japanese and whatever carries meaning stays as it is:
 
 - long vowels, 々 〇 〆 ヶ ・ 〜 「」 『』 、 。 …, the final 。 or its absence;
@@ -12,7 +13,7 @@ Ordinary Japanese and whatever carries meaning stays as it is:
 import copy
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ _CONTROL = _compile(
 )
 
 
-def _drop_control(text: str) -> str:
+def drop_control(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
@@ -156,7 +157,7 @@ class TextRule(NamedTuple):
 
 TEXT_RULES = (
     TextRule("emoji", "emoji removed, with joiners and selectors; a keycap leaves its digit", _drop_emoji),
-    TextRule("control", "control, zero-width, private-use and broken characters removed", _drop_control),
+    TextRule("control", "control, zero-width, private-use and broken characters removed", drop_control),
     TextRule(
         "width",
         "full-width letters, digits and ASCII signs become half-width, half-width kana full-width, ～ becomes 〜",
@@ -187,14 +188,14 @@ _ROW_RULES = (
     ),
 )
 
-# Nine captions in ten hold nothing that any rule could touch; one search tells them.
+# Nine Japanese captions in ten hold nothing that any rule could touch; one search tells them.
 _NEEDS_RULES = _compile(r"[^ぁ-ゔァ-ヺー\u4e00-\u9fff々・「」、。A-Za-z0-9]|^[、。]|[、。]{2}")
 
 
-def clean_text(text: str) -> str:
-    """Apply the per-caption rules (`TEXT_RULES`, without truncation). Idempotent."""
-    if _NEEDS_RULES.search(text):
-        for rule in TEXT_RULES:
+def clean_text(text: str, rules: Sequence[TextRule] = TEXT_RULES) -> str:
+    """Apply the per-caption rules (without truncation). Idempotent."""
+    if rules is not TEXT_RULES or _NEEDS_RULES.search(text):
+        for rule in rules:
             text = rule.apply(text)
     return text
 
@@ -212,21 +213,31 @@ class CaptionCleaner:
     """Clean the captions of rows and keep account of it.
 
     Args:
-        tokenizer: the model's tokenizer, which measures captions for the token limit.
-        max_tokens: longest caption in tokens, special tokens not counted.
+        tokenizer: the model's tokenizer, which measures captions for the token limit; None: there is no such limit.
+        max_tokens: longest caption in tokens, special tokens not counted; None: no limit.
         examples_per_rule: how many before/after pairs the report keeps of each rule.
+        rules: the per-caption rules of the captions' language; those for Japanese unless said otherwise.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int = 64, examples_per_rule: int = 10):
-        self.max_tokens = max_tokens
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast | None,
+        max_tokens: int | None = 64,
+        examples_per_rule: int = 10,
+        rules: Sequence[TextRule] = TEXT_RULES,
+    ):
+        self.max_tokens = max_tokens if tokenizer else None
         self.examples_per_rule = examples_per_rule
-        # A report must not name folders of the machine it was written on.
-        path = Path(tokenizer.name_or_path)
-        self.tokenizer_name = path.name if path.is_dir() else tokenizer.name_or_path
-        # A copy, since padding or truncation left on by an earlier call would falsify the lengths.
-        self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+        self.rules = rules
+        self.tokenizer_name = None
+        if tokenizer:
+            # A report must not name folders of the machine it was written on.
+            path = Path(tokenizer.name_or_path)
+            self.tokenizer_name = path.name if path.is_dir() else tokenizer.name_or_path
+            # A copy, since padding or truncation left on by an earlier call would falsify the lengths.
+            self._tokenizer = copy.deepcopy(tokenizer.backend_tokenizer)
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
         self._counts = Counter()
         self._examples = defaultdict(list)
 
@@ -249,7 +260,8 @@ class CaptionCleaner:
         `rules` stand in the order they ran. `count` is the captions a rule changed or removed; a caption changed by
         two rules counts in both. The `after` of a removed duplicate is the caption that was kept.
         """
-        rules = [(rule.name, rule.description, "changed") for rule in TEXT_RULES] + list(_ROW_RULES)
+        rules = [(rule.name, rule.description, "changed") for rule in self.rules]
+        rules += [rule for rule in _ROW_RULES if rule[0] != "max_tokens" or self.max_tokens]
         return {
             "tokenizer": self.tokenizer_name,
             "max_tokens": self.max_tokens,
@@ -266,11 +278,16 @@ class CaptionCleaner:
             ],
         }
 
+    def token_counts(self, texts: list[str]) -> list[int]:
+        """Length of each text in tokens of the tokenizer, special tokens not counted."""
+        return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
     def _clean_batch(self, rows: list[dict]) -> list[dict]:
         places = [(row["image_id"], id_) for row in rows for id_ in row["caption_ids"]]
         raw = [caption for row in rows for caption in row["captions"]]
         texts = [self._apply_rules(text, *place) for text, place in zip(raw, places, strict=True)]
-        self._truncate(texts, places)
+        if self.max_tokens:
+            self._truncate(texts, places)
 
         cleaned, start = [], 0
         for row in rows:
@@ -285,8 +302,8 @@ class CaptionCleaner:
         return cleaned
 
     def _apply_rules(self, text: str, image_id: int, caption_id: int) -> str:
-        if _NEEDS_RULES.search(text):
-            for rule in TEXT_RULES:
+        if self.rules is not TEXT_RULES or _NEEDS_RULES.search(text):
+            for rule in self.rules:
                 before, text = text, rule.apply(text)
                 if text != before:
                     self._note(rule.name, image_id, caption_id, before, text)
@@ -324,7 +341,7 @@ class CaptionCleaner:
         ends = [match.end() for match in regex.finditer(r"\X", text) if match.end() <= first_excluded]
         # Alone, a beginning may split into more tokens than it had inside the text, so it is measured.
         for end in reversed(ends):
-            beginning = clean_text(text[:end])
+            beginning = clean_text(text[:end], self.rules)
             if len(self._tokenizer.encode(beginning, add_special_tokens=False)) <= self.max_tokens:
                 return beginning
         return ""

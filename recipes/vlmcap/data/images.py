@@ -15,6 +15,9 @@ from tqdm.auto import tqdm
 
 from vlmcap.provenance import public_name
 
+# Cards of publish_datasets.py have the tag NAME-captions.
+CORPORA = ("stair", "yj", "scenes", "uit_viic", "scenes_vi", "food_titles", "scene_titles")
+
 
 class DatasetError(ValueError):
     """A dataset cannot be used as asked. The message names the dataset, the value and the mend."""
@@ -103,7 +106,7 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     """What a run record says of a dataset: id, revision, split, licence, corpus.
 
     The revision is the commit on the Hub; for a folder of publish_datasets.py, the fingerprint of its build. The
-    corpus is "stair", "yj" or "scenes" by the tags of its card, None for a dataset of other origin.
+    corpus is one of CORPORA by the tags of its card, None for a dataset of other origin.
 
     Raises:
         DatasetError: there is no such folder and no such dataset on the Hub.
@@ -123,7 +126,7 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
                 f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"
             ) from error
     data = DatasetCard.load(card).data
-    corpus = next((name for name in ("stair", "yj", "scenes") if f"{name}-captions" in (data.get("tags") or [])), None)
+    corpus = next((name for name in CORPORA if f"{name}-captions" in (data.get("tags") or [])), None)
     return {
         "id": public_name(dataset),
         "revision": revision,

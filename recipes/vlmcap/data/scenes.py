@@ -1,10 +1,11 @@
-"""The miniature's world: drawn scenes of two coloured shapes, with English and Japanese captions.
+"""The miniatures' world: drawn scenes of two coloured shapes; English, Japanese and Vietnamese captions; titles.
 
 Everything is drawn and written from a seed, so no file is needed. A scene is two different shapes side by side or one
 above the other. One combination in ten (colours, shapes and arrangement together) is held out: validation and test
 scenes show only combinations that no training scene shows.
 """
 
+import csv
 import hashlib
 import itertools
 import json
@@ -18,20 +19,20 @@ from PIL import Image, ImageDraw
 
 SIZE = 84  # pixels: 6 x 6 ViT patches of 14, which Qwen2-VL merges 2 x 2 to 9 image tokens
 
-# colour -> (RGB, English, Japanese modifier)
+# colour -> (RGB, English, Japanese modifier, Vietnamese)
 COLOURS = {
-    "red": ((220, 50, 47), "red", "赤い"),
-    "blue": ((38, 89, 200), "blue", "青い"),
-    "yellow": ((235, 200, 20), "yellow", "黄色い"),
-    "green": ((40, 150, 60), "green", "緑の"),
-    "purple": ((140, 60, 170), "purple", "紫の"),
-    "black": ((30, 30, 30), "black", "黒い"),
+    "red": ((220, 50, 47), "red", "赤い", "đỏ"),
+    "blue": ((38, 89, 200), "blue", "青い", "xanh dương"),
+    "yellow": ((235, 200, 20), "yellow", "黄色い", "vàng"),
+    "green": ((40, 150, 60), "green", "緑の", "xanh lá"),
+    "purple": ((140, 60, 170), "purple", "紫の", "tím"),
+    "black": ((30, 30, 30), "black", "黒い", "đen"),
 }
 SHAPES = {
-    "circle": ("circle", "丸"),
-    "square": ("square", "四角"),
-    "triangle": ("triangle", "三角"),
-    "star": ("star", "星"),
+    "circle": ("circle", "丸", "hình tròn"),
+    "square": ("square", "四角", "hình vuông"),
+    "triangle": ("triangle", "三角", "hình tam giác"),
+    "star": ("star", "星", "ngôi sao"),
 }
 
 ENGLISH = {
@@ -72,6 +73,25 @@ JAPANESE_POLITE = {
     "horizontal": ("{a}が左に、{b}が右にあります。", "{a}と{b}が横に並んでいます。"),
     "vertical": ("{a}が上に、{b}が下にあります。", "{a}と{b}が縦に並んでいます。"),
 }
+# Whole sentences with a final full stop, as UIT-ViIC writes.
+VIETNAMESE = {
+    "horizontal": (
+        "{a} ở bên trái, {b} ở bên phải.",
+        "bên trái là {a}, bên phải là {b}.",
+        "{b} nằm bên phải {a}.",
+        "có một {a} ở bên trái {b}.",
+        "{a} và {b} nằm cạnh nhau.",
+    ),
+    "vertical": (
+        "{a} ở phía trên, {b} ở phía dưới.",
+        "phía trên là {a}, phía dưới là {b}.",
+        "{b} nằm dưới {a}.",
+        "có một {a} ở phía trên {b}.",
+        "{a} và {b} xếp theo chiều dọc.",
+    ),
+}
+# Title Case, as dishes are named; one an image.
+TITLE = {"horizontal": "{a} with {b}", "vertical": "{a} over {b}"}
 
 
 class Thing(NamedTuple):
@@ -109,6 +129,16 @@ class Scene(NamedTuple):
         a, b = (COLOURS[t.colour][2] + SHAPES[t.shape][1] for t in (self.first, self.second))
         templates = JAPANESE_POLITE if polite else JAPANESE
         return [template.format(a=a, b=b) for template in templates[self.arrangement]]
+
+    def vietnamese(self) -> list[str]:
+        a, b = (f"{SHAPES[t.shape][2]} màu {COLOURS[t.colour][3]}" for t in (self.first, self.second))
+        sentences = [template.format(a=a, b=b) for template in VIETNAMESE[self.arrangement]]
+        return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+    def title(self) -> str:
+        """One English title, as a dish is named: "Red Circle with Blue Star", "Red Circle over Blue Star"."""
+        a, b = (f"{COLOURS[t.colour][1]} {SHAPES[t.shape][0]}".title() for t in (self.first, self.second))
+        return TITLE[self.arrangement].format(a=a, b=b)
 
     def draw(self) -> Image.Image:
         """The scene as an 84 x 84 RGB picture: place, size, paper and brightness vary with the seed."""
@@ -162,14 +192,14 @@ def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
     return corners
 
 
-def scenes(count: int, seed: int, held_out: bool) -> Iterator[Scene]:
-    """`count` random scenes, all from the held-out combinations or all from the others. Seeded."""
+def scenes(count: int, seed: int, held_out: bool | None) -> Iterator[Scene]:
+    """`count` random scenes: of the held-out combinations, of the others, or (None) of all. Seeded."""
     rng = random.Random(seed)
     things = [Thing(colour, shape) for colour in COLOURS for shape in SHAPES]
     while count:
         first, second = rng.sample(things, 2)
         scene = Scene(first, second, rng.choice(("horizontal", "vertical")), rng.getrandbits(32))
-        if scene.held_out() == held_out:
+        if held_out is None or scene.held_out() == held_out:
             count -= 1
             yield scene
 
@@ -181,15 +211,9 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
     `yj.json` (polite form, two captions on a tenth of the training images), `val_ids.txt` and `test_ids.txt`; and
     `instances.json`, what is drawn where in the validation and test scenes, as COCO annotates instances.
     """
-    images = directory / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    train_scenes = list(scenes(train, seed, held_out=False))
-    heldout_scenes = list(scenes(validation + test, seed + 1, held_out=True))
-    numbered = list(enumerate(train_scenes + heldout_scenes, start=1))
-    names = {}
-    for number, scene in numbered:
-        names[number] = f"COCO_{'train2014' if number <= train else 'val2014'}_{number:012d}.png"
-        scene.draw().save(images / names[number])
+    numbered = _numbered_scenes(train, validation + test, seed)
+    names = {n: f"COCO_{'train2014' if n <= train else 'val2014'}_{n:012d}.png" for n, _ in numbered}
+    _draw(directory, numbered, names)
 
     def write(name: str, selected: list[tuple[int, Scene]], polite: bool = False) -> None:
         annotations = [
@@ -197,13 +221,7 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
             for number, scene in selected
             for place, text in enumerate(scene.japanese(polite))
         ]
-        document = {
-            "info": {"description": "Drawn scenes with Japanese captions, generated by vlmcap"},
-            "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
-            "images": [{"id": n, "file_name": names[n], "coco_url": "", "license": 1} for n, _ in selected],
-            "annotations": annotations,
-        }
-        (directory / name).write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+        _write_coco(directory / name, "Japanese", [(n, names[n]) for n, _ in selected], annotations)
 
     write("stair_train.json", numbered[:train])
     write("stair_val.json", numbered[train:])
@@ -212,6 +230,63 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
     heldout_ids = [number for number, _ in numbered[train:]]
     (directory / "val_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[:validation]))
     (directory / "test_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[validation:]))
+
+
+def write_vietnamese_scenes(directory: Path, train: int, validation: int, test: int, seed: int = 0) -> None:
+    """Writes a Vietnamese scene dataset as UIT-ViIC comes: pictures and a COCO-format annotation file each split.
+
+    `directory/images/*.png` and `uitviic_captions_{train,val,test}2017.json` with five captions an image.
+    """
+    numbered = _numbered_scenes(train, validation + test, seed)
+    names = {number: f"{number:012d}.png" for number, _ in numbered}
+    _draw(directory, numbered, names)
+    ends = (0, train, train + validation, train + validation + test)
+    for part, start, end in zip(("train", "val", "test"), ends[:-1], ends[1:], strict=True):
+        selected = numbered[start:end]
+        annotations = [
+            {"id": number * 10 + place, "image_id": number, "caption": text}
+            for number, scene in selected
+            for place, text in enumerate(scene.vietnamese())
+        ]
+        path = directory / f"uitviic_captions_{part}2017.json"
+        _write_coco(path, "Vietnamese", [(n, names[n]) for n, _ in selected], annotations)
+
+
+def write_title_scenes(directory: Path, count: int, seed: int = 0) -> None:
+    """Writes `count` titled scenes as the dish titles come: `directory/images/*.png` and `titles.csv`.
+
+    A title names a combination. So a split that keeps equal titles together, as `corpora.read_food_titles` does, tests
+    on combinations that no training scene shows.
+    """
+    numbered = list(enumerate(scenes(count, seed, held_out=None), start=1))
+    names = {n: f"{scene.title().lower().replace(' ', '-')}-{n}.png" for n, scene in numbered}
+    _draw(directory, numbered, names)
+    with (directory / "titles.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["Image_Name", "Title"])
+        writer.writerows([names[n].removesuffix(".png"), scene.title()] for n, scene in numbered)
+
+
+def _numbered_scenes(train: int, held_out: int, seed: int) -> list[tuple[int, Scene]]:
+    """(image id, scene), first the training scenes, then those of held-out combinations."""
+    drawn = [*scenes(train, seed, held_out=False), *scenes(held_out, seed + 1, held_out=True)]
+    return list(enumerate(drawn, start=1))
+
+
+def _draw(directory: Path, numbered: list[tuple[int, Scene]], names: dict[int, str]) -> None:
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    for number, scene in numbered:
+        scene.draw().save(directory / "images" / names[number])
+
+
+def _write_coco(path: Path, language: str, images: list[tuple[int, str]], annotations: list[dict]) -> None:
+    document = {
+        "info": {"description": f"Drawn scenes with {language} captions, generated by vlmcap"},
+        "licenses": [{"id": 1, "name": "CC0 1.0", "url": "https://creativecommons.org/publicdomain/zero/1.0/"}],
+        "images": [{"id": n, "file_name": name, "coco_url": "", "license": 1} for n, name in images],
+        "annotations": annotations,
+    }
+    path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
 
 
 def write_instances(path: Path, selected: list[tuple[int, str, Scene]]) -> None:

@@ -1,4 +1,4 @@
-"""Annotation files in, rows out: STAIR Captions and YJ Captions, as official archives or COCO-format JSON.
+"""Annotation files in, rows out: STAIR Captions, YJ Captions and UIT-ViIC, as official archives or COCO-format JSON.
 
 A row is one image (see `read_rows`); every file this module reads is described by a `SourceFile` for the dataset card.
 Whatever is wrong with an annotation file becomes a `DataError` that names the file, the place and the mend.
@@ -21,6 +21,17 @@ from tqdm.auto import tqdm
 ARCHIVES = {
     "stair": "https://github.com/STAIR-Lab-CIT/STAIR-captions/raw/master/stair_captions_v1.2.tar.gz",
     "yj": "https://github.com/yahoojapan/YJCaptions/raw/master/yjcaptions26k.zip",
+}
+# COCO's own licence table, the same in all its annotation files; UIT-ViIC has the numbers and not the table.
+COCO_LICENSES = {
+    1: "Attribution-NonCommercial-ShareAlike License (http://creativecommons.org/licenses/by-nc-sa/2.0/)",
+    2: "Attribution-NonCommercial License (http://creativecommons.org/licenses/by-nc/2.0/)",
+    3: "Attribution-NonCommercial-NoDerivs License (http://creativecommons.org/licenses/by-nc-nd/2.0/)",
+    4: "Attribution License (http://creativecommons.org/licenses/by/2.0/)",
+    5: "Attribution-ShareAlike License (http://creativecommons.org/licenses/by-sa/2.0/)",
+    6: "Attribution-NoDerivs License (http://creativecommons.org/licenses/by-nd/2.0/)",
+    7: "No known copyright restrictions (http://flickr.com/commons/usage/)",
+    8: "United States Government Work (http://www.usa.gov/copyright.shtml)",
 }
 COCO_FILE_NAME = re.compile(r"COCO_(train2014|val2014)_\d{12}\.jpg")
 
@@ -64,13 +75,14 @@ def read_rows(paths: Sequence[str | Path], source: str) -> tuple[list[dict], lis
 
     A row is {"image_id": int, "file_name": str, "coco_url": str, "license": str, "captions": list[str],
     "caption_ids": list[int], "in_yj": bool}, captions in the order of the file; `in_yj` is True for "yj" and, until
-    `splits.flag_yj`, False for "stair". What an annotation file leaves out is derived:
+    `splits.flag_yj`, False for "stair" and None for "uit_viic". What an annotation file leaves out is derived:
 
     - file_name: COCO_{folder}_{id:012d}.jpg. The folder is train2014 for YJ, whose images all lie there; for STAIR it
       is the one that the name of the annotation file says (train or val).
     - coco_url: http://images.cocodataset.org/{folder}/{file_name} for the file names of COCO 2014, else "". It also
       replaces the http://mscoco.org/images/ID of old COCO files, where no photograph is served any more.
-    - license: "name (url)" of the image's licence out of the file's `licenses` table, "" when the file does not say.
+    - license: "name (url)" of the image's licence out of the file's `licenses` table, "" when the file does not say;
+      "uit_viic" files have COCO's licence numbers without a table, so COCO's is used.
 
     In an archive, *_tokenized.json members are passed over: the STAIR archive holds every caption a second time there.
 
@@ -174,7 +186,7 @@ def _parse(name: str, data: bytes) -> dict:
 
 
 def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
-    licenses = {}
+    licenses = dict(COCO_LICENSES) if source == "uit_viic" else {}
     for index, license in enumerate(document.get("licenses") or []):
         license_id = _field(license, "id", int, name, "licenses", index)
         licenses[license_id] = f"{license.get('name', '')} ({license.get('url', '')})"
@@ -198,7 +210,7 @@ def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
             "license": licenses.get(image.get("license"), ""),
             "captions": [],
             "caption_ids": [],
-            "in_yj": source == "yj",
+            "in_yj": {"stair": False, "yj": True, "uit_viic": None}[source],
         }
     for index, annotation in enumerate(document["annotations"]):
         image_id = _field(annotation, "image_id", int, name, "annotations", index)

@@ -1,4 +1,4 @@
-"""Which image belongs to which split: Karpathy's lists, or a partition of the same shape; and the YJ overlap.
+"""Which image belongs to which split: Karpathy's lists, a partition of the same shape, seeded shares; the YJ overlap.
 
 The Karpathy splits of COCO 2014 (Karpathy and Fei-Fei, CVPR 2015, "Deep Visual-Semantic Alignments"): validation and
 test are 5,000 val2014 images each; the other 30,504 val2014 images ("restval") join train2014, 113,287 in all.
@@ -6,7 +6,7 @@ test are 5,000 val2014 images each; the other 30,504 val2014 images ("restval") 
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from pathlib import Path
 
 from vlmcap.data.sources import DataError
@@ -88,6 +88,37 @@ def draw_ids(rows: Iterable[dict], val_size: int, test_size: int, seed: int) -> 
         )
     candidates.sort(key=lambda image_id: hashlib.sha256(f"{seed}:{image_id}".encode()).digest())
     return candidates[:val_size], candidates[val_size : val_size + test_size]
+
+
+def draw_shares(
+    rows: list[dict], shares: dict[str, float], seed: int, key: Callable[[dict], Hashable]
+) -> dict[str, list[dict]]:
+    """{"train", **shares}: rows in their order; what `shares` does not draw trains. Rows of one key stay together.
+
+    The draw takes the keys in the order of sha256("{seed}:{key}"), like `draw_ids`. A split is full when its share of
+    the rows, rounded, is reached; the last key may take it over that.
+
+    Raises DataError when a split would hold no row.
+    """
+    groups: dict[Hashable, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    place: dict[Hashable, str] = {}
+    for split, share in shares.items():
+        drawn = 0
+        while drawn < round(share * len(rows)) and order:
+            drawn += len(groups[order[0]])
+            place[order.pop(0)] = split
+    splits: dict[str, list[dict]] = {split: [] for split in ("train", *shares)}
+    for row in rows:
+        splits[place.get(key(row), "train")].append(row)
+    for split, members in splits.items():
+        if not members:
+            raise DataError(
+                f"The {split} split would hold no row: {len(rows):,} rows are too few, or a share is 0 or 1."
+            )
+    return splits
 
 
 def flag_yj(rows: Iterable[dict], yj_ids: Collection[int]) -> None:

@@ -1,0 +1,365 @@
+"""The four caption corpora side by side: facts of each, what can be asked of a build, and how each is read and split.
+
+| source      | annotations                         | splits                                   | rules in     |
+|-------------|-------------------------------------|------------------------------------------|--------------|
+| stair       | COCO format, downloaded or given    | Karpathy's, of lists, or drawn           | `clean`      |
+| yj          | COCO format, downloaded or given    | one held-out test split                  | `clean`      |
+| uit_viic    | COCO format, three files or one     | of the file names, or a seeded hold-out  | `vietnamese` |
+| food_titles | CSV of image names and titles       | 80/10/10, seeded                         | `titles`     |
+
+`READ[source](args)` returns a `Corpus`; all that follows (photographs, cleaning, writing) is the same for all and lies
+in `build`. A card template SOURCE_captions.md.j2 in dataset_cards/ goes with each.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from vlmcap.data import clean, sources, splits, titles, vietnamese
+from vlmcap.data.sources import DataError, SourceFile
+
+# Images and captions of the public releases (captions.stair.center; Miyazaki and Shimizu, ACL 2016; Lam et al., ICCCI
+# 2020, whose paper says 19,250 captions, six fewer than its files hold; Kaggle, Food Ingredients and Recipes Dataset
+# with Images). `max_tokens` None: the lengths of the training captions set the limit.
+RELEASE = {
+    "stair": {
+        "name": "STAIR Captions v1.2",
+        "images": 123_287,
+        "captions": 616_435,
+        "language": "ja",
+        "tags": ["coco", "japanese"],
+        "license": "cc-by-4.0",
+        "rules": clean.TEXT_RULES,
+        "max_tokens": 64,
+        "image_folders": ("train2014", "val2014"),
+    },
+    "yj": {
+        "name": "YJ Captions 26k",
+        "images": 26_500,
+        "captions": 131_730,
+        "language": "ja",
+        "tags": ["coco", "japanese"],
+        "license": "cc-by-4.0",
+        "rules": clean.TEXT_RULES,
+        "max_tokens": 64,
+        "image_folders": ("train2014", "val2014"),
+    },
+    "uit_viic": {
+        "name": "UIT-ViIC",
+        "images": 3_850,
+        "captions": 19_256,
+        "language": "vi",
+        "tags": ["coco", "vietnamese"],
+        "license": "unknown",
+        "rules": vietnamese.TEXT_RULES,
+        "max_tokens": None,
+        "image_folders": ("train2017", "val2017"),
+    },
+    "food_titles": {
+        "name": "Dish titles of Food Ingredients and Recipes with Images",
+        "images": 13_501,
+        "captions": 13_501,
+        "language": "en",
+        "tags": ["food", "english"],
+        "license": "cc-by-sa-3.0",
+        "rules": titles.TEXT_RULES,
+        "max_tokens": None,
+        "image_folders": (),
+    },
+}
+
+
+@dataclass
+class PublishArguments:
+    """What to build, from which files, and where to; `build.publish` does it."""
+
+    source: Literal["stair", "yj", "uit_viic", "food_titles"] = field(
+        metadata={"help": "Caption corpus; `publish_datasets.py uit_viic ...` is the same as --source uit_viic."}
+    )
+    output_dir: str = field(metadata={"help": "Folder to write the dataset to; load_dataset(FOLDER) reads it."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of the model's tokenizer, for the length limit. uit_viic and food_titles can do "
+            "without: then lengths are counted in words and nothing is cut."
+        },
+    )
+    annotations: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Annotation files: COCO-format .json, official .tar.gz or .zip; for food_titles the CSV. Default "
+            "for stair and yj: download them."
+        },
+    )
+    images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the photographs (directly; COCO's also in train2014/ and val2014/, for uit_viic in "
+            "train2017/), which are then embedded in the dataset; without it the dataset holds no pictures."
+        },
+    )
+    karpathy: str | None = field(
+        default=None,
+        metadata={"help": "stair, yj: Karpathy's dataset_coco.json, which names the validation and test images."},
+    )
+    val_ids: str | None = field(
+        default=None, metadata={"help": "stair, yj: file of validation image ids, one a line."}
+    )
+    test_ids: str | None = field(default=None, metadata={"help": "stair, yj: file of test image ids, one a line."})
+    val_size: int = field(default=5000, metadata={"help": "stair: validation images to draw when no ids are given."})
+    test_size: int = field(default=5000, metadata={"help": "stair: test images to draw when no ids are given."})
+    holdout: float = field(
+        default=0.1,
+        metadata={
+            "help": "uit_viic with the training file alone: share of its images drawn as the test split. food_titles: "
+            "share of validation and of test each."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of whatever is drawn."})
+    yj_annotations: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "stair, uit_viic: the YJ Captions files, for the in_yj column. Default for stair: download them; "
+            "for uit_viic the column then stays empty."
+        },
+    )
+    max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Captions are cut to this many tokens of the tokenizer. Default: 64 for stair and yj; for the "
+            "others what 99.9% of the training captions keep to, rounded up to a multiple of 8."
+        },
+    )
+    skip_bad_images: bool = field(
+        default=False,
+        metadata={"help": "Leave out missing and unreadable photographs (listed in the report) instead of stopping."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace the dataset that output_dir holds."})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the captions, as the Hub writes it. Default: the one that `info` of the annotation "
+            "files states, else the release's: cc-by-4.0 for stair and yj, unknown for uit_viic, cc-by-sa-3.0 for "
+            "food_titles."
+        },
+    )
+    card: str | None = field(
+        default=None, metadata={"help": "Card template CARD_captions.md.j2 in dataset_cards/. Default: by source."}
+    )
+    pretty_name: str | None = field(default=None, metadata={"help": "Title of the card. Default: by source."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the folder to the Hub as well."})
+    repo_id: str | None = field(default=None, metadata={"help": "Hub dataset to push to, e.g. user/stair-captions."})
+    public: bool = field(default=False, metadata={"help": "Create the Hub dataset as a public one."})
+
+
+@dataclass
+class Corpus:
+    """A corpus as read: rows not yet cleaned, by split, and where they come from.
+
+    `overlap` says, of the splits as they are published, what is known of images that YJ Captions has too. `more` goes
+    into the report as it is.
+    """
+
+    by_split: dict[str, list[dict]]
+    split_origin: str
+    overlap: Callable[[dict[str, list[dict]]], str]
+    files: list[SourceFile]
+    yj_files: list[SourceFile] = field(default_factory=list)
+    more: dict = field(default_factory=dict)
+
+
+def check_arguments(args: PublishArguments) -> None:
+    """Raises DataError on arguments that the corpus needs or has no use for."""
+    if args.karpathy and (args.val_ids or args.test_ids):
+        raise DataError("Give --karpathy or --val_ids and --test_ids, not both.")
+    if bool(args.val_ids) != bool(args.test_ids):
+        raise DataError("--val_ids and --test_ids go together.")
+    if args.yj_annotations and args.source not in ("stair", "uit_viic"):
+        raise DataError(
+            "--yj_annotations goes with --source stair or uit_viic; with --source yj the files are --annotations."
+        )
+    if args.source in ("stair", "yj"):
+        if not args.tokenizer:
+            raise DataError(f"--source {args.source} needs --tokenizer, e.g. --tokenizer Qwen/Qwen2-VL-2B-Instruct.")
+        return
+    if args.karpathy or args.val_ids:
+        raise DataError(f"--karpathy, --val_ids and --test_ids have no meaning with --source {args.source}.")
+    if not args.annotations:
+        what = "the three files uitviic_captions_{train,val,test}2017.json, or the training file alone"
+        what = what if args.source == "uit_viic" else "the CSV with the columns Image_Name and Title"
+        raise DataError(f"--source {args.source} needs --annotations: {what}. This script does not download them.")
+    if not 0 < args.holdout < 0.5:
+        raise DataError(f"--holdout {args.holdout}: expected a share between 0 and 0.5.")
+
+
+def find_license(args: PublishArguments, files: list[SourceFile]) -> str:
+    """--license, else the Creative Commons licence that the annotation files state, else the release's.
+
+    Raises DataError when the files state several.
+    """
+    if args.license:
+        return args.license
+    stated = {
+        "-".join(re.split("[ -]", found[0].lower())): file.name
+        for file in files
+        if (found := re.search(r"CC[ -]BY(-(NC|ND|SA))*[ -]\d\.\d", file.license))
+    }
+    if len(stated) > 1:
+        raise DataError(f"The annotation files state different licences ({stated}). Say which it is with --license.")
+    return next(iter(stated), RELEASE[args.source]["license"])
+
+
+# STAIR Captions ----------------------------------------------------------------------------------------------------
+def read_stair(args: PublishArguments) -> Corpus:
+    rows, files = _read_or_download("stair", args.annotations)
+    yj_rows, yj_files = _read_or_download("yj", args.yj_annotations)
+    yj_ids = {row["image_id"] for row in yj_rows}
+    splits.flag_yj(rows, yj_ids)
+    held_out, origin = _held_out_ids(args)
+    if not held_out:
+        held_out = splits.draw_ids(rows, args.val_size, args.test_size, args.seed)
+        origin = (
+            f"a Karpathy-style partition drawn by this build (seed {args.seed}), not Karpathy's own: scores on it do "
+            "not compare with scores on the Karpathy splits"
+        )
+    splits.check_yj_overlap(yj_ids, *held_out)
+
+    def overlap(by_split: dict[str, list[dict]]) -> str:
+        flagged = sum(row["in_yj"] for row in by_split["train"])
+        text = (
+            f"{flagged:,} of the {len(by_split['train']):,} training images are also in YJ Captions (in_yj is true); "
+            "no validation or test image is."
+        )
+        return text + _incomplete_yj(len(yj_rows))
+
+    return Corpus(splits.split_rows(rows, *held_out), origin, overlap, files, yj_files)
+
+
+# YJ Captions -------------------------------------------------------------------------------------------------------
+def read_yj(args: PublishArguments) -> Corpus:
+    rows, files = _read_or_download("yj", args.annotations)
+    held_out, origin = _held_out_ids(args)
+    text = "Not compared with the validation and test images of STAIR Captions in this build."
+    if held_out:
+        splits.check_yj_overlap({row["image_id"] for row in rows}, *held_out)
+        text = (
+            f"None of the {len(rows):,} images is among the {len(held_out[0]):,} validation and {len(held_out[1]):,} "
+            f"test images of {origin}."
+        )
+    return Corpus({"test": rows}, "one held-out test split", lambda by_split: text, files)
+
+
+# UIT-ViIC ----------------------------------------------------------------------------------------------------------
+def read_uit_viic(args: PublishArguments) -> Corpus:
+    """The official files, by train, val or test in their names; of a training file alone, a seeded share is test."""
+    names = {"train": "train", "val": "validation", "test": "test"}
+    by_split, files, place = {}, [], {}
+    for path in args.annotations:
+        found = [split for part, split in names.items() if part in Path(path).name]
+        if len(found) != 1 or found[0] in by_split:
+            raise DataError(
+                f"{path}: the name of the file must say which split it is, by one of train, val and test, and each "
+                "split has one file."
+            )
+        rows, read = sources.read_rows([path], "uit_viic")
+        for caption_id in (id for row in rows for id in row["caption_ids"]):
+            if caption_id in place:
+                raise DataError(f"{path}: annotation id {caption_id} is also in {place[caption_id]}. Ids are unique.")
+            place[caption_id] = Path(path).name
+        by_split[found[0]] = rows
+        files += read
+    if len(by_split) == len(names):
+        by_split = {split: by_split[split] for split in names.values()}
+        origin = "those of the three annotation files"
+    elif set(by_split) == {"train"}:
+        shares = {"test": args.holdout}
+        by_split = splits.draw_shares(by_split["train"], shares, args.seed, key=lambda row: row["image_id"])
+        origin = (
+            f"{args.holdout:.0%} of the images of the training file, drawn by this build (seed {args.seed}), are the "
+            "test split: scores on it do not compare with scores on the official test file"
+        )
+    else:
+        raise DataError(
+            f"--annotations: files of {', '.join(by_split)}. Give the three official files, or the training file "
+            "alone."
+        )
+    yj_rows, yj_files = sources.read_rows(args.yj_annotations, "yj") if args.yj_annotations else ([], [])
+    if yj_rows:
+        for rows in by_split.values():
+            splits.flag_yj(rows, {row["image_id"] for row in yj_rows})
+
+    def overlap(by_split: dict[str, list[dict]]) -> str:
+        if not yj_rows:
+            return "Not compared with YJ Captions in this build: `in_yj` is empty."
+        counts = ", ".join(f"{sum(row['in_yj'] for row in rows):,} of {split}" for split, rows in by_split.items())
+        return f"Also in YJ Captions (in_yj is true): {counts}.{_incomplete_yj(len(yj_rows))}"
+
+    return Corpus(by_split, origin, overlap, files, yj_files)
+
+
+# Dish titles -------------------------------------------------------------------------------------------------------
+def read_food_titles(args: PublishArguments) -> Corpus:
+    """The CSV, 80/10/10 by default; dishes of the same title stay in one split."""
+    if len(args.annotations) > 1:
+        raise DataError(f"--annotations: {len(args.annotations)} files; the titles are one CSV.")
+    rows, left_out, file = titles.read_titles(args.annotations[0], args.images)
+    shares = {"validation": args.holdout, "test": args.holdout}
+    # The key is of the clean title: what cleaning makes equal must not be parted.
+    by_split = splits.draw_shares(rows, shares, args.seed, key=_title_key)
+    counts = Counter(row["rule"] for row in left_out)
+    rules = dict(titles.ROW_RULES)
+    if not args.images:
+        del rules["no_image_file"]
+    report = {
+        "rules": [{"name": name, "description": text, "count": counts[name]} for name, text in rules.items()],
+        "rows": left_out,
+    }
+    kept = 1 - 2 * args.holdout
+    origin = (
+        f"{kept:.0%} / {args.holdout:.0%} / {args.holdout:.0%} of the rows, drawn by this build (seed {args.seed}); "
+        "rows of the same title stay in one split"
+    )
+    return Corpus(
+        by_split, origin, lambda by_split: "None: the photographs are not COCO's.", [file], more={"left_out": report}
+    )
+
+
+def _title_key(row: dict) -> str:
+    return clean.duplicate_key(clean.clean_text(row["captions"][0], titles.TEXT_RULES))
+
+
+READ = {"stair": read_stair, "yj": read_yj, "uit_viic": read_uit_viic, "food_titles": read_food_titles}
+
+
+def _read_or_download(source: str, annotations: list[str] | None) -> tuple[list[dict], list[SourceFile]]:
+    if annotations:
+        return sources.read_rows(annotations, source)
+    rows, files = sources.read_rows([sources.download_archive(source)], source)
+    return rows, [replace(file, name=sources.ARCHIVES[source]) for file in files]
+
+
+def _held_out_ids(args: PublishArguments) -> tuple[tuple[list[int], list[int]] | None, str]:
+    """((validation ids, test ids), where they come from) of the lists given, or (None, "")."""
+    if args.karpathy:
+        held_out, lists = splits.read_karpathy(args.karpathy), Path(args.karpathy).name
+    elif args.val_ids:
+        held_out = splits.read_ids(args.val_ids), splits.read_ids(args.test_ids)
+        lists = f"{Path(args.val_ids).name} and {Path(args.test_ids).name}"
+    else:
+        return None, ""
+    if splits.is_karpathy(*held_out):
+        return held_out, f"the Karpathy splits (image ids from {lists})"
+    return held_out, f"the image ids in {lists}, which are not the Karpathy splits"
+
+
+def _incomplete_yj(images: int) -> str:
+    release = RELEASE["yj"]["images"]
+    if images == release:
+        return ""
+    return (
+        f" The YJ file given to the build names {images:,} images, the release has {release:,}: in_yj covers the "
+        "images named only."
+    )
