@@ -2,13 +2,15 @@
 UV := .uv/bin/uv
 PYTHON := .venv/bin/python
 DEMO := outputs/demo
+FAMILY := outputs/demo_family
+LAUNCH := .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 # How long threads spin while they wait for each other. At its default a small model is five times slower on a busy
 # machine; without any (OMP_WAIT_POLICY = PASSIVE) it is twice as slow on every one.
 export GOMP_SPINCOUNT = 20000
 
-.PHONY: setup test lint demo ablation miniature clean
+.PHONY: setup test lint demo demo-family ablation miniature clean
 
 setup: .venv/.ready
 
@@ -31,7 +33,7 @@ demo: export HF_HUB_OFFLINE = 1
 demo: setup
 	rm -rf $(DEMO)
 	$(MAKE) $(DEMO)/dataset/README.md
-	.venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft_qwen2vl_jp.py \
+	$(LAUNCH) recipes/sft_qwen2vl_jp.py \
 		--config recipes/configs/sft_qwen2vl_jp/demo.yaml
 	$(PYTHON) scripts/compare_runs.py base=$(DEMO)/base adapter=$(DEMO)/adapter --dataset $(DEMO)/dataset \
 		--output_dir $(DEMO)/comparison
@@ -43,6 +45,27 @@ $(DEMO)/dataset/README.md: | setup
 		--yj_annotations $(DEMO)/scenes/yj.json --val_ids $(DEMO)/scenes/val_ids.txt \
 		--test_ids $(DEMO)/scenes/test_ids.txt --output_dir $(DEMO)/dataset \
 		--card scenes --pretty_name "Drawn scenes with Japanese captions" --license cc0-1.0
+
+# The three recipes of the family on their miniatures: BLIP + LoRA in Vietnamese, ViT + GPT-2 and ViT + Llama on titles.
+demo-family: export HF_HUB_OFFLINE = 1
+demo-family: setup
+	rm -rf $(FAMILY)
+	$(PYTHON) scripts/draw_scenes.py --kind vietnamese --output_dir $(FAMILY)/scenes_vi
+	$(PYTHON) scripts/publish_datasets.py uit_viic --annotations $(FAMILY)/scenes_vi/uitviic_captions_train2017.json \
+		$(FAMILY)/scenes_vi/uitviic_captions_val2017.json $(FAMILY)/scenes_vi/uitviic_captions_test2017.json \
+		--images $(FAMILY)/scenes_vi/images --output_dir $(FAMILY)/dataset_vi --card scenes_vi \
+		--pretty_name "Drawn scenes with Vietnamese captions" --license cc0-1.0
+	$(PYTHON) scripts/draw_scenes.py --kind titles --output_dir $(FAMILY)/scene_titles
+	$(PYTHON) scripts/publish_datasets.py food_titles --annotations $(FAMILY)/scene_titles/titles.csv \
+		--images $(FAMILY)/scene_titles/images --output_dir $(FAMILY)/dataset_titles --card scene_titles \
+		--pretty_name "Drawn scenes with titles" --license cc0-1.0
+	$(LAUNCH) recipes/sft_blip_vi.py --config recipes/configs/sft_blip_vi/demo.yaml
+	$(LAUNCH) recipes/sft_vit_gpt2_food.py --config recipes/configs/sft_vit_gpt2_food/demo.yaml
+	$(LAUNCH) recipes/sft_vit_llama_food.py --config recipes/configs/sft_vit_llama_food/demo.yaml
+	$(PYTHON) scripts/compare_runs.py --overview --output_dir $(FAMILY)/overview \
+		"BLIP, zero-shot=$(FAMILY)/blip_vi/base" "BLIP + LoRA=$(FAMILY)/blip_vi/adapter" \
+		"ViT + GPT-2, untrained=$(FAMILY)/vit_gpt2_food/base" "ViT + GPT-2=$(FAMILY)/vit_gpt2_food/model" \
+		"ViT + Llama, untrained=$(FAMILY)/vit_llama_food/base" "ViT + Llama + LoRA=$(FAMILY)/vit_llama_food/adapter"
 
 # A grid of settings on the miniature: rank, depth, projector, label smoothing, resolution, two seeds each.
 ablation: export HF_HUB_OFFLINE = 1

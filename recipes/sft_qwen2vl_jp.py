@@ -25,24 +25,16 @@ import gc
 import hashlib
 import json
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 
 from vlmcap import provenance
 from vlmcap.arguments import parse
-from vlmcap.data.images import (
-    DatasetError,
-    check_images,
-    check_no_overlap,
-    dataset_record,
-    load_captions,
-    open_image,
-)
+from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.audit import AuditError, read_instances, write_audit
 from vlmcap.evaluation.constraints import ConstraintError
 from vlmcap.evaluation.generate import (
@@ -52,18 +44,17 @@ from vlmcap.evaluation.generate import (
     generate,
     image_size_record,
     model_record,
-    weights_hash,
 )
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
-from vlmcap.evaluation.scoring import ScoreError, read_predictions, write_metrics
+from vlmcap.evaluation.scoring import ScoreError
 from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
 from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
-from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
-from vlmcap.reporting.gallery import write_sample_page
-from vlmcap.reporting.hub import PushError, check_push_rights, push_adapter
-from vlmcap.training.collator import BadImages, drop_missing
+from vlmcap.reporting.cards import write_adapter_card
+from vlmcap.reporting.hub import PushError, push_adapter
+from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
 from vlmcap.training.features import cache_features
-from vlmcap.training.report import settings_report, training_report
+from vlmcap.training.report import training_report
+from vlmcap.training.start import SplitArguments, load_splits, save_trained
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 from vlmcap.training.validation import CaptionValidation
 
@@ -71,33 +62,12 @@ BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
 
 
 @dataclass
-class DataArguments:
-    """What is trained and evaluated on."""
+class DataArguments(SplitArguments):
+    """What is trained and evaluated on, and how captions are scored and audited."""
 
-    dataset: str = field(
-        metadata={
-            "help": "Caption dataset made by scripts/publish_datasets.py: Hub id (you/stair-captions-ja) or folder."
-        }
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
-    image_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the photographs, for a dataset published without them."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split: str = field(
-        default="validation",
-        metadata={"help": "Split whose captions rank the checkpoints, with eval_strategy: steps."},
-    )
-    test_split: str = field(default="test", metadata={"help": "Split on which base and adapter are scored."})
     include_yj_images: bool = field(
         default=False,
         metadata={"help": "Train on images that YJ Captions describes too; YJ is then no held-out test."},
-    )
-    max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
-    max_validation_images: int = field(default=300, metadata={"help": "Validate on this many images, drawn by seed."})
-    max_test_images: int | None = field(default=None, metadata={"help": "Score on the first N test images only."})
-    max_bad_images: float = field(
-        default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
     )
     base_saw: str = field(
         default="unknown",
@@ -133,19 +103,6 @@ REPORTED_SETTINGS = (
 ).split()
 
 
-def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
-    """The checkpoint to continue from: a folder, or `latest` for the newest in output_dir."""
-    latest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if resume is None and latest:
-        raise SystemExit(
-            f"error: {output_dir} holds {Path(latest).name} of an earlier run. Continue it with"
-            " --resume_from_checkpoint latest, choose another --output_dir, or delete it."
-        )
-    if resume == "latest" and not latest:
-        raise SystemExit(f"error: --resume_from_checkpoint latest, but {output_dir} holds no checkpoint")
-    return latest if resume == "latest" else resume
-
-
 def base_folder(output_dir: Path, base_dir: str | None, record: dict) -> Path:
     """Where the base's captions lie: `output_dir/base`, or a folder of `base_dir` named by a hash of `record`."""
     if base_dir is None:
@@ -160,54 +117,21 @@ def main(
     generation_args: GenerationArguments,
     training_args: CaptionSFTConfig,
 ) -> None:
-    output_dir = Path(training_args.output_dir)
-    adapter_dir = output_dir / "adapter"
+    adapter_dir = Path(training_args.output_dir) / "adapter"
     is_main = PartialState().is_main_process
-    # The trainer's own push would run in the background at every checkpoint, hiding failures, and without our card.
-    push, training_args.push_to_hub = training_args.push_to_hub, False
-    if push:
-        check_push_rights(training_args.hub_model_id)
-    checkpoint = find_checkpoint(output_dir, training_args.resume_from_checkpoint)
+    groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
+    run = begin(training_args, REPORTED_SETTINGS, **groups)
 
-    everything = training_args.to_dict() | {"world_size": training_args.world_size}
-    trainer_settings = {key: everything[key] for key in REPORTED_SETTINGS}
-    if is_main:
-        groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
-        print(settings_report(**groups, training=trainer_settings), flush=True)
-
-    # Data: one row an image. What cannot be read is found before hours are spent, what overlaps ends the run.
-    train_set = dataset_record(data_args.dataset, data_args.train_split, data_args.dataset_revision)
-    test_set = train_set | {"split": data_args.test_split}
-    with PartialState().local_main_process_first():
-        source = {"image_dir": data_args.image_dir, "revision": train_set["revision"]}
-        train_rows = load_captions(data_args.dataset, data_args.train_split, **source)
-        test_rows = load_captions(data_args.dataset, data_args.test_split, **source)
-    check_no_overlap(train_rows, test_rows, data_args.test_split)
-    if not data_args.include_yj_images:
-        train_rows = train_rows.select([i for i, in_yj in enumerate(train_rows["in_yj"]) if not in_yj])
-    train_rows = train_rows.select(range(min(data_args.max_train_images or len(train_rows), len(train_rows))))
-    test_rows = test_rows.select(range(min(data_args.max_test_images or len(test_rows), len(test_rows))))
-    bad_images = BadImages(output_dir / "bad_images.jsonl", int(data_args.max_bad_images * len(train_rows)))
-    if is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        bad_images.path.unlink(missing_ok=True)
-        check_images(test_rows, data_args.test_split)
-    validation_rows = None
-    if training_args.eval_strategy != "no":
-        validation_rows = load_captions(data_args.dataset, data_args.validation_split, **source)
-        check_no_overlap(train_rows, validation_rows, data_args.validation_split)
-        validation_rows = validation_rows.shuffle(seed=training_args.seed)
-        validation_rows = validation_rows.select(range(min(data_args.max_validation_images, len(validation_rows))))
-        if is_main:
-            check_images(validation_rows, data_args.validation_split)
-    train_rows = drop_missing(train_rows, bad_images, write=is_main)
+    # Data: one row an image.
+    validates = training_args.eval_strategy != "no"
+    splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images)
 
     # What scores and audit will read hours later is read now.
     tokenizer_signature(data_args.tokenizer)
     decoding_record(generation_args)
     things = Lexicon(data_args.lexicon)
     if data_args.instances:
-        read_instances(data_args.instances, things, map(str, test_rows["image_id"]))
+        read_instances(data_args.instances, things, map(str, splits.test["image_id"]))
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
     names = (model_args.model_name_or_path, model_args.model_revision)
@@ -216,21 +140,21 @@ def main(
     features = validation_features = validation = None
     if training_args.cache_image_features:
         cache = partial(cache_features, Path(training_args.cache_image_features), model, processor)
-        features = cache(train_rows, *names, bad_images)
-        train_rows = features.rows
-        if validation_rows is not None:
-            validation_features = cache(validation_rows, *names, bad_images)
-    if validation_rows is not None:
+        features = cache(splits.train, *names, splits.bad_images)
+        splits = replace(splits, train=features.rows)
+        if validates:
+            validation_features = cache(splits.validation, *names, splits.bad_images)
+    if validates:
         validation = CaptionValidation(
-            validation_rows, processor, generation_args, data_args.tokenizer, validation_features
+            splits.validation, processor, generation_args, data_args.tokenizer, validation_features
         )
     trainer = CaptionTrainer(
         model=model,
         args=training_args,
-        rows=train_rows,
+        rows=splits.train,
         processing_class=processor,
         prompt=generation_args.prompt,
-        bad_images=bad_images,
+        bad_images=splits.bad_images,
         peft_config=lora_config(model, model_args),
         features=features,
         validation=validation,
@@ -239,27 +163,10 @@ def main(
         print(training_report(trainer, model_args.model_name_or_path, model_args.max_pixels, 64), flush=True)
 
     # Training
-    trainer.train(resume_from_checkpoint=checkpoint)
-    adapter_predictions = adapter_dir / "predictions.jsonl"
-    before = weights_hash(adapter_dir)
-    trainer.save_model(str(adapter_dir))
-    if is_main:
-        if weights_hash(adapter_dir) != before:
-            adapter_predictions.unlink(missing_ok=True)  # of the adapter before this training
-        (adapter_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle; the card has the settings
-        training = {
-            "config": asdict(model_args) | trainer_settings | {"model_name_or_path": provenance.public_name(names[0])},
-            "dataset": train_set,
-            "images": len(train_rows),
-            "captions": sum(map(len, train_rows["captions"])),
-            "in_yj_images": sum(train_rows["in_yj"]),
-            "bad_images": bad_images.count(),
-            "hardware": provenance.hardware(),
-            "seed": training_args.seed,
-        }
-        training |= trainer.summary()
-        text = json.dumps(training, ensure_ascii=False, indent=2)
-        (adapter_dir / "training.json").write_text(text, encoding="utf-8")
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    config = asdict(model_args) | run.settings | {"model_name_or_path": provenance.public_name(names[0])}
+    save_trained(trainer, adapter_dir, splits, config)
+    train_set, test_set = splits.record, splits.record | {"split": data_args.test_split}
 
     del trainer, model
     gc.collect()
@@ -271,28 +178,24 @@ def main(
     saw = dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw)
     saw["note"] = "As stated in the configuration (base_saw)."
     record = {"model": model_record(model, *names), "dataset": test_set, "saw": saw}
-    asked = {"prompt": generation_args.prompt, "images": len(test_rows)}
+    asked = {"prompt": generation_args.prompt, "images": len(splits.test)}
     asked |= decoding_record(generation_args) | image_size_record(processor)
-    base_dir = base_folder(output_dir, data_args.base_dir, record | asked)
-    base_predictions = base_dir / "predictions.jsonl"
-    generate(model, processor, test_rows, base_predictions, generation_args, record)
+    base_dir = base_folder(run.output_dir, data_args.base_dir, record | asked)
+    generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, record)
 
     model = load_adapter(model, str(adapter_dir))
     if train_set["corpus"] == "stair":
-        yj = "train images" if any(train_rows["in_yj"]) else data_args.base_saw
+        yj = "train images" if any(splits.train["in_yj"]) else data_args.base_saw
         saw = {"STAIR": "train", "YJ": yj, "COCO": "train images"}
         saw["note"] = "Fine-tuned on the training split, photographs of COCO; else what the base model saw."
     record = {"model": model_record(model, *names, adapter=str(adapter_dir)), "dataset": test_set, "saw": saw}
-    generate(model, processor, test_rows, adapter_predictions, generation_args, record)
+    generate(model, processor, splits.test, adapter_dir / "predictions.jsonl", generation_args, record)
     if not is_main:
         return
 
-    # Scores, model card, a page of samples
-    references = {str(i): captions for i, captions in zip(test_rows["image_id"], test_rows["captions"], strict=True)}
-    base = write_metrics(base_predictions, references, base_dir / "metrics.json", data_args.tokenizer)
-    del base["per_image"]  # as large as the rest together, and in the base's own file
-    more = {"training": json.loads((adapter_dir / "training.json").read_text(encoding="utf-8")), "base": base}
-    metrics = write_metrics(adapter_predictions, references, adapter_dir / "metrics.json", data_args.tokenizer, more)
+    # Scores, audits, model card, a page of samples
+    metrics = write_both_metrics(base_dir, adapter_dir, splits.test, data_args.tokenizer)
+    references = dict(zip(map(str, splits.test["image_id"]), splits.test["captions"], strict=True))
     audit = partial(
         write_audit,
         references=references,
@@ -300,26 +203,14 @@ def main(
         instances=data_args.instances or [],
         count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),
     )
-    base_audit = audit(base_predictions, output=base_dir / "audit.json")
-    trained_on = train_rows.remove_columns("image")  # scripts/audit_captions.py compares the pictures too
-    audit(adapter_predictions, output=adapter_dir / "audit.json", train_rows=trained_on, base=base_audit)
-    write_adapter_card(adapter_dir, training_args.hub_model_id)
-    said = {"base": read_predictions(base_predictions), "adapter": read_predictions(adapter_predictions)}
-    samples = [
-        {"image": open_image(row), "image_id": row["image_id"], "references": row["captions"]}
-        | {system: captions[str(row["image_id"])] for system, captions in said.items()}
-        for row in test_rows.shuffle(seed=training_args.seed).select(range(min(24, len(test_rows))))
-    ]
-    note = f"{len(samples)} of {len(test_rows)} images of {data_args.test_split}, drawn at random."
-    if is_miniature(metrics):
-        note += " Drawn scenes and a miniature model: a demonstration, no evidence about Qwen2-VL."
-    page = write_sample_page(output_dir / "samples.html", "Before and after", samples, score_rows(metrics), note)
-    print()
-    for name, *values in score_rows(metrics):
-        print(f"{name:<12}" + "".join(f"{value:>18}" for value in values))
-    print(f"\nAdapter and model card: {adapter_dir}\nSample captions:        {page}")
-    if push:
-        print(f"Pushed to {push_adapter(adapter_dir, training_args.hub_model_id)}")
+    base_audit = audit(base_dir / "predictions.jsonl", output=base_dir / "audit.json")
+    trained_on = splits.train.remove_columns("image")  # scripts/audit_captions.py compares the pictures too
+    adapter_audit = {"output": adapter_dir / "audit.json", "train_rows": trained_on, "base": base_audit}
+    audit(adapter_dir / "predictions.jsonl", **adapter_audit)
+    write_adapter_card(adapter_dir, run.push_to)
+    show_results(run.output_dir, metrics, splits.test, base_dir, adapter_dir, data_args.test_split, run.seed)
+    if run.push_to:
+        print(f"Pushed to {push_adapter(adapter_dir, run.push_to)}")
 
 
 ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, CaptionSFTConfig)

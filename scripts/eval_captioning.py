@@ -6,17 +6,18 @@ r"""Score captions against references, with signatures, intervals and a register
     # against a split of a published dataset (Hub id or local folder; its images are not needed)
     python scripts/eval_captioning.py --predictions predictions.jsonl --dataset USER/stair-captions --split test
 
-    # text that is tokenised already, tokens between spaces; Vietnamese; another Japanese dictionary
-    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer none
+    # English titles; Vietnamese; another Japanese dictionary; text that is tokenised already, tokens between spaces
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer english
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer vietnamese
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer ipadic
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer none
 
     # CIDEr-D with the idf of another split, so that scores of any set of images compare: write it once, use it often
     python scripts/eval_captioning.py --dataset USER/stair-captions --split train --write_idf stair_idf.json
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --idf stair_idf.json
 
     # SPICE (English) and JaSPICE (Japanese) by services of your own
-    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer none \
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer english \
         --spice_url http://127.0.0.1:8080/spice
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --jaspice_url http://127.0.0.1:8080
 
@@ -29,8 +30,8 @@ Predictions are lines {"image_id", "caption"}, references lines {"image_id", "ca
 scripts/infer_baseline.py writes lies beside the predictions (predictions.run.json), it goes into metrics.json too.
 
 METEOR is Java's: `java` on the PATH and meteor-1.5.jar, named by $VLMCAP_METEOR_JAR or found in an installed
-pycocoevalcap. It has no Japanese, and is computed on characters there, which its signature says. A score that cannot
-be computed is left out, and a notice says why.
+pycocoevalcap. It knows English. It has no Japanese, and is computed on characters there, which its signature says.
+A score that cannot be computed is left out, and a notice says why.
 """
 
 import sys

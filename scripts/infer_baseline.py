@@ -19,6 +19,8 @@ there. It is asked with the one short Japanese prompt that all share, or with it
     python scripts/infer_baseline.py --baseline paligemma_3b_mix --prompt_kind native \\
         --dataset you/stair-captions-ja --image_dir images --output outputs/paligemma/predictions.jsonl
 
+BLIP and BLIP-2 take no prompt: they only caption, in English.
+
 Some need an environment of their own, which is built with uv and kept, and run code of their authors. That happens
 with --trust_remote_code alone, and at a commit that you name (after reading it):
 
@@ -30,6 +32,9 @@ Several prompts of one model, loaded once: predictions and scores of each in a f
     python scripts/infer_baseline.py --baseline qwen2_5_vl_7b --prompts recipes/configs/prompts/qwen2_5_vl_7b.yaml \\
         --dataset you/stair-captions-ja --split validation --max_images 500 --image_dir images \\
         --output_dir outputs/prompts
+
+The scores' words are Japanese unless `--tokenizer english` or `--tokenizer vietnamese` says otherwise, as for the
+studies of recipes/configs/prompts/qwen2_5_vl_7b_food.yaml and qwen2_5_vl_7b_vi.yaml.
 
 Beside predictions.jsonl it writes predictions.run.json: model, dataset, prompt, decoding, hardware, seconds, versions.
 An interrupted run continues when the same command is given again. Several GPUs share the work under `accelerate
@@ -54,13 +59,14 @@ from vlmcap.evaluation.baselines import (
     saw_record,
     score_prompts,
     table_text,
+    without_prompt,
 )
 from vlmcap.evaluation.constraints import ConstraintError
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record
 from vlmcap.evaluation.isolated import IsolatedError, generate_isolated, isolated_record, start_isolated
 from vlmcap.evaluation.scoring import ScoreError
-from vlmcap.evaluation.tokenise import TokenizerError
-from vlmcap.models.load import ModelError, load_adapter, load_model, load_processor
+from vlmcap.evaluation.tokenise import TOKENIZERS, TokenizerError
+from vlmcap.models.load import ModelError, load_adapter, load_model, load_processor, takes_prompt
 
 TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
 
@@ -93,7 +99,10 @@ class Arguments:
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Language model in NF4, as adapters of this project are trained and scored."}
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, eager or flash_attention_2."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "sdpa, eager or flash_attention_2; default sdpa where the model has it (BLIP has not)."},
+    )
     min_pixels: int | None = field(
         default=None, metadata={"help": "Smallest image in pixels; default the processor's. Qwen-VL family only."}
     )
@@ -119,7 +128,9 @@ class Arguments:
         metadata={"help": "YAML file, name -> prompt: caption with each and compare. Needs --output_dir."},
     )
     output_dir: str | None = field(default=None, metadata={"help": "With --prompts: here a folder for each."})
-    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation of the scores of --prompts."})
+    tokenizer: str = field(
+        default="unidic-lite", metadata={"help": f"Words of the scores of --prompts: {', '.join(TOKENIZERS)}."}
+    )
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run the code of the model's repository, at a commit of 40 hexadecimal digits only."},
@@ -168,6 +179,10 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         source = (args.adapter, args.adapter_revision) if args.adapter else (name, revision)
         trust_processor = trusted and not args.adapter
         processor = load_processor(*source, args.min_pixels, args.max_pixels, trust_processor)
+        if not takes_prompt(processor):
+            if generation_args.japanese_only or generation_args.avoid_words:
+                raise BaselineError(f"{name} only captions: --japanese_only and --avoid_words cannot be had there")
+            prompts = without_prompt(name, generation_args.prompt, args.prompt_kind, args.prompts)
         model = load_model(name, revision, args.load_in_4bit, args.attn_implementation, trusted)
         if args.adapter:
             model = load_adapter(model, args.adapter, args.adapter_revision)

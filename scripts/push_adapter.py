@@ -1,12 +1,17 @@
-"""Pushes a trained adapter to the Hugging Face Hub: adapter, processor, metrics.json and its model card.
+"""Pushes what a recipe trained to the Hugging Face Hub: adapter or whole model, processor, metrics.json, model card.
 
     hf auth login                                                                    # once; a token that may write
     python scripts/push_adapter.py --adapter_dir outputs/sft_qwen2vl_jp/adapter --repo_id user/qwen2vl-2b-jp-captions
+    python scripts/push_adapter.py --adapter_dir outputs/sft_vit_gpt2_food/model --repo_id user/vit-gpt2-dishes
     python scripts/push_adapter.py --adapter_dir outputs/demo/adapter --repo_id user/miniature-jp --public
 
-The repository is private unless --public is given. The folder is the one that recipes/sft_qwen2vl_jp.py leaves as
-OUTPUT_DIR/adapter; checkpoints and optimizer state in it stay on this machine. A push that fails loses nothing and
+The repository is private unless --public is given. The folder is the one that a recipe leaves: OUTPUT_DIR/adapter with
+adapter_model.safetensors, or OUTPUT_DIR/model of recipes/sft_vit_gpt2_food.py with a whole model.safetensors.
+Checkpoints, optimizer state and pickled weights (.bin) in it stay on this machine. A push that fails loses nothing and
 can be repeated.
+
+What was trained on Llama 3.2 must be called Llama-something; its licence is fetched from the base's repository (or
+taken from LICENSE.txt in the folder) and published beside it, as it demands.
 """
 
 import sys
@@ -19,7 +24,9 @@ from vlmcap.reporting.hub import push_adapter
 
 @dataclass
 class PushArguments:
-    adapter_dir: str = field(metadata={"help": "Folder with adapter, processor and metrics.json: OUTPUT_DIR/adapter."})
+    adapter_dir: str = field(
+        metadata={"help": "Folder with weights, processor and metrics.json: OUTPUT_DIR/adapter, or /model."}
+    )
     repo_id: str = field(metadata={"help": "Model repository on the Hub, as user/name; made if it does not exist."})
     public: bool = field(default=False, metadata={"help": "Make the repository public. Without it, it is private."})
 
@@ -31,7 +38,8 @@ def main() -> None:
     except (FileNotFoundError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(f"Pushed to {url} ({'public' if args.public else 'private'}). To load it:\n")
-    print(load_snippet(read_metrics(args.adapter_dir)["model"]["id"], args.repo_id))
+    metrics = read_metrics(args.adapter_dir)
+    print(load_snippet(metrics["model"]["id"], args.repo_id, metrics.get("recipe", "sft_qwen2vl_jp")))
 
 
 if __name__ == "__main__":

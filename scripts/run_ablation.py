@@ -9,9 +9,11 @@ from the last checkpoint of an interrupted one. A failed cell stops no other; th
 
 Cells lie in OUTPUT_DIR/cells; OUTPUT_DIR/ablation.md and comparison/ (see scripts/compare_runs.py) cover all that are
 finished. Scores of one seed scatter: `grid: {seed: [42, 43, 44]}` trains each cell three times, and ablation.md gives
-mean, least and most.
+mean, least and most. The grid of a recipe that trains a whole model says `trained: model`; `scores: [bleu_1, meteor]`
+chooses the columns of both tables. Ctrl-C and SIGTERM end the running cell, with all of its processes, too.
 """
 
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,15 @@ from vlmcap.arguments import parse
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.scoring import ScoreError
 from vlmcap.reporting.compare import read_runs, write_comparison
-from vlmcap.training.ablation import AblationError, cells, markdown_table, read_grid, run_grid, summary_rows
+from vlmcap.training.ablation import (
+    AblationError,
+    cells,
+    markdown_table,
+    read_grid,
+    run_grid,
+    summary_rows,
+    text_table,
+)
 
 
 @dataclass
@@ -39,13 +49,12 @@ def main(args: AblationArguments) -> None:
     all_cells = run_grid(grid)
     finished = [cell for cell in all_cells if cell.finished()]
     output_dir = Path(grid.output_dir)
-    rows = summary_rows(all_cells)
+    rows = summary_rows(all_cells, grid.scores)
     (output_dir / "ablation.md").write_text(markdown_table(rows), encoding="utf-8")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *values in rows:
-        print(f"{name:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(values, widths[1:], strict=True)), sep="  ")
+    print(text_table(rows))
     if finished:
-        write_comparison(read_runs([f"{cell.name}={cell.metrics}" for cell in finished]), output_dir / "comparison")
+        runs = read_runs([f"{cell.name}={cell.metrics}" for cell in finished])
+        write_comparison(runs, output_dir / "comparison", scores=grid.scores)
         print(f"\nComparison: {output_dir / 'comparison'}")
     if len(finished) < len(all_cells):
         lost = len(all_cells) - len(finished)
@@ -53,8 +62,11 @@ def main(args: AblationArguments) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the running cell ends too
     arguments = ["--grid" if argument == "--config" else argument for argument in sys.argv[1:]]
     try:
         main(*parse(__doc__, AblationArguments, command_line=arguments))
     except (AblationError, DatasetError, ScoreError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint")

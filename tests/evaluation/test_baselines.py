@@ -1,6 +1,7 @@
 """The table of baselines: reading, prompts, what was seen, commits, and code of others that does not run."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from vlmcap.evaluation.baselines import (
 )
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.evaluation.isolated import RUNNERS
+from vlmcap.evaluation.tokenise import TOKENIZERS
 from vlmcap.models.load import ModelError, load_model, load_processor
 
 DEFAULT_PROMPT = GenerationArguments.prompt
@@ -72,7 +74,8 @@ def test_the_published_table_names_the_models_that_are_asked_for(published):
     ids = {row.id.split("/")[1] for row in published.rows.values()}
     asked = """Qwen2-VL-2B-Instruct llava-jp-1.3b-v1.0 Asagi-2B japanese-stable-vlm paligemma-3b-mix-224
         Qwen2.5-VL-3B-Instruct Qwen2.5-VL-7B-Instruct Qwen3-VL-2B-Instruct InternVL3-2B-hf gemma-3-4b-it
-        SmolVLM2-2.2B-Instruct sarashina2.2-vision-3b Heron-NVILA-Lite-2B"""
+        SmolVLM2-2.2B-Instruct sarashina2.2-vision-3b Heron-NVILA-Lite-2B blip-image-captioning-base
+        blip2-opt-2.7b"""
     assert ids == set(asked.split())
     seen = {key: row.saw for key, row in published.rows.items()}
     assert seen["asagi_2b"]["STAIR"] == seen["asagi_2b"]["YJ"] == "train"
@@ -89,10 +92,41 @@ def test_rows_that_run_apart_have_a_runner_and_refuse_to_run_code_unasked(publis
             check_remote_code(row.id, COMMIT_READ, row, trust_remote_code=False)
 
 
-def test_prompts_of_the_study_are_read(repo_root):
-    prompts = read_prompts(repo_root / "recipes/configs/prompts/qwen2_5_vl_7b.yaml")
+@pytest.mark.parametrize(
+    ("study", "example"),
+    [("qwen2_5_vl_7b", "例:"), ("qwen2_5_vl_7b_food", "Examples:"), ("qwen2_5_vl_7b_vi", "Ví dụ:")],
+)
+def test_prompts_of_the_studies_are_read(repo_root, study, example):
+    prompts = read_prompts(repo_root / f"recipes/configs/prompts/{study}.yaml")
     assert list(prompts) == ["plain", "task", "descriptive"]
-    assert "例:" in prompts["descriptive"]
+    assert [example in prompt for prompt in prompts.values()] == [False, False, True]
+    assert len(prompts["plain"]) < len(prompts["task"]) < len(prompts["descriptive"])
+
+
+def test_commands_of_the_studies_name_a_tokenizer_and_options_that_exist(repo_root):
+    script = (repo_root / "scripts/infer_baseline.py").read_text(encoding="utf-8")
+    for study, tokenizer in (("food", "english"), ("vi", "vietnamese")):
+        text = (repo_root / f"recipes/configs/prompts/qwen2_5_vl_7b_{study}.yaml").read_text(encoding="utf-8")
+        options = re.findall(r"--(\w+)", text)
+        assert {"dataset", "split", "tokenizer", "output_dir"} < set(options)
+        assert all(f"    {option}: " in script for option in options)
+        assert f"--tokenizer {tokenizer}" in text and tokenizer in TOKENIZERS
+
+
+def test_a_row_that_takes_no_prompt(write, published):
+    table = read_table(write(blip=HERE | {"native_prompt": None}))
+    row = table.row("blip")
+    assert choose_prompts(table, row, DEFAULT_PROMPT, None, None) == {"none": (None, None)}
+    for arguments, option in (
+        (("短く", None, None), "--prompt"),
+        ((DEFAULT_PROMPT, "native", None), "--prompt_kind"),
+        ((DEFAULT_PROMPT, None, "study.yaml"), "--prompts"),
+        (("短く", "given", None), "--prompt and --prompt_kind"),
+    ):
+        with pytest.raises(BaselineError, match=f"blip takes no prompt, it only captions: leave out {option}$"):
+            choose_prompts(table, row, *arguments)
+    assert [key for key, row in published.rows.items() if row.native_prompt is None] == ["blip_base", "blip2_opt_2_7b"]
+    assert sum("(takes none)" in line for line in table_text(published).splitlines()[2:-4]) == 2
 
 
 def test_the_table_as_text(table):

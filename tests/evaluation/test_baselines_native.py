@@ -8,6 +8,10 @@ import torch
 import transformers
 from PIL import Image
 from transformers import (
+    BertTokenizer,
+    Blip2Processor,
+    BlipImageProcessor,
+    BlipProcessor,
     Gemma3ImageProcessor,
     Gemma3Processor,
     GemmaTokenizer,
@@ -27,11 +31,18 @@ from tests.invariants import tiny
 from vlmcap.data.images import load_captions
 from vlmcap.data.scenes import scenes
 from vlmcap.evaluation.baselines import read_table
-from vlmcap.evaluation.generate import GenerationArguments, caption_images, generate, model_record
+from vlmcap.evaluation.generate import (
+    GenerationArguments,
+    caption_images,
+    caption_pictures,
+    generate,
+    model_record,
+)
 from vlmcap.models.load import ModelError, chat_prompt, load_model, load_processor
 
 QWEN = {"Qwen2VL": "qwen2_vl", "Qwen2_5_VL": "qwen2_5_vl", "Qwen3VL": "qwen3_vl"}
-FAMILIES = [*QWEN, "InternVL", "Gemma3", "SmolVLM", "PaliGemma"]
+UNPROMPTED = ["Blip", "Blip2"]
+FAMILIES = [*QWEN, "InternVL", "Gemma3", "SmolVLM", "PaliGemma", *UNPROMPTED]
 TURN = (
     "{% for m in messages %}START{{ m['role'] }}\n{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
@@ -150,7 +161,37 @@ def paligemma():
     return processor, config
 
 
+def blip():
+    tokenizer = learn(BertTokenizer())
+    config = transformers.BlipConfig(
+        text_config=TEXT
+        | {"vocab_size": len(tokenizer) + 2, "bos_token_id": len(tokenizer), "encoder_hidden_size": 16}
+        | {name: getattr(tokenizer, name) for name in ("sep_token_id", "pad_token_id")},
+        vision_config=VISION | {"image_size": 28, "patch_size": 14, "initializer_range": 0.02},
+    )
+    return BlipProcessor(BlipImageProcessor(size=SIZE), tokenizer), config
+
+
+def blip2():
+    """Over an OPT, whose tokenizer is GPT-2's with </s> at both ends; a new line ends a caption."""
+    tokenizer = learn(GPT2Tokenizer(bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"))
+    processor = Blip2Processor(BlipImageProcessor(size=SIZE), tokenizer, num_query_tokens=4)
+    config = transformers.Blip2Config(
+        text_config={"model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": 32, "ffn_dim": 64}
+        | {"num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+        | {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+        | {"eos_token_id": tokenizer.convert_tokens_to_ids("Ċ")},
+        qformer_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"encoder_hidden_size": 16},
+        vision_config=VISION | {"image_size": 28, "patch_size": 14, "initializer_range": 0.02},  # 1e-10 by default
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return processor, config
+
+
 BUILD = {"InternVL": internvl, "Gemma3": gemma3, "SmolVLM": smolvlm, "PaliGemma": paligemma}
+BUILD |= {"Blip": blip, "Blip2": blip2}
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +226,11 @@ def folders(tmp_path_factory):
     return folder
 
 
+def load(folder: str):
+    """A model and its processor, as scripts/infer_baseline.py loads them: BLIP has no sdpa."""
+    return load_model(folder, load_in_4bit=False, attn_implementation=None), load_processor(folder)
+
+
 @pytest.fixture(scope="module")
 def pictures():
     """Scenes in four sizes: rows of a batch have different numbers of image tokens where a model allows it."""
@@ -201,13 +247,13 @@ def test_every_native_row_is_tested(repo_root):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_says_what_single_images_say(family, folders, pictures):
-    folder = folders(family)
-    processor, model = load_processor(folder), load_model(folder, load_in_4bit=False)
+    model, processor = load(folders(family))
     assert type(model).__name__ == f"{family}ForConditionalGeneration"
+    caption = caption_pictures if family in UNPROMPTED else caption_images
     for beams in (1, 3):
         args = GenerationArguments(prompt="caption ja", num_beams=beams, max_new_tokens=8)
-        together = caption_images(model, processor, pictures, args)
-        assert together == [caption_images(model, processor, [picture], args)[0] for picture in pictures]
+        together = caption(model, processor, pictures, args)
+        assert together == [caption(model, processor, [picture], args)[0] for picture in pictures]
         assert all(together) and len(set(together)) > 1  # something is said, and the picture matters
 
 
@@ -219,7 +265,7 @@ def test_predictions_and_run_record(family, folders, pictures, tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
     rows = load_captions(str(tmp_path / "data"), "test", image_dir=str(tmp_path))
     folder = folders(family)
-    model, processor = load_model(folder, load_in_4bit=False), load_processor(folder)
+    model, processor = load(folder)
     record = {"model": model_record(model, folder, None), "dataset": {"id": "c/d"}, "saw": {}}
     args = GenerationArguments(prompt="caption ja", max_new_tokens=4, generation_batch_size=3)
     generate(model, processor, rows, tmp_path / "predictions.jsonl", args, record)
@@ -228,7 +274,8 @@ def test_predictions_and_run_record(family, folders, pictures, tmp_path):
     run = json.loads((tmp_path / "predictions.run.json").read_text(encoding="utf-8"))
     size = {"min_pixels", "max_pixels"} if family in QWEN else {"image_size"}
     assert run["decoding"].keys() == {"num_beams", "max_new_tokens", "do_sample", "batch_size"} | size
-    assert run["prompt"] == "caption ja" and run["model"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert run["prompt"] == (None if family in UNPROMPTED else "caption ja")
+    assert run["model"]["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in QWEN])

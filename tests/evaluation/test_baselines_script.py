@@ -73,6 +73,24 @@ def test_a_row_of_the_table(script, dataset, miniature_dir, tmp_path):
         script(*row, "--prompt_kind", "common", "--output", output, *dataset)
 
 
+def test_a_model_that_takes_no_prompt(script, dataset, repo_root, tmp_path):
+    """BLIP's row on the miniature's weights, which describe drawn scenes in English as they come."""
+    output, weights = tmp_path / "predictions.jsonl", repo_root / "recipes/miniatures/blip"
+    row = ["--baseline", "blip_base", "--model", weights]
+    script(*row, "--output", output, *dataset[:-1], 24)
+    run = record(output)
+    assert run["prompt"] is run["prompt_kind"] is None
+    assert run["model"]["license"] == "bsd-3-clause" and run["saw"]["COCO"] == "train"
+    said = [json.loads(line)["caption"] for line in output.read_text(encoding="utf-8").splitlines()]
+    held_out = list(scenes(5, seed=9, held_out=True))
+    assert sum(text in scene.english() for text, scene in zip(said, held_out, strict=True)) >= 3
+    with pytest.raises(BaselineError, match="blip_base takes no prompt, it only captions: leave out --prompt$"):
+        script(*row, "--prompt", "短く", "--output", tmp_path / "other.jsonl", *dataset)
+    for option, message in (("--prompt", "leave out --prompt$"), ("--avoid_words", "--avoid_words cannot be had")):
+        with pytest.raises(BaselineError, match=message):  # a model that is none of the table
+            script("--model", weights, option, "x", "--output", tmp_path / "other.jsonl", *dataset)
+
+
 def test_several_prompts_of_one_model(script, dataset, miniature_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # no Java, which METEOR would start for seconds
     prompts, output_dir = tmp_path / "prompts.yaml", tmp_path / "study"

@@ -128,6 +128,19 @@ def test_meteor_is_pycocoevalcaps_on_fakecap(data_dir):
     assert 0.185 < low < document["scores"]["meteor"] < high < 0.206
 
 
+@needs_java
+def test_meteor_of_english_titles_is_english():
+    """Stems and synonyms count, and its signature says so; the words are those of `--tokenizer english`."""
+    predictions = {"1": "Grandma's Roasted Chickens", "2": "Quick Soup"}
+    references = {"1": ["Grandma's Roast Chicken"], "2": ["Fast Soup"]}
+    document = score(predictions, references, "english", ScoreOptions(resamples=0))
+    assert document["notices"] == [] and min(document["per_image"]["meteor"]) > 0.4
+    assert document["scores"]["bleu_1"] == pytest.approx(3 / 6)  # of grandma 's roasted chickens, quick soup
+    assert document["signatures"]["meteor"] == (
+        "meteor|tok:english-13a-ptb-sacrebleu-2.6.0|norm:nfc|punct:drop|case:lc|meteor:1.5|lang:en|nref:1|v:0.1"
+    )
+
+
 def missing_meteor(timeout: float = 60) -> str:
     """The notice of a document that has no METEOR, whose other scores stand."""
     document = score(PREDICTIONS, REFERENCES, options=ScoreOptions(**LEAN, meteor_timeout=timeout))
@@ -186,6 +199,19 @@ def test_jaspice_comes_from_its_service(service):
     assert received == [
         {"items": [{"image_id": i, "candidate": PREDICTIONS[i], "references": REFERENCES[i]} for i in REFERENCES]}
     ]
+
+
+def test_spice_of_vietnamese_says_that_it_parses_english(service):
+    """The published figure of UIT-ViIC is of that kind."""
+    url, received = service('{"scores": [0.5, 0.25]}')
+    predictions, references = {"1": "Chó chạy.", "2": "mèo"}, {"1": ["Một con chó."], "2": ["Con mèo."]}
+    options = ScoreOptions(**LEAN, meteor=False, spice_url=url)
+    english = score(predictions, references, "english", options)
+    vietnamese = score(predictions, references, "vietnamese", options)
+    assert english["notices"] == [] and english["scores"]["spice"] == vietnamese["scores"]["spice"] == 0.375
+    assert received[0] == received[1] and received[0]["items"][0]["candidate"] == "Chó chạy."
+    (notice,) = vietnamese["notices"]
+    assert notice.startswith("SPICE parses English alone")
 
 
 def test_spice_comes_from_its_service_for_english_only(service):

@@ -80,7 +80,7 @@ def test_register_normalised_scores_are_those_of_plain_text(texts, document):
     assert set(normalised) == {"scores", "signatures", "intervals"}
 
 
-@pytest.mark.parametrize("tokenizer", ["ipadic", "characters", "vietnamese", "none"])
+@pytest.mark.parametrize("tokenizer", ["ipadic", "characters", "vietnamese", "english", "none"])
 def test_the_register_is_normalised_for_japanese_tokenizers_alone(tokenizer):
     japanese = tokenizer in ("ipadic", "characters")
     made = score({"1": "犬がいます"}, {"1": ["犬がいる"]}, tokenizer, ScoreOptions(resamples=10, meteor=False))

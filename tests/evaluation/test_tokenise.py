@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -8,6 +9,7 @@ import pytest
 import unidic_lite
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from vlmcap.evaluation.tokenise import TOKENIZERS, TokenizerError, tokenise, tokenizer_signature
 
@@ -79,6 +81,43 @@ def test_real_vietnamese_captions(data_dir):
     assert ["".join(c for c in "".join(words) if c.isalnum()) for words in tokens] == kept
 
 
+# Invented titles of dishes, with what stands in titles: hyphens, quotes, apostrophes, ampersands, accents, numbers.
+TITLES = """Grandma's Mac & Cheese
+7-Layer Dip, Quick-Pickled Beets; Rye
+"Killer" Chili (Almost)
+‘Smashed’ Potatoes—and “Loose” Gravy – Hot
+Baker’s Half-Dozen Rolls
+Don't-Miss, Can't-Fail Pie
+Fish 'n' Chips and '90s Trifle
+5-Minute Soup with 1/2 Cup of 3.5% Cream
+Crème Brûlée à l'Orange
+M&M's Bark: You'll Love It!
+Mother-in-Law's B&B Breakfast ... Again?
+Potato- and Leek-Stuffed Crêpes
+Cooks' Corner Salad - Warm
+O'Brien Hash + Eggs = Brunch, We've Heard
+Jalapeño/Lime Shrimp -- No. 1""".splitlines()
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="needs Java: no `java` on the PATH")
+def test_english_is_the_ptb_tokenizer_of_pycocoevalcap_on_titles():
+    theirs = PTBTokenizer().tokenize({i: [{"caption": title}] for i, title in enumerate(TITLES)})
+    for i, (title, words) in enumerate(zip(TITLES, tokenise(TITLES, "english"), strict=True)):
+        # It keeps the full stop of abbreviations and, lower cased, the brackets that its wrapper means to drop.
+        expected = [word for word in theirs[i][0].split() if word not in ("-lrb-", "-rrb-")]
+        assert words == [{"no.": "no"}.get(word, word) for word in expected], title
+
+
+def test_english_words():
+    assert tokenise(['Grandma\'s Mac & Cheese (50% "Off")'], "english") == [
+        ["grandma", "'s", "mac", "&", "cheese", "50", "%", "off"]
+    ]
+    assert tokenise(["Don't-Miss 7-Layer Dip"], "english") == [["do", "n't", "miss", "7-layer", "dip"]]
+    composed, decomposed = (unicodedata.normalize(form, "Crème Brûlée") for form in ("NFC", "NFD"))
+    assert tokenise([decomposed], "english") == tokenise([composed], "english") == [["crème", "brûlée"]]
+    assert tokenise(["", "...", " - ' \"", "(!?)"], "english") == [[], [], [], []]
+
+
 def test_order_and_repeats_are_kept():
     assert tokenise(iter(["猫", "犬", "猫"])) == [["猫"], ["犬"], ["猫"]]
 
@@ -110,10 +149,11 @@ def test_signatures_name_what_was_done():
     assert tokenizer_signature("characters") == "tok:characters|norm:nfkc|punct:drop|case:lc"
     assert tokenizer_signature("ipadic") == "tok:ipadic-1.0.0|norm:nfkc|punct:drop|case:lc"
     assert tokenizer_signature("vietnamese") == "tok:vietnamese-pyvi-0.1.1|norm:nfc|punct:drop|case:lc"
+    assert tokenizer_signature("english") == "tok:english-13a-ptb-sacrebleu-2.6.0|norm:nfc|punct:drop|case:lc"
     assert tokenizer_signature("none") == "tok:none|norm:none|punct:keep|case:mixed"
 
 
 @pytest.mark.parametrize("call", [lambda: tokenise(["犬"], "mecab"), lambda: tokenizer_signature("mecab")])
 def test_an_unknown_tokenizer_names_the_choices(call):
-    with pytest.raises(TokenizerError, match="'mecab'.*unidic-lite, ipadic, characters, vietnamese, none"):
+    with pytest.raises(TokenizerError, match="'mecab'.*unidic-lite, ipadic, characters, vietnamese, english, none"):
         call()

@@ -115,6 +115,69 @@ def miniature_document(model: str = "recipes/miniatures/qwen2_vl", adapter: str 
     return metrics
 
 
+PARTS = {
+    "sft_blip_vi": {"base": "Salesforce/blip-image-captioning-base"},
+    "sft_vit_gpt2_food": {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "openai-community/gpt2"},
+    "sft_vit_llama_food": {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "meta-llama/Llama-3.2-1B"},
+}
+
+
+def family_document(recipe: str, miniature: bool = False) -> dict:
+    """What one of the three smaller recipes leaves: no prompt, one size of image, validation in the log."""
+    metrics = copy.deepcopy(adapter_document())
+    parts = {place: {"id": name, "revision": SHA} for place, name in PARTS[recipe].items()}
+    if miniature:
+        folders = {"base": "blip", "encoder": "vit", "decoder": recipe.split("_")[2]}
+        parts = {place: {"id": f"recipes/miniatures/{folders[place]}", "revision": None} for place in parts}
+    corpora = {"sft_blip_vi": ("uit_viic", "scenes_vi")}
+    corpus = corpora.get(recipe, ("food_titles", "scene_titles"))[miniature]
+    data = "outputs/demo_family/data" if miniature else f"user/{corpus.replace('_', '-')}"
+    trained = "model" if recipe == "sft_vit_gpt2_food" else "adapter"
+    dataset = {"id": data, "revision": "build 01234567" if miniature else SHA[::-1], "split": "test"}
+    dataset |= {"license": {"uit_viic": "unknown", "food_titles": "cc-by-sa-3.0"}.get(corpus, "cc0-1.0")}
+    dataset |= {"corpus": corpus}
+    for run in (metrics, metrics["base"]):
+        del run["register_normalised"]
+        run["model"] |= {
+            "id": " + ".join(part["id"] for part in parts.values()),
+            "revision": parts["base"]["revision"] if "base" in parts else None,
+            "quantization": None,
+            "parameters": 2_345_678 if miniature else 247_414_016,
+        }
+        if len(parts) > 1:
+            run["model"]["parts"] = copy.deepcopy(parts)
+        run |= {"dataset": dict(dataset), "prompt": None, "recipe": recipe}
+        run["decoding"] = {"num_beams": 3, "max_new_tokens": 40, "do_sample": False, "batch_size": 16}
+        run["decoding"] |= {"no_repeat_ngram_size": 3, "image_size": {"height": 384, "width": 384}}
+        run["saw"] = {
+            "STAIR": "no",
+            "YJ": "no",
+            "COCO": "unknown",
+            "note": "As stated in the configuration (base_saw).",
+        }
+    metrics["model"]["adapter"] = f"outputs/{recipe}/{trained}"
+    training = metrics["training"]
+    training["dataset"] = dataset | {"split": "train"}
+    training |= {
+        "validation_split": "validation",
+        "best": {"step": 1200, "metric": "cider_d", "score": 0.7312},
+        "log": family_log(),
+    }
+    del training["in_yj_images"]
+    return metrics
+
+
+def family_log() -> list[dict]:
+    """Loss every 50 steps; loss and scores of validation captions every 200."""
+    log = []
+    for step in range(50, 1601, 50):
+        log.append({"step": step, "epoch": step / 400, "loss": 1 + 150 / step, "elapsed_seconds": step / 4})
+        if step % 200 == 0:
+            scores = {"eval_bleu_2": 0.4 - 60 / step, "eval_cider_d": 0.75 - 120 / step}
+            log.append({"step": step, "eval_loss": 1.4 + 80 / step + step / 8000, **scores})
+    return log
+
+
 def rate(count: int, of: int = 5000) -> dict:
     """A rate of an audit."""
     return {"rate": count / of, "interval": [count / of - 0.001, count / of + 0.001], "count": count, "of": of}

@@ -12,7 +12,15 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from tests.reporting.documents import NAMES, SHA, adapter_document, audit_document, miniature_document
+from tests.reporting.documents import (
+    NAMES,
+    PARTS,
+    SHA,
+    adapter_document,
+    audit_document,
+    family_document,
+    miniature_document,
+)
 from vlmcap.reporting.cards import load_snippet, render_adapter_card, score_rows, write_adapter_card
 
 LABELS = dict(zip(NAMES, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"), strict=True))
@@ -27,6 +35,10 @@ def table_cells(card: str, first: str) -> list[str]:
 def snippet(card: str) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
     return code
+
+
+def prose(card: str) -> str:
+    return " ".join(card.split())
 
 
 def write(folder, metrics):
@@ -157,9 +169,10 @@ def test_training_on_images_of_yj_is_said(count, says):
     assert says in render_adapter_card(metrics)
 
 
-def test_changing_any_number_of_the_document_changes_the_card():
-    """No figure is dropped on the way, and none comes from elsewhere."""
-    metrics = adapter_document()
+@pytest.mark.parametrize("metrics", [adapter_document(), *map(family_document, PARTS)], ids=["qwen2vl", *PARTS])
+def test_changing_any_number_of_the_document_changes_the_card(metrics):
+    """No figure is dropped on the way, and none comes from elsewhere. The log is for plots."""
+    metrics["training"].pop("log", None)
     card = render_adapter_card(metrics)
     silent = []
 
@@ -297,3 +310,191 @@ def test_quick_start_runs(tmp_path, miniature_dir, repo_root):
     done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n")
+
+
+HUB = {
+    "sft_blip_vi": {
+        "base_model": "Salesforce/blip-image-captioning-base",
+        "base_model_relation": "adapter",
+        "language": ["vi"],
+        "library_name": "peft",
+        "license": "bsd-3-clause",
+        "datasets": ["user/uit-viic"],
+    },
+    "sft_vit_gpt2_food": {
+        "base_model": ["google/vit-base-patch16-224-in21k", "openai-community/gpt2"],
+        "base_model_relation": "finetune",
+        "language": ["en"],
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "datasets": ["user/food-titles"],
+    },
+    "sft_vit_llama_food": {
+        "base_model": ["google/vit-base-patch16-224-in21k", "meta-llama/Llama-3.2-1B"],
+        "base_model_relation": "adapter",
+        "language": ["en"],
+        "library_name": "peft",
+        "license": "llama3.2",
+        "datasets": ["user/food-titles"],
+    },
+}
+
+
+@pytest.mark.parametrize("recipe", HUB)
+def test_metadata_of_the_family(recipe):
+    data = ModelCard(render_adapter_card(family_document(recipe), "user/Llama-x")).data.to_dict()
+    assert {key: data[key] for key in HUB[recipe]} == HUB[recipe]
+    (result,) = data["model-index"][0]["results"]
+    assert data["pipeline_tag"] == result["task"]["type"] == "image-to-text"
+    assert {m["name"]: m["value"] for m in result["metrics"]} == {
+        LABELS[n]: family_document(recipe)["scores"][n] for n in NAMES
+    }
+    assert not {"japanese", "qwen2_vl", "trl", "miniature"} & set(data["tags"])
+
+    data = ModelCard(render_adapter_card(family_document(recipe, miniature=True))).data.to_dict()
+    assert not {"base_model", "base_model_relation", "datasets"} & data.keys()
+    assert data["license"] == "apache-2.0" and "miniature" in data["tags"]
+
+
+@pytest.mark.parametrize("recipe", PARTS)
+def test_a_card_of_the_family_speaks_of_its_own_model(recipe):
+    metrics = family_document(recipe)
+    card = render_adapter_card(metrics, "user/Llama-x")
+    assert not re.search("Qwen|Japan|SFTTrainer|register|None", card)
+    assert "There is no prompt" in card and table_cells(card, "`image_size`") == ['{"height": 384, "width": 384}']
+    assert all(f"https://huggingface.co/{name}" in card for name in PARTS[recipe].values())
+    assert table_cells(card, "revision")[0] == ", ".join([f"`{SHA}`"] * len(PARTS[recipe]))
+    assert table_cells(card, "checkpoint") == ["step 1,200, of the best CIDEr-D (0.7312) on split `validation`"]
+    assert "flatter" not in card and "demonstration" not in card
+    noun = "model" if recipe == "sft_vit_gpt2_food" else "adapter"
+    assert f"this {noun} | signature |" in card
+    assert score_rows(metrics)[0] == ["", "base, zero-shot" if recipe == "sft_blip_vi" else "before training", noun]
+    assert ("vlmcap" in snippet_of(card)) == (recipe != "sft_vit_gpt2_food")
+
+    miniature = render_adapter_card(family_document(recipe, miniature=True))
+    about = {"sft_blip_vi": "BLIP", "sft_vit_gpt2_food": "ViT or GPT-2", "sft_vit_llama_food": "ViT or Llama"}[recipe]
+    assert f"demonstration that the machinery learns, and no evidence about {about}.**" in miniature
+    assert "Photographs of sport" not in miniature and "One kitchen" not in miniature
+    assert ("Photographs of sport" if recipe == "sft_blip_vi" else "One kitchen") in card
+
+
+def snippet_of(card: str) -> str:
+    return re.findall(r"```python\n(.*?)```", card, re.S)[0]
+
+
+@pytest.mark.parametrize("recipe", PARTS)
+def test_quick_starts_of_the_family_are_python(recipe):
+    for metrics, repo in ((family_document(recipe), "user/Llama-x"), (family_document(recipe, miniature=True), None)):
+        code = snippet_of(render_adapter_card(metrics, repo))
+        ast.parse(code)
+        assert f'"{repo or metrics["model"]["adapter"]}"' in code
+        assert "num_beams=3, max_new_tokens=40, no_repeat_ngram_size=3, do_sample=False" in code
+        ast.parse(load_snippet(metrics["model"]["id"], "user/Llama-x", recipe))
+
+
+def test_which_split_chose_the_checkpoint():
+    metrics = family_document("sft_vit_gpt2_food")
+    metrics["training"]["best"] = {"step": 7, "metric": "eval_loss", "score": 0.5}
+    assert table_cells(render_adapter_card(metrics), "checkpoint")[0].startswith("step 7, of the best loss (0.5000)")
+    metrics["training"]["validation_split"] = "test"
+    assert "the scores flatter the model" in render_adapter_card(metrics)
+    metrics["training"] |= {"best": None, "validation_split": "validation"}
+    assert "chose nothing" in table_cells(render_adapter_card(metrics), "checkpoint")[0]
+    metrics["training"]["validation_split"] = None
+    assert table_cells(render_adapter_card(metrics), "checkpoint") == ["the last; nothing was held out to choose one"]
+
+
+def test_published_figures_are_quoted_as_theirs_and_for_their_data_alone():
+    metrics = family_document("sft_blip_vi")
+    card = render_adapter_card(metrics)
+    for figure in "0.524 0.412 0.293 0.312 0.489 0.719 0.161 1.12 0.48 0.42".split():
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", card), figure
+    assert "they are quoted, not compared" in prose(card)
+    assert "but for a table that is marked as others'" in card
+    for run in (metrics, metrics["base"]):
+        run["dataset"]["corpus"] = None
+    for other in (metrics, family_document("sft_blip_vi", miniature=True)):
+        card = render_adapter_card(other)
+        assert "0.524" not in card and "no number here comes from anywhere else." in card
+
+
+def test_what_the_licence_of_llama_asks_for_is_on_the_card():
+    metrics = family_document("sft_vit_llama_food")
+    card = render_adapter_card(metrics, "user/Llama-3.2-1B-dishes")
+    assert ModelCard(card).data.license == "llama3.2"
+    notice = "Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, Inc."
+    assert card.count("**Built with Llama.**") == 2 and notice in prose(card)
+    assert card.split("\n# ")[1].startswith("Llama")
+    # Another Llama has another licence, and the miniature is none.
+    for run in (metrics, metrics["base"]):
+        run["model"]["parts"]["decoder"]["id"] = "someone/other-llama"
+    other = render_adapter_card(metrics, "user/x")
+    assert ModelCard(other).data.license == "other"
+    for card in (other, render_adapter_card(family_document("sft_vit_llama_food", miniature=True))):
+        assert "Built with Llama" not in card and "Meta" not in card
+
+
+def test_nf4_is_said_where_the_quick_start_is():
+    metrics = family_document("sft_vit_llama_food")
+    assert "NF4" not in render_adapter_card(metrics)
+    for run in (metrics, metrics["base"]):
+        run["model"]["quantization"] = "nf4"
+    assert "The decoder is loaded in NF4" in render_adapter_card(metrics)
+
+
+def test_a_recipe_without_a_card_is_named():
+    with pytest.raises(
+        ValueError, match="recipe is 'sft_other', which has no card; there are those of sft_qwen2vl_jp"
+    ):
+        render_adapter_card(adapter_document() | {"recipe": "sft_other"})
+
+
+def saved_by(recipe: str, folder, miniatures):
+    """Untrained weights and processor of a recipe, of miniature size, as it saves them."""
+    if recipe == "sft_blip_vi":
+        from vlmcap.models import blip, miniature_family
+
+        base, processor = folder.parent / "base", miniature_family.build_blip_processor()
+        miniature_family.build_blip(processor).save_pretrained(base)
+        processor.save_pretrained(base)
+        model, processor = blip.load_blip(str(base))
+        processor = blip.learn_vietnamese(processor, ["Hình tròn màu đỏ ở bên trái."] * 2, new_pieces=4)
+        model = blip.add_lora(model, processor, blip.BlipArguments())
+    elif recipe == "sft_vit_gpt2_food":
+        from vlmcap.models import vit_gpt2
+
+        parts = {"encoder_name_or_path": str(miniatures / "vit"), "decoder_name_or_path": str(miniatures / "gpt2")}
+        model, processor = vit_gpt2.build_vit_gpt2(vit_gpt2.VitGpt2Arguments(**parts), seed=0)
+    else:
+        from vlmcap.models import vit_llama
+
+        parts = {"encoder_name_or_path": str(miniatures / "vit"), "decoder_name_or_path": str(miniatures / "llama")}
+        arguments = vit_llama.VitLlamaArguments(**parts)
+        model, processor = vit_llama.build_vit_llama(arguments, seed=0)
+        model = vit_llama.add_lora(model, arguments)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("recipe", PARTS)
+def test_quick_starts_of_the_family_run(recipe, tmp_path, repo_root):
+    """The card's own code, in a fresh process, on what the recipe saves; BLIP's without `vlmcap` says the same."""
+    from PIL import Image
+
+    folder = tmp_path / "trained"
+    saved_by(recipe, folder, repo_root / "recipes" / "miniatures")
+    Image.new("RGB", (84, 84), "red").save(tmp_path / "photo.jpg")
+    card = render_adapter_card(family_document(recipe), "user/Llama-x")
+    first, *without = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert len(without) == (recipe == "sft_blip_vi")
+    said = []
+    for code in [first, *(f"from PIL import Image\n{other}\n{first[first.index('image = ') :]}" for other in without)]:
+        code = code.replace('"user/Llama-x"', repr(str(folder))).replace(
+            '"photo.jpg"', repr(str(tmp_path / "photo.jpg"))
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=repo_root, env=os.environ, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said[0].endswith("\n") and len(set(said)) == 1

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
+from tests.reporting.documents import family_document
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.scoring import SCORE_LABELS, ScoreError, paired_comparison
-from vlmcap.reporting.compare import holm, latex_escape, read_runs, write_comparison
+from vlmcap.reporting.compare import holm, latex_escape, read_runs, write_comparison, write_overview
 
 NAMES = ("good", "twin", "weak", "wild")
 
@@ -299,3 +300,90 @@ def test_the_script_takes_bare_runs(runs, tmp_path, run_script):
     done = run_script("compare_runs.py", "--runs", tmp_path / "nowhere", expect=1)
     assert done.stderr.startswith("error: ") and "no such metrics file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_scores_are_chosen_in_their_order(runs, tmp_path):
+    paths = compare(runs[:2], tmp_path, scores=["rouge_l", "meteor", "bleu_1"])
+    rows, _ = markdown_tables(paths["md"])
+    assert list(rows[0]) == ["System", "ROUGE-L", "BLEU-1"], "no run has METEOR"
+    assert "CIDEr-D" not in paths["tex"].read_text() and "`bleu_2" not in paths["md"].read_text()
+    with paths["csv"].open(newline="") as file:
+        assert all(float(row["cider_d"]) > 0 for row in csv.DictReader(file)), "the file has them all"
+    assert "BLEU-2" not in paths["scores"].read_text()
+    with pytest.raises(ScoreError, match="no score 'bleu_5': choose of bleu_1, "):
+        compare(runs[:2], tmp_path, scores=["bleu_5"])
+    with pytest.raises(ScoreError, match="no run has spice or jaspice; there are bleu_1, "):
+        compare(runs[:2], tmp_path, scores=["spice", "jaspice"])
+
+
+def family(folder, recipe, system=None):
+    """A run of the family on the images of `folder`."""
+    document = family_document(recipe)
+    record = document if system is None else document[system]
+    keys = ("model", "dataset", "prompt", "decoding", "saw", "recipe", "training")
+    edit(folder, lambda metrics: metrics.update({key: record[key] for key in keys if key in record}))
+
+
+def test_runs_of_the_family_are_compared_and_shown(runs, tmp_path):
+    family(runs[0], "sft_vit_llama_food", "base")
+    family(runs[1], "sft_vit_llama_food")
+    paths = compare(runs[:2], tmp_path)
+    _, systems = markdown_tables(paths["md"])
+    parts = "google/vit-base-patch16-224-in21k@01234567 + meta-llama/Llama-3.2-1B@01234567"
+    assert [row["Model"] for row in systems] == [parts, parts]
+    assert [row["Trained weights"] for row in systems] == ["-", "outputs/sft\\_vit\\_llama\\_food/adapter"]
+    with paths["csv"].open(newline="") as file:
+        first, _ = csv.DictReader(file)
+    assert first["prompt"] == "" and json.loads(first["decoding"])["image_size"] == {"height": 384, "width": 384}
+    assert "CIDEr-D, validation" in paths["curves"].read_text() and "eval_loss-1" in paths["curves"].read_text()
+    assert "vit-base-patch16" in paths["html"].read_text()
+
+
+def test_an_overview_keeps_datasets_apart(runs, tmp_path):
+    family(runs[0], "sft_blip_vi", "base")
+    family(runs[1], "sft_vit_gpt2_food")
+    family(runs[2], "sft_blip_vi")
+    edit(runs[2], lambda document: document["scores"].pop("bleu_4"))
+    path, text = write_overview(read_runs([f"zero|shot={runs[0]}", *runs[1:3]]), tmp_path / "out")
+    (rows,) = markdown_tables(path)
+    assert path.name == "overview.md"
+    assert [(row[""], row["dataset"], row["images"]) for row in rows] == [
+        ("zero\\|shot", "user/uit-viic, test", "40"),
+        ("weak", "user/uit-viic, test", "40"),
+        ("twin", "user/food-titles, test", "40"),
+    ]
+    assert list(rows[0])[3:] == [
+        *("BLEU-1", "BLEU-2", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D", "trained parameters", "seconds of training"),
+    ]
+    for row, folder in zip(rows, (runs[0], runs[2], runs[1]), strict=True):
+        scores = json.loads((folder / "metrics.json").read_text())["scores"]
+        assert row["CIDEr-D"] == f"{scores['cider_d']:.4f}" and row["METEOR"] == "-"
+    assert [row["BLEU-4"] == "-" for row in rows] == [False, True, False]
+    assert [row["trained parameters"] for row in rows] == ["-", "26,345,984", "26,345,984"]
+    assert [row["seconds of training"] for row in rows] == ["-", "40,000", "40,000"]
+    assert "Only rows of one dataset compare" in path.read_text() and "Only rows of one dataset compare" in text
+
+    lines = text.splitlines()
+    places = [lines.index(f"user/{name}, test: 40 images") for name in ("uit-viic", "food-titles")]
+    assert [lines[place + 1].split()[0] for place in places] == ["zero|shot", "twin"]
+    assert len({len(line) for line in lines[: places[1]] if line.endswith(("training", "-"))}) == 1
+    assert max(map(len, lines)) < 120
+
+    edit(runs[2], lambda document: document["signatures"].update(rouge_l="another"))
+    with pytest.raises(ScoreError, match="differ in rouge_l's signature"):
+        write_overview(read_runs(runs[:3]), tmp_path / "out")
+
+
+def test_runs_may_stand_before_and_behind_options(runs, tmp_path, run_script):
+    out = tmp_path / "out"
+    options = ["--scores", "bleu_1", "rouge_l"]
+    run_script("compare_runs.py", runs[0], *options, runs[1], "--output_dir", out, f"third={runs[2]}")
+    rows, _ = markdown_tables(out / "metrics.md")
+    assert [row["System"] for row in rows] == ["good", "twin", "third"]
+    assert list(rows[0]) == ["System", "BLEU-1", "ROUGE-L"]
+
+    done = run_script("compare_runs.py", "--overview", f"a, b={runs[0]}", runs[1], "--output_dir", tmp_path / "two")
+    assert (tmp_path / "two/overview.md").exists() and "a, b" in done.stdout and "twin" in done.stdout
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["overview.md"]
+    done = run_script("compare_runs.py", "--scores", "bleu_7", "--runs", runs[0], expect=1)
+    assert "no score 'bleu_7'" in done.stderr and "Traceback" not in done.stderr

@@ -86,7 +86,7 @@ def test_nothing_is_fetched(tmp_path, item):
 def test_any_text_is_text(tmp_path, item):
     nasty = "<script>alert(\"x\")</script> & <b lang='ja'>"
     item |= {"base": nasty, "adapter": nasty, "references": [nasty], "image_id": '"><i>'}
-    text = write_sample_page(tmp_path / "page.html", nasty, [item], [[nasty], [nasty]], note=nasty).read_text("utf-8")
+    text = write_sample_page(tmp_path / "page.html", nasty, [item], [[nasty] * 3] * 2, note=nasty).read_text("utf-8")
     parsed = Page(text)
     assert not {"script", "b", "i"} & {tag for tag, _ in parsed.tags}
     assert parsed.text("base") == parsed.text("adapter") == parsed.text("reference") == [(nasty, "en")]
@@ -100,6 +100,14 @@ def test_scenes_keep_their_pixels_and_photographs_are_bounded(tmp_path, item):
     assert small["class"] == "drawing"
     assert photo.format == "JPEG" and photo.size == (640, 480) == (int(large["width"]), int(large["height"]))
     assert "class" not in large
+
+
+def test_captions_are_headed_and_marked_by_language_as_the_table_is(tmp_path, item):
+    item |= {"base": "a red square", "adapter": "Hình vuông màu đỏ.", "references": ["Một hình vuông màu đỏ."]}
+    rows = [["", "before training", "model"], ["BLEU-1", "0.1000", "0.9000"]]
+    text = write_sample_page(tmp_path / "page.html", "Samples", [item], rows).read_text("utf-8")
+    assert "<dt>Before training</dt>" in text and "<dt>Model</dt>" in text
+    assert [Page(text).text(name)[0][1] for name in ("base", "adapter", "reference")] == ["en", "vi", "vi"]
 
 
 def test_an_empty_caption_is_said_to_be_empty(tmp_path, item):

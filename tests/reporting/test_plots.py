@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from tests.reporting.documents import family_document
 from vlmcap.reporting.plots import has_curve, plot_quality_against_memory, plot_scores, plot_training_curves
 
 
@@ -58,11 +59,32 @@ def test_training_curves_are_of_runs_with_a_log(runs, tmp_path):
     runs["twin"]["training"] = {"log": [{"step": step, "loss": 1.0} for step in (1, 2)]}
     path = plot_training_curves(runs, tmp_path / "curves.svg")
     assert gids(path, "loss-") == {"loss-1", "loss-3"}
-    assert gids(path, "cider-") == {"cider-1", "cider-3"}
+    assert gids(path, "eval_cider_d-") == {"eval_cider_d-3"}
     for line in runs["wild"]["training"]["log"]:
         line.pop("eval_cider_d", None)
     path = plot_training_curves(runs, tmp_path / "loss.svg")
-    assert gids(path, "loss-") == {"loss-1", "loss-3"} and not gids(path, "cider-")
+    assert gids(path, "loss-") == {"loss-1", "loss-3"} and not gids(path, "eval_")
+    assert "training loss" in texts(path)
+
+
+def test_validation_is_drawn_beside_the_training_loss(tmp_path):
+    """Its loss in the same panel, each of its scores in one of its own, in the order of the tables."""
+    runs = {name: family_document(f"sft_{name}") for name in ("blip_vi", "vit_gpt2_food")}
+    for line in runs["blip_vi"]["training"]["log"]:
+        line.pop("eval_bleu_2", None)
+    path = plot_training_curves(runs, tmp_path / "curves.svg")
+    assert gids(path, "eval_loss-") == {"eval_loss-0", "eval_loss-1"}
+    assert gids(path, "eval_cider_d-") == {"eval_cider_d-0", "eval_cider_d-1"}
+    assert gids(path, "eval_bleu_2-") == {"eval_bleu_2-1"}
+    labels = [text for text in texts(path) if text.endswith("validation")]
+    assert labels == ["training loss, dashed: validation", "BLEU-2, validation", "CIDEr-D, validation"]
+    assert {"blip_vi", "vit_gpt2_food"} <= set(texts(path))
+
+
+def test_scores_can_be_chosen(runs, tmp_path):
+    path = plot_scores(runs, tmp_path / "scores.svg", ["rouge_l", "bleu_1"])
+    assert gids(path, "bar-") == {f"bar-{key}-{number}" for key in ("rouge_l", "bleu_1") for number in range(4)}
+    assert [text for text in texts(path) if text in ("ROUGE-L", "BLEU-1")] == ["ROUGE-L", "BLEU-1"]
 
 
 def test_the_same_documents_give_the_same_bytes(runs, tmp_path):

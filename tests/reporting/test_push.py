@@ -9,8 +9,8 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
 from tests.local_hub.faults import Fault
-from tests.reporting.documents import adapter_document, miniature_document
-from vlmcap.reporting.hub import PushError, check_push_rights, push_adapter
+from tests.reporting.documents import adapter_document, family_document, miniature_document
+from vlmcap.reporting.hub import PushError, check_llama_name, check_push_rights, push_adapter
 
 REPO = "user/adapter"
 
@@ -142,3 +142,88 @@ def test_rights_are_checked_before_the_work(hub):
     hub.fail(path="/api/whoami-v2", status=401)
     with pytest.raises(PushError, match="not logged in"):
         check_push_rights("user/adapter")
+
+
+def family_folder(adapter_dir, recipe, **options):
+    """The folder as another recipe leaves it."""
+    (adapter_dir / "metrics.json").write_text(json.dumps(family_document(recipe, **options)))
+    if recipe == "sft_vit_gpt2_food":
+        (adapter_dir / "adapter_model.safetensors").rename(adapter_dir / "model.safetensors")
+        (adapter_dir / "adapter_config.json").rename(adapter_dir / "config.json")
+        (adapter_dir / "generation_config.json").write_text("{}")
+    return adapter_dir
+
+
+def test_a_whole_model_is_pushed_without_pickles(hub, adapter_dir, run_script):
+    folder = family_folder(adapter_dir, "sft_vit_gpt2_food")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    done = run_script("push_adapter.py", "--adapter_dir", folder, "--repo_id", "user/dishes")
+    files = set(HfApi().list_repo_files("user/dishes"))
+    assert {"model.safetensors", "config.json", "generation_config.json", "README.md", "metrics.json"} <= files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".html")) or "checkpoint" in name]
+    code = done.stdout.split("To load it:\n")[1]
+    assert 'VisionEncoderDecoderModel.from_pretrained("user/dishes")' in code
+    ast.parse(code)
+    assert HfApi().list_repo_commits("user/dishes")[0].title == "Upload model, processor, metrics and model card"
+    card = ModelCard.load("user/dishes")
+    card.validate()
+    assert card.data.base_model == ["google/vit-base-patch16-224-in21k", "openai-community/gpt2"]
+
+
+@pytest.mark.parametrize("miniature", [False, True])
+@pytest.mark.parametrize("recipe", ["sft_blip_vi", "sft_vit_gpt2_food", "sft_vit_llama_food"])
+def test_every_card_of_the_family_is_valid(hub, adapter_dir, recipe, miniature):
+    (adapter_dir / "LICENSE.txt").write_text("the licence")
+    push_adapter(family_folder(adapter_dir, recipe, miniature=miniature), "user/Llama-x")
+    card = ModelCard(hub.file("models", "user/Llama-x", "README.md").decode())
+    assert card.data.pipeline_tag == "image-to-text" and card.data.library_name
+    assert (card.data.base_model is None) == miniature
+
+
+def test_what_is_built_with_llama_carries_its_licence_and_its_name(hub, adapter_dir):
+    folder = family_folder(adapter_dir, "sft_vit_llama_food")
+    with pytest.raises(PushError, match='user/dishes cannot be the name .* begins with "Llama"'):
+        push_adapter(folder, "user/dishes")
+    with pytest.raises(PushError, match="failed while adding the licence of meta-llama/Llama-3.2-1B .LICENSE.txt"):
+        push_adapter(folder, "user/Llama-dishes")
+    assert "/api/repos/create" not in [entry["path"] for entry in hub.log]
+
+    (folder / "LICENSE.txt").write_text("the licence")
+    push_adapter(folder, "user/Llama-dishes")
+    assert hub.file("models", "user/Llama-dishes", "LICENSE.txt") == b"the licence"
+    notice = hub.file("models", "user/Llama-dishes", "NOTICE").decode()
+    assert notice.startswith("Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright")
+
+    check_llama_name("user/dishes", "openai-community/gpt2")
+    check_llama_name(None, "meta-llama/Llama-3.2-1B")
+    with pytest.raises(PushError):
+        check_llama_name("user/dishes", "weights/Llama-3.2-3B")
+
+
+def test_the_licence_of_llama_is_fetched_with_its_revision(hub, adapter_dir):
+    api = HfApi()
+    api.create_repo("user/Llama-3.2-1B")
+    upload = {"path_in_repo": "LICENSE.txt", "repo_id": "user/Llama-3.2-1B"}
+    sha = api.upload_file(path_or_fileobj=b"the licence", **upload).oid
+    api.upload_file(path_or_fileobj=b"another", **upload)
+    metrics = family_document("sft_vit_llama_food")
+    for run in (metrics, metrics["base"]):
+        run["model"]["parts"]["decoder"] = {"id": "user/Llama-3.2-1B", "revision": sha}
+    (adapter_dir / "metrics.json").write_text(json.dumps(metrics))
+    push_adapter(adapter_dir, "user/Llama-dishes")
+    assert hub.file("models", "user/Llama-dishes", "LICENSE.txt") == b"the licence"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights", "pickle"),
+    [
+        ("sft_blip_vi", "adapter_model.safetensors", "adapter_model.bin"),
+        ("sft_vit_gpt2_food", "model.safetensors", "pytorch_model.bin"),
+    ],
+)
+def test_weights_in_pickles_are_no_weights(hub, adapter_dir, recipe, weights, pickle):
+    folder = family_folder(adapter_dir, recipe)
+    (folder / weights).rename(folder / pickle)
+    with pytest.raises(FileNotFoundError, match=f"lacks {weights}"):
+        push_adapter(folder, REPO)
+    assert not hub.log

@@ -8,10 +8,19 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
-from vlmcap.training.ablation import AblationError, cells, markdown_table, read_grid, run_grid, summary_rows
+from vlmcap.training.ablation import (
+    AblationError,
+    cells,
+    markdown_table,
+    read_grid,
+    run_grid,
+    summary_rows,
+    text_table,
+)
 
 # Writes what a recipe leaves: a checkpoint first, then a score that depends on its settings. Rank 13 fails; with a
 # file `hang` beside the script it waits after its checkpoint.
@@ -30,10 +39,12 @@ if int(settings["lora_r"]) == 13:
 (output / "checkpoint-1/trainer_state.json").write_text("{}")
 while (pathlib.Path(__file__).parent / "hang").exists():
     time.sleep(0.1)
+trained = settings.get("trained", "adapter")
 training = {"trainable_parameters": 10 * int(settings["lora_r"]), "seconds": 2.0, "peak_memory_bytes": None}
 score = int(settings["lora_r"]) / 100 + int(settings["seed"]) / 1000
-(output / "adapter").mkdir(exist_ok=True)
-(output / "adapter/metrics.json").write_text(json.dumps({"scores": {"cider_d": score}, "training": training}))
+(output / trained).mkdir(exist_ok=True)
+scores = {"cider_d": score, "bleu_1": 0.5, "rouge_l": 2 * score}
+(output / trained / "metrics.json").write_text(json.dumps({"scores": scores, "training": training}))
 """
 
 
@@ -95,6 +106,40 @@ def test_a_grid_survives_a_failure_and_skips_what_is_finished(grid_file, capsys)
         run_grid(grid)
 
 
+def test_a_grid_says_what_is_trained_and_which_scores_count(grid_file):
+    Path(grid_file.parent / "base.yaml").write_text("lora_r: 32\ntrained: model\nseed: 1\n")
+    grid = {"vary": {}, "grid": {"seed": [1, 2]}, "trained": "model", "scores": ["rouge_l", "bleu_1", "meteor"]}
+    grid_file.write_text(yaml.safe_dump(yaml.safe_load(grid_file.read_text()) | grid))
+    grid = read_grid(grid_file)
+    ran = run_grid(grid)
+    assert [cell.metrics.parent.name for cell in ran if cell.finished()] == ["model", "model"]
+    header, row = summary_rows(ran, grid.scores)
+    assert header[:7] == ["", "ROUGE-L", "least", "most", "BLEU-1", "METEOR", "runs"]
+    assert row[:7] == ["reference", "0.6430", "0.6420", "0.6440", "0.5000", "-", "2 of 2"]
+    assert len(header) == len(row)
+    first, second = text_table([header, row]).splitlines()
+    assert len(first) == len(second) and first.index("least") + len("least") == second.index("0.6420") + len("0.6420")
+
+
+def test_sigterm_ends_the_cell_too(grid_file, repo_root, tmp_path):
+    """As Ctrl-C does: the launcher, the recipe behind it, and the script."""
+    grid_file.write_text(yaml.safe_dump(yaml.safe_load(grid_file.read_text()) | {"vary": {}, "grid": {}}))
+    (cell,) = cells(read_grid(grid_file))
+    (grid_file.parent / "hang").touch()
+    command = [sys.executable, "scripts/run_ablation.py", "--config", str(grid_file)]
+    process = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.PIPE, text=True)
+    while not (cell.folder / "checkpoint-1/trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2  # launcher and recipe
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and said.strip().endswith("the same command goes on from the last checkpoint")
+    assert "Traceback" not in said
+    assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
 def test_an_interrupted_cell_continues_from_its_checkpoint(grid_file, repo_root):
     document = yaml.safe_load(grid_file.read_text()) | {"vary": {}, "grid": {}}
     grid_file.write_text(yaml.safe_dump(document))
@@ -124,6 +169,9 @@ def test_an_interrupted_cell_continues_from_its_checkpoint(grid_file, repo_root)
         ({"vary": {"lora_r": 8}}, "vary.lora_r must be a list of values, but is 8"),
         ({"grid": None}, "grid must be a mapping, but is None"),
         ({"config": "nowhere.yaml"}, "config nowhere.yaml is no file"),
+        ({"scores": ["bleu_9"]}, r"scores must be a list of some of bleu_1, .*, but is \['bleu_9'\]"),
+        ({"scores": "bleu_1"}, "scores must be a list of some of bleu_1, .*, but is 'bleu_1'"),
+        ({"trained": ["model"]}, r"trained must be the name of a folder, but is \['model'\]"),
     ],
 )
 def test_a_wrong_grid_is_named(grid_file, change, message):

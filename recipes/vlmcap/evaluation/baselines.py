@@ -40,7 +40,7 @@ class Baseline:
     license: str
     gated: bool
     model_class: str
-    native_prompt: str
+    native_prompt: str | None
     runs: str
     parameters: float
     saw: dict[str, str]
@@ -141,7 +141,7 @@ def _is_kind(value, name: str) -> bool:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if name == "runs":
         return value in ("here", "isolated")
-    return isinstance(value, str) or (name == "revision" and value is None)
+    return isinstance(value, str) or (name in ("revision", "native_prompt") and value is None)
 
 
 def table_text(table: BaselineTable) -> str:
@@ -151,7 +151,17 @@ def table_text(table: BaselineTable) -> str:
         gated = " (gated)" if row.gated else ""
         seen = [row.saw[corpus] for corpus in CORPORA]
         runs = row.runs + (" (code)" if row.foreign_code else "")
-        lines.append((row.key, row.id, f"{row.parameters:g}", row.license + gated, runs, *seen, row.native_prompt))
+        lines.append(
+            (
+                row.key,
+                row.id,
+                f"{row.parameters:g}",
+                row.license + gated,
+                runs,
+                *seen,
+                row.native_prompt or "(takes none)",
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(
@@ -162,7 +172,7 @@ def table_text(table: BaselineTable) -> str:
             *text,
             "",
             "STAIR, YJ, COCO: what the model was trained on. (gated): accept the licence on its page and log in.",
-            "(code): runs code of others, with --trust_remote_code only.",
+            "(code): runs code of others, with --trust_remote_code only. (takes none): it only captions, in English.",
             f"Common prompt: {table.common_prompt}",
         ]
     )
@@ -281,8 +291,10 @@ def read_prompts(path: str | Path) -> dict[str, str]:
 
 def choose_prompts(
     table: BaselineTable, row: Baseline | None, given: str, kind: str | None, study: str | None
-) -> dict[str, tuple[str, str]]:
+) -> dict[str, tuple[str | None, str | None]]:
     """The prompts to caption with: name -> (kind, prompt). Without a study it is one, and its name is its kind.
+
+    A row that takes no prompt has `without_prompt`.
 
     Args:
         given: the value of `--prompt`.
@@ -293,6 +305,8 @@ def choose_prompts(
         BaselineError: native without a row, a kind other than given beside a set `--prompt` or beside a study, or a
             prompts file that `read_prompts` refuses.
     """
+    if row and row.native_prompt is None:
+        return without_prompt(row.key, given, kind, study)
     prompt_is_set = given != GenerationArguments.prompt
     if (study or prompt_is_set) and kind in ("native", "common"):
         raise BaselineError(f"--prompt_kind {kind} beside {'--prompts' if study else '--prompt'}: give one of them")
@@ -303,6 +317,20 @@ def choose_prompts(
         raise BaselineError("--prompt_kind native is the prompt of a row of the table: give --baseline, or --prompt")
     prompts = {"given": given, "common": table.common_prompt, "native": row and row.native_prompt}
     return {kind: (kind, prompts[kind])}
+
+
+def without_prompt(
+    name: str, given: str, kind: str | None, study: str | None
+) -> dict[str, tuple[str | None, str | None]]:
+    """What stands in for the prompts of a model that takes none: one run whose kind and prompt are null.
+
+    Raises:
+        BaselineError: `--prompt`, `--prompt_kind` or `--prompts` is set; arguments as of `choose_prompts`.
+    """
+    is_set = {"--prompt": given != GenerationArguments.prompt, "--prompt_kind": kind, "--prompts": study}
+    if options := [option for option, value in is_set.items() if value]:
+        raise BaselineError(f"{name} takes no prompt, it only captions: leave out {' and '.join(options)}")
+    return {"none": (None, None)}
 
 
 def score_prompts(folder: Path, names: list[str], rows: datasets.Dataset, tokenizer: str) -> str:

@@ -18,24 +18,30 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from vlmcap import provenance
 from vlmcap.data.images import open_image
 from vlmcap.evaluation.constraints import constraints
-from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds
+from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
 
 
 @dataclass
-class GenerationArguments:
-    """How captions are generated."""
+class BeamArguments:
+    """How captions are searched for."""
+
+    num_beams: int = field(default=3, metadata={"help": "Beam width; 1 is greedy search."})
+    max_new_tokens: int = field(default=64, metadata={"help": "A caption is cut after this many tokens."})
+    generation_batch_size: int = field(default=16, metadata={"help": "Images generated for at once."})
+    no_repeat_ngram_size: int = field(
+        default=0, metadata={"help": "No n-gram of this many tokens comes twice in a caption; 0 allows it."}
+    )
+
+
+@dataclass
+class GenerationArguments(BeamArguments):
+    """How captions are asked for, searched for and constrained."""
 
     prompt: str = field(
         default="この画像を日本語で短く説明してください。", metadata={"help": "The user's text behind the image."}
     )
-    num_beams: int = field(default=3, metadata={"help": "Beam width; 1 is greedy search."})
-    max_new_tokens: int = field(default=64, metadata={"help": "A caption is cut after this many tokens."})
-    generation_batch_size: int = field(default=16, metadata={"help": "Images generated for at once."})
     japanese_only: bool = field(
         default=False, metadata={"help": "Constrain captions to Japanese script, digits and punctuation."}
-    )
-    no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "No n-gram of this many tokens comes twice in a caption; 0 allows it."}
     )
     avoid_words: str | None = field(
         default=None,
@@ -104,19 +110,22 @@ def read_words(path: str | None) -> list[str] | None:
     return words
 
 
-def decoding_record(args: GenerationArguments) -> dict:
+def decoding_record(args: BeamArguments) -> dict:
     """The "decoding" part of a run record. Constraints are named only when they are on."""
-    return (
-        {
-            "num_beams": args.num_beams,
-            "max_new_tokens": args.max_new_tokens,
-            "do_sample": False,
-            "batch_size": args.generation_batch_size,
-        }
-        | ({"japanese_only": True} if args.japanese_only else {})
-        | ({"no_repeat_ngram_size": args.no_repeat_ngram_size} if args.no_repeat_ngram_size else {})
-        | ({"avoid_words": read_words(args.avoid_words)} if args.avoid_words else {})
-    )
+    record = {
+        "num_beams": args.num_beams,
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": False,
+        "batch_size": args.generation_batch_size,
+    }
+    prompted = isinstance(args, GenerationArguments)
+    if prompted and args.japanese_only:
+        record["japanese_only"] = True
+    if args.no_repeat_ngram_size:
+        record["no_repeat_ngram_size"] = args.no_repeat_ngram_size
+    if prompted and args.avoid_words:
+        record["avoid_words"] = read_words(args.avoid_words)
+    return record
 
 
 def image_size_record(processor: ProcessorMixin) -> dict:
@@ -178,32 +187,60 @@ def caption_images(
     return [" ".join(text.split()) for text in texts]
 
 
+@torch.inference_mode()
+def caption_pictures(
+    model: PreTrainedModel | PeftModel, processor: ProcessorMixin, images: list, args: BeamArguments
+) -> list[str]:
+    """Captions of a list of PIL images by a model that takes no prompt (BLIP, ViT + GPT-2 and the like)."""
+    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    own, tokenizer = model.generation_config, processor.tokenizer
+    config = GenerationConfig(
+        num_beams=args.num_beams,
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        bos_token_id=tokenizer.bos_token_id if own.bos_token_id is None else own.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if own.pad_token_id is None else own.pad_token_id,
+    )
+    dtype = base_model(model).dtype
+    ids = model.generate(pixel_values=pixels.to(model.device, dtype), generation_config=config)
+    return [" ".join(text.split()) for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
 def generate(
     model: PreTrainedModel | PeftModel,
     processor: ProcessorMixin,
     rows: datasets.Dataset,
     output: Path,
-    args: GenerationArguments,
+    args: BeamArguments,
     record: dict,
 ) -> None:
     """Captions every row with a loaded model and writes `output` and its run record, as `write_captions` does.
 
+    A model whose processor has no place for a prompt is given the pictures alone; its record has the prompt null.
+
     Args:
         rows: as `load_captions` returns them.
+        args: GenerationArguments for a model that takes a prompt.
         record: "model", "dataset" and "saw" of the run record.
     """
     decoding = decoding_record(args) | image_size_record(processor)
+    prompted = takes_prompt(processor)
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
     def caption(batch: datasets.Dataset) -> list[str]:
-        return caption_images(model, processor, [open_image(row) for row in batch], args)
+        images = [open_image(row) for row in batch]
+        return (caption_images if prompted else caption_pictures)(model, processor, images, args)
 
     def peak_memory() -> int | None:
         return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
 
-    write_captions(caption, rows, output, record | {"prompt": args.prompt, "decoding": decoding}, peak_memory)
+    record = record | {"prompt": args.prompt if prompted else None, "decoding": decoding}
+    write_captions(caption, rows, output, record, peak_memory)
 
 
 def write_captions(
@@ -284,13 +321,13 @@ def write_captions(
     state.wait_for_everyone()
 
 
-def weights_hash(adapter: Path) -> str | None:
-    """SHA-256 of the weights in an adapter folder; None when there are none."""
-    weights = adapter / "adapter_model.safetensors"
-    if not weights.exists():
-        return None
-    with weights.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+def weights_hash(folder: Path) -> str | None:
+    """SHA-256 of the weights in the folder of an adapter or of a whole model; None when there are none."""
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (folder / name).exists():
+            with (folder / name).open("rb") as file:
+                return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    return None
 
 
 def model_record(
@@ -300,7 +337,8 @@ def model_record(
     adapter: str | None = None,
     adapter_revision: str | None = None,
 ) -> dict:
-    """The "model" part of the run record. An adapter's revision: its commit on the Hub, or the hash of its weights."""
+    """The "model" part of the run record. `adapter`: the trained weights, also where they are a whole model's; their
+    revision is their commit on the Hub, or their hash."""
     base = base_model(model)
     if adapter:
         local = Path(adapter).exists()

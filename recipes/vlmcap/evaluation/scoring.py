@@ -64,11 +64,13 @@ class ScoreOptions:
         default=True,
         metadata={"help": "Score a second time with polite endings made plain on both sides (Japanese)."},
     )
-    meteor: bool = field(default=True, metadata={"help": "METEOR 1.5 in Java, if Java and the jar are there."})
+    meteor: bool = field(
+        default=True, metadata={"help": "METEOR 1.5 (English) in Java, if Java and the jar are there."}
+    )
     meteor_timeout: float = field(default=300, metadata={"help": "Seconds after which METEOR is given up."})
     spice_url: str | None = field(
         default=None,
-        metadata={"help": "SPICE service for English; its protocol stands in vlmcap/evaluation/external.py."},
+        metadata={"help": "SPICE service; its protocol stands in vlmcap/evaluation/external.py. It parses English."},
     )
     spice_dir: str | None = field(
         default=None, metadata={"help": "Or a local SPICE: folder with spice-1.0.jar and the CoreNLP jars in lib/."}
@@ -154,6 +156,11 @@ def score(
             statistics[""][name], by[name] = compute(_items(predictions, references))
         except external.ScorerUnavailable as error:
             notices.append(f"{SCORE_LABELS[name]} is left out: {error}")
+    if "spice" in by and tokenizer == "vietnamese":
+        notices.append(
+            "SPICE parses English alone: of Vietnamese captions it compares what an English parser makes of them, as"
+            " the published figure of UIT-ViIC does."
+        )
 
     describe = _Signatures(tokenizer, [len(captions) for captions in references.values()], by)
     df = f"df:{_digest(options.idf)}-{idf.images}" if idf else "df:refs"
@@ -242,7 +249,7 @@ def _spices(tokenizer: str, options: ScoreOptions) -> dict[str, Callable[[list[d
     spices = {}
     if options.spice_url or options.spice_dir:
         spices["spice"] = partial(service, options.spice_url) if options.spice_url else local
-        if tokenizer != "none":
+        if tokenizer in JAPANESE_TOKENIZERS:
             spices["spice"] = partial(wrong_language, "English")
     if options.jaspice_url:
         spices["jaspice"] = partial(service, options.jaspice_url)

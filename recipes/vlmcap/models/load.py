@@ -200,6 +200,11 @@ def load_processor(
     return processor
 
 
+def takes_prompt(processor: ProcessorMixin) -> bool:
+    """Whether a model can be asked something, by its processor: BLIP and its like only caption."""
+    return isinstance(processor, PaliGemmaProcessor) or processor.chat_template is not None
+
+
 def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
     """The text of one user turn, image first, up to where the assistant begins to write.
 
@@ -210,7 +215,7 @@ def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
     """
     if isinstance(processor, PaliGemmaProcessor):
         return processor.image_token + prompt
-    if processor.chat_template is None:
+    if not takes_prompt(processor):
         raise ModelError(f"{type(processor).__name__} has no chat template: this model cannot be given a prompt")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)

@@ -1,7 +1,11 @@
-"""The adapter's model card: README.md and .eval_results/, written from its metrics.json and audit.json alone."""
+"""The model card of what was trained: README.md and .eval_results/, from its metrics.json and audit.json alone.
+
+The words are in model_cards/: captioner.md.j2 is what all cards share, <recipe>.md.j2 what a recipe says beside it.
+"""
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -12,10 +16,11 @@ from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
 
 REPOSITORY = Path(__file__).parents[3]
-TEMPLATE = REPOSITORY / "model_cards" / "adapter.md.j2"
+TEMPLATES = REPOSITORY / "model_cards"
 EVAL_RESULTS = ".eval_results/captioning.yaml"
-# The smallest published Qwen2-VL has 2 billion parameters and the project's miniature about 3 million.
+# The smallest published bases, BLIP and ViT with GPT-2, have more than 200 million parameters, the miniatures a few.
 MINIATURE_PARAMETERS = 100_000_000
+LLAMA = "llama-3.2"  # in the id of every model under the licence of Llama 3.2
 # What a document must hold before a card can be printed: the scorer's part, the run record's, the recipe's.
 REQUIRED = (
     "scores signatures counts model dataset prompt decoding saw hardware seconds images_per_second peak_memory_bytes "
@@ -46,6 +51,97 @@ AUDITED = {
 # Counts that speak of the references alone, and so are the same for base and adapter.
 OF_REFERENCES = ("references", "mean_reference_tokens", "reference_type_token_ratio")
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the card of a recipe says in its metadata and table heads, and how its result is loaded."""
+
+    base: str  # what a miniature is no evidence about
+    title: str  # {base}, or {encoder} and {decoder}, are names of models without their owner
+    task: str
+    language: str
+    license: str  # of the published weights; of a miniature's Apache-2.0
+    tags: tuple[str, ...]
+    load: str  # Python that makes `model` and `processor`; {repo} and {base} are ids
+    pipeline_tag: str = "image-to-text"  # image alone in, text out; image-text-to-text is with a prompt
+    trained: str = "adapter"
+    untrained: str = "base, zero-shot"
+    saw: tuple[str, ...] = ()  # corpora of "saw" that are worth a line
+
+
+RECIPES = {
+    "sft_qwen2vl_jp": Recipe(
+        base="Qwen2-VL",
+        title="{base}, adapted to Japanese image captions",
+        task="Japanese image captioning",
+        language="ja",
+        license="apache-2.0",
+        tags=("japanese", "lora", "qwen2_vl", "sft", "trl"),
+        load="""\
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained("{repo}")
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{base}"), "{repo}")""",
+        pipeline_tag="image-text-to-text",
+        saw=("STAIR", "YJ", "COCO"),
+    ),
+    "sft_blip_vi": Recipe(
+        base="BLIP",
+        title="{base}, adapted to Vietnamese image captions",
+        task="Vietnamese image captioning",
+        language="vi",
+        license="bsd-3-clause",
+        tags=("vietnamese", "lora", "blip"),
+        load="""\
+from vlmcap.models.blip import load_blip_adapter
+model, processor = load_blip_adapter("{repo}")""",
+        saw=("COCO",),
+    ),
+    "sft_vit_gpt2_food": Recipe(
+        base="ViT or GPT-2",
+        title="{encoder} with {decoder}, trained on image titles",
+        task="Image titles",
+        language="en",
+        license="apache-2.0",
+        tags=("food", "vit", "gpt2", "vision-encoder-decoder"),
+        load="""\
+from transformers import AutoProcessor, VisionEncoderDecoderModel
+processor = AutoProcessor.from_pretrained("{repo}")
+model = VisionEncoderDecoderModel.from_pretrained("{repo}")""",
+        trained="model",
+        untrained="before training",
+    ),
+    "sft_vit_llama_food": Recipe(
+        base="ViT or Llama",
+        # Llama's licence wants a name that begins with "Llama".
+        title="{decoder} with {encoder}, adapted to image titles",
+        task="Image titles",
+        language="en",
+        license="llama3.2",
+        tags=("food", "lora", "vit", "llama"),
+        load="""\
+from vlmcap.models.vit_llama import load_vit_llama
+model, processor = load_vit_llama("{repo}")""",
+        untrained="before training",
+    ),
+}
+
+
+def recipe_of(metrics: dict) -> Recipe:
+    """The recipe that wrote a metrics document; one that names none is of sft_qwen2vl_jp.
+
+    Raises:
+        ValueError: it names a recipe that has no card.
+    """
+    return RECIPES[_recipe_name(metrics)]
+
+
+def _recipe_name(metrics: dict) -> str:
+    name = metrics.get("recipe", "sft_qwen2vl_jp")
+    if name not in RECIPES:
+        raise ValueError(f"recipe is {name!r}, which has no card; there are those of {', '.join(RECIPES)}")
+    return name
 
 
 def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> Path:
@@ -96,11 +192,12 @@ def read_metrics(adapter_dir: str | Path) -> dict:
 
 
 def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict | None = None) -> str:
-    """The model card (YAML block and Markdown) of an adapter, as text.
+    """The model card (YAML block and Markdown) of an adapter or a trained model, as text.
 
     Args:
-        metrics: the adapter's metrics document: its own scores and run record, with the training run under "training"
-            and the whole document of the zero-shot base, scored alike, under "base".
+        metrics: its metrics document: its own scores and run record, with the training run under "training" and the
+            whole document of the base (what there was before training), scored alike, under "base". Its "recipe"
+            chooses the card (see `recipe_of`).
         repo_id: "user/name" on the Hub for the quick start; None makes the quick start name the local folder.
         audit: the audit of the adapter's captions, with that of the base's under "base" where there is one.
 
@@ -112,10 +209,15 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
     if audit:
         _check_audit(audit, metrics)
     base, training = metrics["base"], metrics["training"]
-    base_id = metrics["model"]["id"]
+    parts = model_parts(metrics["model"])
     adapter_name = repo_id or local_name(metrics["model"]["adapter"] or ".")
+    best = training.get("best")
     environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=False,
     )
     environment.filters |= {
         "cell": _cell,
@@ -126,22 +228,27 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
         "recorded": lambda value: "not recorded" if value is None else f"`{value}`",
         "value": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
     }
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    text = environment.get_template(f"{_recipe_name(metrics)}.md.j2").render(
         m=metrics,
+        recipe=recipe_of(metrics),
         base=base,
         training=training,
         metadata=_metadata(metrics, repo_id).to_yaml(),
         title=_title(metrics),
         miniature=is_miniature(metrics),
-        base_on_hub=is_hub_id(base_id),
-        base_name=_name(base_id),
-        base_link=_link(base_id),
+        built_with_llama=built_with_llama(metrics),
+        base_on_hub=_on_hub(metrics),
+        base_name=" + ".join(_name(part["id"]) for part in parts.values()),
+        base_link=" with ".join(_link(part["id"]) for part in parts.values()),
+        base_revisions=[part["revision"] for part in model_parts(base["model"]).values()],
+        parts={place: {"link": _link(part["id"])} for place, part in parts.items()},
+        best_label=_label(best["metric"].removeprefix("eval_")) if best else None,
         adapter_name=adapter_name,
         dataset_link=_link(metrics["dataset"]["id"], "datasets/"),
         training_dataset_link=_link(training["dataset"]["id"], "datasets/"),
         scores=[
             {
-                "label": SCORE_LABELS.get(name, name),
+                "label": _label(name),
                 "base": _score(base, name),
                 "adapter": _score(metrics, name, bold=True),
                 "signature": metrics["signatures"][name],
@@ -150,7 +257,7 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
         ],
         normalised=[
             {
-                "label": SCORE_LABELS.get(name, name),
+                "label": _label(name),
                 "base": _score(base["register_normalised"], name),
                 "adapter": _score(metrics["register_normalised"], name),
             }
@@ -184,10 +291,10 @@ def _audited(audit: dict) -> list[dict]:
 
 
 def score_rows(metrics: dict) -> list[list[str]]:
-    """The base/adapter table as rows of text, the header first: for the sample page and for the terminal."""
-    rows = [["", "base, zero-shot", "adapter"]]
+    """The table of base and trained model as text, the header first: for the sample page and for the terminal."""
+    rows = [["", recipe_of(metrics).untrained, recipe_of(metrics).trained]]
     for name, score in metrics["scores"].items():
-        rows.append([SCORE_LABELS.get(name, name), f"{metrics['base']['scores'][name]:.4f}", f"{score:.4f}"])
+        rows.append([_label(name), f"{metrics['base']['scores'][name]:.4f}", f"{score:.4f}"])
     return rows
 
 
@@ -226,6 +333,11 @@ def is_miniature(metrics: dict) -> bool:
     return metrics["base"]["model"]["parameters"] < MINIATURE_PARAMETERS
 
 
+def built_with_llama(metrics: dict) -> bool:
+    """Whether the licence of Llama 3.2 holds for what was trained: its decoder is one, by its name."""
+    return LLAMA in model_parts(metrics["model"]).get("decoder", {"id": ""})["id"].lower()
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a model or dataset id is "user/name" of the Hub and not a local folder that happens to look like one."""
     return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not (REPOSITORY / name).exists()
@@ -239,18 +351,33 @@ def local_name(path: str) -> str:
     return full.relative_to(REPOSITORY).as_posix() if full.is_relative_to(REPOSITORY) else full.name
 
 
-def load_snippet(base_id: str, repo_id: str) -> str:
-    """Four lines of Python that load the base model, the adapter and the processor."""
-    base = f'AutoModelForImageTextToText.from_pretrained("{base_id}")'
-    return f'''\
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-processor = AutoProcessor.from_pretrained("{repo_id}")
-model = PeftModel.from_pretrained({base}, "{repo_id}")'''
+def load_snippet(base_id: str, repo_id: str, recipe: str = "sft_qwen2vl_jp") -> str:
+    """A few lines of Python that load model and processor from the Hub."""
+    return RECIPES[recipe].load.format(base=base_id, repo=repo_id)
 
 
 def quick_start(metrics: dict, adapter: str) -> str:
     """Python that captions one photograph with the settings of the measured run, ready to paste."""
+    if _recipe_name(metrics) == "sft_qwen2vl_jp":
+        return _quick_start_with_prompt(metrics, adapter)
+    load = load_snippet(metrics["model"]["id"], adapter, _recipe_name(metrics)).splitlines()
+    imports = ["from PIL import Image", *(line for line in load if line.startswith("from "))]
+    keys = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "do_sample")
+    settings = ", ".join(f"{key}={metrics['decoding'][key]}" for key in keys if key in metrics["decoding"])
+    lines = [*imports, "", *(line for line in load if line not in imports), "", *CAPTION.format(settings).splitlines()]
+    return "\n".join(lines)
+
+
+CAPTION = """\
+image = Image.open("photo.jpg").convert("RGB")
+pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values.to(model.device)
+ids = model.generate(
+    pixel_values=pixel_values, {}
+)
+print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
+
+
+def _quick_start_with_prompt(metrics: dict, adapter: str) -> str:
     model, decoding = metrics["model"], metrics["decoding"]
     revision = f', revision="{model["revision"]}"' if model["revision"] and is_hub_id(model["id"]) else ""
     dtype = model["dtype"].removeprefix("torch.")
@@ -330,19 +457,20 @@ def _check_audit(audit: dict, metrics: dict) -> None:
 
 
 def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
-    model, dataset, training_id = metrics["model"], metrics["dataset"], metrics["training"]["dataset"]["id"]
-    on_hub = is_hub_id(model["id"])
-    tags = ["image-captioning", "japanese", "lora", "qwen2_vl", "sft", "trl", "vlmcap"]
+    recipe, dataset, training_id = recipe_of(metrics), metrics["dataset"], metrics["training"]["dataset"]["id"]
+    bases = [part["id"] for part in model_parts(metrics["model"]).values()]
+    on_hub, whole = _on_hub(metrics), recipe.trained == "model"
+    tags = ["image-captioning", *recipe.tags, "vlmcap"]
     results = [
         EvalResult(
-            task_type="image-text-to-text",
-            task_name="Japanese image captioning",
+            task_type=recipe.pipeline_tag,
+            task_name=recipe.task,
             dataset_type=_name(dataset["id"]),
             dataset_name=_name(dataset["id"]),
             dataset_split=dataset["split"],
             dataset_revision=dataset["revision"],
             metric_type=name.split("_")[0],
-            metric_name=SCORE_LABELS.get(name, name),
+            metric_name=_label(name),
             metric_value=score,
             metric_args={"signature": metrics["signatures"][name]},
         )
@@ -350,21 +478,38 @@ def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
     ]
     return ModelCardData(
         # The Hub's validation refuses a local path in base_model or datasets, so they are given for Hub ids only.
-        base_model=model["id"] if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
+        base_model=(bases[0] if len(bases) == 1 else bases) if on_hub else None,
+        base_model_relation=("finetune" if whole else "adapter") if on_hub else None,
         datasets=[training_id] if is_hub_id(training_id) else None,
-        language=["ja"],
-        library_name="peft",
-        license="apache-2.0",
-        pipeline_tag="image-text-to-text",
+        language=[recipe.language],
+        library_name="transformers" if whole else "peft",
+        license=_license(metrics),
+        pipeline_tag=recipe.pipeline_tag,
         tags=tags + (["miniature"] if is_miniature(metrics) else []),
         model_name=repo_id.split("/")[1] if repo_id else _title(metrics),
         eval_results=results,
     )
 
 
+def _license(metrics: dict) -> str:
+    license_ = recipe_of(metrics).license
+    if is_miniature(metrics):
+        return "apache-2.0"
+    return "other" if license_ == "llama3.2" and not built_with_llama(metrics) else license_
+
+
 def _title(metrics: dict) -> str:
-    return f"{_name(metrics['model']['id']).split('/')[-1]}, adapted to Japanese image captions"
+    names = {place: _name(part["id"]).split("/")[-1] for place, part in model_parts(metrics["model"]).items()}
+    return recipe_of(metrics).title.format(**names)
+
+
+def model_parts(model: dict) -> dict[str, dict]:
+    """{"encoder", "decoder": {"id", "revision"}} of a model that was put together, {"base": ...} of any other."""
+    return model.get("parts") or {"base": {"id": model["id"], "revision": model["revision"]}}
+
+
+def _on_hub(metrics: dict) -> bool:
+    return all(is_hub_id(part["id"]) for part in model_parts(metrics["model"]).values())
 
 
 def _name(name: str) -> str:
@@ -375,6 +520,10 @@ def _link(name: str, kind: str = "") -> str:
     if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{kind}{name})"
     return f"`{local_name(name)}` (a local folder)"
+
+
+def _label(score: str) -> str:
+    return SCORE_LABELS.get(score, score)
 
 
 def _cell(text: str) -> str:

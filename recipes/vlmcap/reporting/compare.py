@@ -29,11 +29,13 @@ from vlmcap.evaluation.scoring import (
 )
 from vlmcap.reporting.gallery import disagreement, select_images, write_comparison_page
 from vlmcap.reporting.plots import has_curve, has_size, plot_quality_against_memory, plot_scores, plot_training_curves
+from vlmcap.training.ablation import markdown_table, text_table
 
 SIGNIFICANT = 0.05
 CORPORA = ("STAIR", "YJ", "COCO")
 NEEDED = ("scores", "signatures", "intervals", "bootstrap", "counts", "per_image")
 PLAIN = "register_normalised"
+OVERVIEW = ("bleu_1", "bleu_2", "bleu_4", "meteor", "rouge_l", "cider_d")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def write_comparison(
     max_gallery_images: int = 500,
     seed: int = 0,
     resamples: int = 1000,
+    scores: Sequence[str] | None = None,
 ) -> dict[str, Path]:
     """Writes tables, plots and the page of all runs into `output_dir`.
 
@@ -113,35 +116,39 @@ def write_comparison(
         max_gallery_images: with more, the page shows half of this many with the greatest disagreement and as many
             drawn at random with `seed`.
         resamples: of the paired bootstrap.
+        scores: columns of the score table and panels of its plot, in this order; without any, all that there are.
+            Those that no run has are left out. metrics.csv holds all of them.
 
     Returns:
         {"csv", "md", "tex", "scores", "html": path}, "memory" if a run record says how large a model is, and
         "curves" if a run has a training log.
 
     Raises:
-        ScoreError: runs that cannot stand in one table, no run named `reference`, references that lack images.
+        ScoreError: runs that cannot stand in one table, no run named `reference`, references that lack images, no such
+            score, or one that no run has and no other beside it.
         DatasetError: `dataset` cannot be read or is not the build that was scored.
     """
     reference = reference or runs[0].name
     if reference not in [run.name for run in runs]:
         raise ScoreError(f"no run is called {reference!r}: the runs are {', '.join(run.name for run in runs)}")
     check_comparable(runs)
+    chosen = _choose(scores, runs)
     captions, picture, remarks = _references_and_pictures(runs, dataset, split, image_dir, references)
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tests = compare_with(reference, runs, resamples)
-    scores, systems = score_table(runs, tests), system_table(runs)
-    notes = legend(runs, reference, resamples)
-    signatures = {SCORE_LABELS[key]: signature for key, signature in _shared_signatures(runs).items()}
+    table, systems = score_table(runs, tests, chosen), system_table(runs)
+    notes = legend(runs, reference, resamples, chosen)
+    signatures = {SCORE_LABELS[key]: signature for key, signature in _shared_signatures(runs).items() if key in chosen}
 
     paths = {"csv": output_dir / "metrics.csv", "md": output_dir / "metrics.md", "tex": output_dir / "metrics.tex"}
     _write_csv(paths["csv"], runs, tests)
-    paths["md"].write_text(_markdown(scores, systems, notes, signatures), encoding="utf-8")
-    paths["tex"].write_text(_latex(scores, systems, notes, signatures), encoding="utf-8")
+    paths["md"].write_text(_markdown(table, systems, notes, signatures), encoding="utf-8")
+    paths["tex"].write_text(_latex(table, systems, notes, signatures), encoding="utf-8")
 
     documents = {run.name: run.metrics for run in runs}
-    paths["scores"] = plot_scores(documents, output_dir / "scores.svg")
+    paths["scores"] = plot_scores(documents, output_dir / "scores.svg", chosen)
     if any(map(has_size, documents.values())):
         paths["memory"] = plot_quality_against_memory(documents, output_dir / "quality_against_memory.svg")
     if any(map(has_curve, documents.values())):
@@ -155,7 +162,7 @@ def write_comparison(
     paths["html"] = write_comparison_page(
         output_dir / "comparison.html",
         title=f"{len(runs)} {'systems' if len(runs) > 1 else 'system'} on {len(apart):,} images",
-        tables=[scores, systems],
+        tables=[table, systems],
         notes=notes,
         signatures=signatures,
         plots=[paths[key] for key in ("scores", "memory", "curves") if key in paths],
@@ -166,6 +173,53 @@ def write_comparison(
         remarks=[selection, *remarks],
     )
     return paths
+
+
+def write_overview(runs: Sequence[Run], output_dir: str | Path) -> tuple[Path, str]:
+    """Writes `output_dir/overview.md`, one table of runs on different datasets, and returns its path and the same for
+    a terminal.
+
+    A row is a run, with its score where it has one; rows of one dataset stand together, in the order of their first.
+
+    Raises:
+        ScoreError: runs of one dataset that were not scored on the same images in the same way.
+    """
+    groups = {}
+    for run in runs:
+        dataset = run.metrics.get("dataset")
+        # The place of the first run without a record keeps it apart from all others.
+        key = tuple(dataset[part] for part in ("id", "revision", "split")) if dataset else (run.name,)
+        groups.setdefault(key, []).append(run)
+    columns = ["", *(SCORE_LABELS[key] for key in OVERVIEW), "trained parameters", "seconds of training"]
+    markdown, text = [["", "dataset", "images", *columns[1:]]], []
+    for key, group in groups.items():
+        check_comparable(group)
+        name = f"{key[0]}, {key[2]}" if len(key) > 1 else "not recorded"
+        images = f"{group[0].metrics['counts']['images']:,}"
+        rows = [[run.name, *_overview_cells(run.metrics)] for run in group]
+        markdown += [[markdown_escape(row[0]), markdown_escape(name), images, *row[1:]] for row in rows]
+        text.append((f"{name}: {images} images", rows))
+    note = "Only rows of one dataset compare: scores depend on its captions and on their number an image."
+    path = Path(output_dir) / "overview.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{markdown_table(markdown)}\n{note}\n", encoding="utf-8")
+
+    lines = text_table([columns, *(row for _, rows in text for row in rows)]).splitlines()
+    shown = [lines.pop(0)]
+    for title, rows in text:
+        shown += ["", title, *(lines.pop(0) for _ in rows)]
+    return path, "\n".join([*shown, "", note])
+
+
+def _overview_cells(metrics: dict) -> list[str]:
+    training = metrics.get("training") or {}
+    parameters, seconds = training.get("trainable_parameters"), training.get("seconds")
+    scores = [metrics["scores"].get(key) for key in OVERVIEW]
+    return [
+        *("-" if score is None else f"{score:.4f}" for score in scores),
+        "-" if parameters is None else f"{parameters:,}",
+        "-" if seconds is None else f"{seconds:,.0f}",
+    ]
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
@@ -223,9 +277,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def score_table(runs: Sequence[Run], tests: dict[str, dict[str, dict]]) -> Table:
+def score_table(runs: Sequence[Run], tests: dict[str, dict[str, dict]], scores: Sequence[str]) -> Table:
     """Scores with intervals; `*` marks those that differ from the reference run's, the best of a column is `best`."""
-    columns = _score_columns(runs)
+    columns = _score_columns(runs, scores)
     rows = [[Cell(run.name)] for run in runs]
     for part, key, _ in columns:
         documents = [run.metrics if part is None else run.metrics.get(part) or {} for run in runs]
@@ -251,12 +305,13 @@ def score_table(runs: Sequence[Run], tests: dict[str, dict[str, dict]]) -> Table
 
 def system_table(runs: Sequence[Run]) -> Table:
     """What each system is, what it saw in training, and what it costs."""
-    columns = ["System", "Model", "Adapter", *(f"Saw {corpus}" for corpus in CORPORA)]
+    columns = ["System", "Model", "Trained weights", *(f"Saw {corpus}" for corpus in CORPORA)]
     columns += ["Parameters", "Peak memory", "Captions/s"]
     rows = []
     for run in runs:
         model, saw = run.metrics.get("model") or {}, run.metrics.get("saw") or {}
-        texts = [run.name, _at(model.get("id"), model.get("revision"))]
+        parts = (model.get("parts") or {"whole": model}).values()
+        texts = [run.name, " + ".join(_at(part.get("id"), part.get("revision")) for part in parts)]
         texts += [_at(model.get("adapter"), model.get("adapter_revision"))]
         texts += [saw.get(corpus) or "-" for corpus in CORPORA]
         peak, rate = run.metrics.get("peak_memory_bytes"), run.metrics.get("images_per_second")
@@ -269,7 +324,7 @@ def system_table(runs: Sequence[Run]) -> Table:
     return Table(columns, rows)
 
 
-def legend(runs: Sequence[Run], reference: str, resamples: int) -> list[str]:
+def legend(runs: Sequence[Run], reference: str, resamples: int, scores: Sequence[str]) -> list[str]:
     """What a reader must know to read the tables, as sentences of plain text."""
     first = runs[0].metrics
     dataset = first.get("dataset")
@@ -293,7 +348,7 @@ def legend(runs: Sequence[Run], reference: str, resamples: int) -> list[str]:
         # The smallest p of a bootstrap is 1 / (1 + resamples).
         if others / (1 + resamples) >= SIGNIFICANT:
             notes.append("So few resamples can mark no difference among so many systems: raise --resamples.")
-    if any(run.metrics.get(PLAIN) for run in runs):
+    if "cider_d" in scores and any(run.metrics.get(PLAIN) for run in runs):
         notes.append("CIDEr-D, plain endings: polite endings made plain in captions and references; not tested.")
     notes.append(
         "Saw: whether the corpus was in the model's training data, as far as is known; COCO: its photographs or "
@@ -415,10 +470,21 @@ def _shared_signatures(runs: Sequence[Run]) -> dict[str, str]:
     }
 
 
-def _score_columns(runs: Sequence[Run]) -> list[tuple[str | None, str, str]]:
+def _choose(scores: Sequence[str] | None, runs: Sequence[Run]) -> list[str]:
+    unknown = [key for key in scores or () if key not in SCORE_LABELS]
+    if unknown:
+        raise ScoreError(f"there is no score {unknown[0]!r}: choose of {', '.join(SCORE_LABELS)}")
+    there = list(_shared_signatures(runs))
+    chosen = [key for key in scores or there if key in there]
+    if not chosen:
+        raise ScoreError(f"no run has {' or '.join(scores or ['a score'])}; there are {', '.join(there)}")
+    return chosen
+
+
+def _score_columns(runs: Sequence[Run], scores: Sequence[str]) -> list[tuple[str | None, str, str]]:
     """(part of the document, score, label) of the table's columns."""
     columns = []
-    for key in _shared_signatures(runs):
+    for key in scores:
         columns.append((None, key, SCORE_LABELS[key]))
         if key == "cider_d" and any(run.metrics.get(PLAIN) for run in runs):
             columns.append((PLAIN, key, f"{SCORE_LABELS[key]}, plain endings"))

@@ -12,10 +12,12 @@ PAGES = Path(__file__).parent / "pages"
 PIXEL_ART = 256  # px; images with no side longer than this are the miniature's scenes, scaled up with hard edges
 PHOTO_SIDE = 640  # px; the longer side of COCO's photographs, at which larger ones are embedded
 JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
+VIETNAMESE = re.compile(r"[ăđơư\u1ea0-\u1ef9]", re.IGNORECASE)
 
 
 def template(name: str) -> jinja2.Template:
-    """A template of `pages/`, with the filter `lang`: "ja" for a text in Japanese script, else "en"."""
+    """A template of `pages/`, with the filter `lang`: "ja" for a text in Japanese script, "vi" for one with letters of
+    Vietnamese alone, else "en"."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
         autoescape=True,
@@ -23,7 +25,9 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["lang"] = lambda text: "ja" if JAPANESE.search(text) else "en"
+    environment.filters["lang"] = lambda text: (
+        "ja" if JAPANESE.search(text) else "vi" if VIETNAMESE.search(text) else "en"
+    )
     return environment.get_template(name)
 
 

@@ -1,22 +1,33 @@
-"""An adapter folder to the Hub: adapter, processor, metrics and card in one commit."""
+"""What was trained to the Hub: weights, processor, metrics and card in one commit."""
 
+import shutil
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 
-from vlmcap.reporting.cards import write_adapter_card
+from vlmcap.reporting.cards import (
+    LLAMA,
+    built_with_llama,
+    is_hub_id,
+    model_parts,
+    read_metrics,
+    recipe_of,
+    write_adapter_card,
+)
 
+WEIGHTS = {
+    "adapter": [("adapter_config.json",), ("adapter_model.safetensors",)],
+    "model": [("config.json",), ("generation_config.json",), ("model.safetensors",)],
+}
 # One of each tuple must be there: transformers 5 writes processor_config.json, version 4 preprocessor_config.json.
 NEEDED = [
-    ("adapter_config.json",),
-    ("adapter_model.safetensors", "adapter_model.bin"),
     ("processor_config.json", "preprocessor_config.json"),
     ("tokenizer_config.json",),
     ("metrics.json",),
 ]
 # What stays here: the trainer's own state (training_args.bin pickles the arguments, a Hub token among them if one was
-# given) and sample pages, which carry photographs that are not ours to publish.
+# given), weights in pickles, and sample pages, which carry photographs that are not ours to publish.
 PRIVATE = [
     "checkpoint-*/*",
     "global_step*/*",
@@ -28,9 +39,17 @@ PRIVATE = [
     "scaler.pt",
     "rng_state*.pth",
     "trainer_state.json",
-    "training_args.bin",
+    "*.bin",
     "*.html",
 ]
+
+
+# What the Llama 3.2 Community License asks of a derivative that is passed on (section 1.b): this notice, a copy of the
+# licence, "Built with Llama" (the card has it), a name that begins with "Llama".
+LLAMA_NOTICE = (
+    "Llama 3.2 is licensed under the Llama 3.2 Community License, Copyright © Meta Platforms, Inc. All Rights"
+    " Reserved.\n"
+)
 
 
 class PushError(RuntimeError):
@@ -38,24 +57,33 @@ class PushError(RuntimeError):
 
 
 def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) -> str:
-    """Pushes an adapter folder to the model repository `repo_id` in one commit; returns the repository's URL.
+    """Pushes the folder of an adapter or a trained model to `repo_id` in one commit; returns the repository's URL.
 
     Checks the folder, writes its card again with `repo_id` in it, has the Hub validate the card's metadata, creates
     the repository when it does not exist, and uploads everything but the trainer's state and sample pages. An
     existing repository whose visibility is not the one asked for is refused, lest a private adapter land in public.
+    What was trained on Llama 3.2 needs a repository whose name begins with "Llama"; its licence, fetched from the
+    base's repository, and a notice are added to the folder.
 
     Raises:
         FileNotFoundError: the folder lacks a file; the message says which and what writes it.
-        ValueError: metrics.json is no adapter's document.
-        PushError: the Hub could not be reached or refused; the folder is as it was but for the card.
+        ValueError: metrics.json is not the document of a trained model.
+        PushError: the Hub could not be reached or refused; the folder is as it was but for the card. `repo_id` is no
+            name for a Llama, or its licence is not to be had.
     """
     adapter_dir = Path(adapter_dir)
     check_adapter_folder(adapter_dir)
+    metrics = read_metrics(adapter_dir)
+    decoder = model_parts(metrics["model"]).get("decoder", {"id": ""})
+    check_llama_name(repo_id, decoder["id"])
     card = ModelCard.load(write_adapter_card(adapter_dir, repo_id))
 
     api = HfApi()
-    step = "validating the card"
+    step = f"adding the licence of {decoder['id']} (LICENSE.txt in the folder, if it cannot be fetched)"
     try:
+        if built_with_llama(metrics):
+            _add_llama_licence(adapter_dir, decoder)
+        step = "validating the card"
         card.validate()
         step = "creating the repository"
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -70,7 +98,7 @@ def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) ->
             repo_id=repo_id,
             folder_path=adapter_dir,
             ignore_patterns=PRIVATE,
-            commit_message="Upload adapter, processor, metrics and model card",
+            commit_message=f"Upload {recipe_of(metrics).trained}, processor, metrics and model card",
         )
     # A push fails as HfHubHTTPError (an httpx2.HTTPError), as a bare httpx2 error without connection, as OSError
     # without token or in offline mode, as RuntimeError from an LFS or Xet upload, as ValueError from validation.
@@ -86,19 +114,51 @@ def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) ->
 
 
 def check_adapter_folder(adapter_dir: Path) -> None:
-    """Raises FileNotFoundError when a file that the published adapter needs is not in the folder."""
+    """Raises FileNotFoundError when a file that the published adapter or model needs is not in the folder.
+
+    Which of the two it is says the recipe in metrics.json. Weights are safetensors, never pickles.
+    """
     if not adapter_dir.is_dir():
         raise FileNotFoundError(f"there is no adapter folder {adapter_dir}. {_WRITTEN_BY}")
-    missing = [" or ".join(names) for names in NEEDED if not any((adapter_dir / name).is_file() for name in names)]
+    if (adapter_dir / "metrics.json").is_file():
+        trained = recipe_of(read_metrics(adapter_dir)).trained
+    else:
+        trained = "model" if (adapter_dir / "model.safetensors").is_file() else "adapter"
+    needed = [*WEIGHTS[trained], *NEEDED]
+    missing = [" or ".join(names) for names in needed if not any((adapter_dir / name).is_file() for name in names)]
     if missing:
         raise FileNotFoundError(f"{adapter_dir} lacks {', '.join(missing)}. {_WRITTEN_BY}")
 
 
 _WRITTEN_BY = (
-    "The recipe writes the whole folder, adapter, processor and metrics.json, at its end:\n"
+    "The recipe writes the whole folder, weights, processor and metrics.json, at its end:\n"
     "  accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/sft_qwen2vl_jp.py\n"
-    "(add --resume_from_checkpoint to continue a run that was interrupted); it is OUTPUT_DIR/adapter."
+    "(add --resume_from_checkpoint to continue a run that was interrupted); it is OUTPUT_DIR/adapter, and\n"
+    "OUTPUT_DIR/model of recipes/sft_vit_gpt2_food.py."
 )
+
+
+def check_llama_name(repo_id: str | None, decoder: str) -> None:
+    """Raises PushError when what was trained on `decoder`, a Llama 3.2, is to be published under another name.
+
+    Its licence wants the name of a derivative to begin with "Llama". None is not published.
+    """
+    if repo_id and LLAMA in decoder.lower() and not repo_id.split("/")[-1].startswith("Llama"):
+        raise PushError(
+            f"{repo_id} cannot be the name of what is trained on {decoder}: the licence of Llama 3.2 wants a name that"
+            ' begins with "Llama", such as Llama-3.2-1B-dish-titles'
+        )
+
+
+def _add_llama_licence(adapter_dir: Path, decoder: dict) -> None:
+    """Writes NOTICE and, unless it lies there, LICENSE.txt into the folder; what for, see LLAMA_NOTICE."""
+    (adapter_dir / "NOTICE").write_text(LLAMA_NOTICE, encoding="utf-8")
+    licence = adapter_dir / "LICENSE.txt"
+    if licence.is_file():
+        return
+    if not is_hub_id(decoder["id"]):
+        raise ValueError("it must go with the model, and there is no repository to fetch it from")
+    shutil.copyfile(hf_hub_download(decoder["id"], "LICENSE.txt", revision=decoder["revision"]), licence)
 
 
 def check_push_rights(repo_id: str | None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from vlmcap.evaluation.scoring import SCORE_LABELS
 
@@ -23,14 +24,17 @@ MARKERS = ("o", "s", "^", "D", "v")
 INK, SOFT = "#1c1c1a", "#8a8a83"  # a page may replace these two with its own
 WIDTH = 10.0  # inches; a README shows 12 of them in its full width
 PANELS = 4  # side by side
+CURVE_HEIGHT = 3.0  # inches
+TITLE = {"fontsize": 10, "loc": "left", "pad": 4}
 
 
-def plot_scores(runs: dict[str, dict], path: str | Path) -> Path:
+def plot_scores(runs: dict[str, dict], path: str | Path, scores: Sequence[str] = tuple(SCORE_LABELS)) -> Path:
     """One panel a score, one bar a run, with its 95 % interval. Bars have the gid `bar-<score>-<number of the run>`.
 
-    A score that a run lacks has no bar but a dash. CIDEr-D with polite endings made plain follows the raw one.
+    A score that a run lacks has no bar but a dash, one that all lack no panel. CIDEr-D with polite endings made plain
+    follows the raw one.
     """
-    panels = _panels(runs)
+    panels = _panels(runs, scores)
     columns = min(PANELS, len(panels))
     rows = -(-len(panels) // columns)
     with _house_style(path) as save:
@@ -38,7 +42,7 @@ def plot_scores(runs: dict[str, dict], path: str | Path) -> Path:
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for place, (key, (label, values)) in zip(axes.flat, panels.items(), strict=False):
             _draw_bars(place, key, values)
-            place.set_title(label, fontsize=10, loc="left", pad=4)
+            place.set_title(label, **TITLE)
             place.set_yticks(range(len(runs)), list(runs))
         for place in axes.flat[len(panels) :]:
             place.remove()
@@ -88,28 +92,47 @@ def plot_quality_against_memory(runs: dict[str, dict], path: str | Path) -> Path
 
 
 def plot_training_curves(runs: dict[str, dict], path: str | Path) -> Path:
-    """Loss and, where captions were scored during training, their CIDEr-D against the step.
+    """Loss against the step, dashed that of validation captions, and a panel for each of their scores in the logs.
 
-    Only runs with a training log are drawn (`has_curve`). Lines have the gid `loss-<number>` and `cider-<number>`.
+    Only runs with a training log are drawn (`has_curve`). Lines have the gid `<key>-<number>`, with the keys of the
+    log: `loss`, `eval_loss`, `eval_cider_d`.
     """
     logs = {number: training_log(run) for number, run in enumerate(runs.values()) if has_curve(run)}
-    panels = {"loss": ("loss", "training loss")}
-    if any("eval_cider_d" in line for log in logs.values() for line in log):
-        panels["eval_cider_d"] = ("cider", "CIDEr-D, validation captions")
+    logged = {key for log in logs.values() for line in log for key in line}
+    panels = {f"eval_{score}": label for score, label in SCORE_LABELS.items() if f"eval_{score}" in logged}
+    columns = min(PANELS, 1 + len(panels))
+    rows = -(-(1 + len(panels)) // columns)
+    names = [list(runs)[number] for number in logs]
+    legend_columns = max(1, min(PANELS, int(12 * WIDTH) // (8 + max(map(len, names)))))  # 12 characters an inch
+    height = rows * (CURVE_HEIGHT if rows == 1 else 0.8 * CURVE_HEIGHT) + 0.2 * -(-len(names) // legend_columns)
     with _house_style(path) as save:
-        figure = Figure(figsize=(WIDTH, _height(logs)), layout="constrained")
-        places = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (key, (gid, label)) in zip(places, panels.items(), strict=True):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        first, *places = figure.subplots(rows, columns, squeeze=False).flat
+        for number, log in logs.items():
+            _draw_curve(first, log, "loss", number)
+        curves = list(first.lines)
+        for number, log in logs.items():
+            _draw_curve(first, log, "eval_loss", number, linestyle=(0, (3, 1)), marker="none")
+        first.set_title("training loss" + (", dashed: validation" if "eval_loss" in logged else ""), **TITLE)
+        losses = [line["loss"] for log in logs.values() for line in log if line.get("loss", 0) > 0]
+        if losses and max(losses) > 3 * min(losses):
+            # The first steps lose so much more than the last that nothing could be told apart on a linear scale.
+            first.set_yscale("log")
+            first.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            first.yaxis.set_major_formatter("{x:g}")
+            first.yaxis.set_minor_locator(NullLocator())
+        for axes, (key, label) in zip(places, panels.items(), strict=False):
             for number, log in logs.items():
-                points = [(line["step"], line[key]) for line in log if key in line]
-                look = _look(number) | {"markevery": max(1, len(points) // 12)}
-                steps, values = zip(*points, strict=True) if points else ((), ())
-                axes.plot(steps, values, linewidth=1.6, markersize=4, **look)
-                axes.lines[-1].set_gid(f"{gid}-{number}")
-            _finish(axes, "step", label)
+                _draw_curve(axes, log, key, number)
+            axes.set_title(f"{label}, validation", **TITLE)
+            axes.set_ylim(bottom=0)
+        for axes in places[len(panels) :]:
+            axes.remove()
+        for axes in (first, *places[: len(panels)]):
+            _finish(axes, "step", "")
             axes.set_xlim(left=0)
-        places[-1].set_ylim(bottom=0)
-        _legend(figure, places[0].lines, [list(runs)[number] for number in logs])
+            axes.locator_params(axis="x", nbins=5)
+        figure.legend(curves, names, loc="outside lower left", ncols=legend_columns, frameon=False, fontsize=9)
         return save(figure)
 
 
@@ -128,15 +151,16 @@ def has_curve(run: dict) -> bool:
     return sum("loss" in line for line in training_log(run)) > 1
 
 
-def _panels(runs: dict[str, dict]) -> dict[str, tuple[str, list]]:
-    """Score -> (label, [(value, low, high) or None for every run]), in the order of SCORE_LABELS."""
+def _panels(runs: dict[str, dict], scores: Sequence[str]) -> dict[str, tuple[str, list]]:
+    """Score -> (label, [(value, low, high) or None for every run]), in the order of `scores`."""
 
     def values(key: str, documents: list[dict]) -> list:
         return [(d["scores"][key], *d["intervals"][key]) if key in d.get("scores", {}) else None for d in documents]
 
     raw, panels = list(runs.values()), {}
     plain = [run.get("register_normalised") or {} for run in raw]
-    for key, label in SCORE_LABELS.items():
+    for key in scores:
+        label = SCORE_LABELS[key]
         if any(values(key, raw)):
             panels[key] = (label, values(key, raw))
         if key == "cider_d" and any(values(key, plain)):
@@ -168,6 +192,14 @@ def _draw_bars(axes: Axes, key: str, values: list) -> None:
     axes.tick_params(axis="x", labelsize=8)
     axes.locator_params(axis="x", nbins=4)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_curve(axes: Axes, log: list[dict], key: str, number: int, **look) -> None:
+    points = [(line["step"], line[key]) for line in log if key in line]
+    if points:
+        look = _look(number) | look | {"markevery": max(1, len(points) // 12)}
+        (curve,) = axes.plot(*zip(*points, strict=True), linewidth=1.6, markersize=4, **look)
+        curve.set_gid(f"{key}-{number}")
 
 
 def _finish(axes: Axes, x_label: str, y_label: str) -> None:

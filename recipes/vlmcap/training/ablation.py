@@ -9,6 +9,8 @@ A grid is a YAML file:
     settings: {max_steps: 300}                               optional, changes that hold for every cell
     vary: {lora_r: [8, 64], train_projector: [false]}        one at a time, beside the unchanged reference
     grid: {seed: [42, 43]}                                   optional, every combination of these, with each of `vary`
+    trained: model                                           optional, where in a cell lies what was trained: adapter
+    scores: [bleu_1, rouge_l]                                optional, columns of the summary and of the comparison
 """
 
 import hashlib
@@ -17,8 +19,11 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 import psutil
 import yaml
@@ -28,6 +33,7 @@ from vlmcap.evaluation.scoring import SCORE_LABELS
 
 REFERENCE = "reference"
 STATE = "cell.json"
+PATIENCE = 20  # seconds that an interrupted cell has to end before it is killed
 
 
 class AblationError(ValueError):
@@ -45,20 +51,20 @@ class Grid:
     settings: dict = field(default_factory=dict)
     vary: dict[str, list] = field(default_factory=dict)
     grid: dict[str, list] = field(default_factory=dict)
+    trained: str = "adapter"
+    scores: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `varied`: what of `vary` it changes, or "reference"; `changes`: every setting beside the config's."""
+    """One run. `varied`: what of `vary` it changes, or "reference"; `changes`: every setting beside the config's;
+    `metrics`: the document of what it trained."""
 
     name: str
     varied: str
     changes: dict
     folder: Path
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "adapter/metrics.json"
+    metrics: Path
 
     def state(self) -> dict:
         """What is known of the cell's last run: "status" is new, running, finished or failed."""
@@ -73,7 +79,8 @@ def read_grid(path: str | Path, **overrides) -> Grid:
     """Reads a grid file; `overrides` that are not None replace its keys.
 
     Raises:
-        AblationError: the file is missing or no mapping, has an unknown or no needed key, or a list is none.
+        AblationError: the file is missing or no mapping, has an unknown or no needed key, or a list is none; there is
+            no such score.
     """
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -96,6 +103,11 @@ def read_grid(path: str | Path, **overrides) -> Grid:
         for key, values in document.get(part, {}).items():
             if not isinstance(values, list) or not values:
                 raise AblationError(f"{path}: {part}.{key} must be a list of values, but is {values!r}")
+    scores = document.get("scores", [])
+    if not isinstance(scores, list) or not set(scores) <= set(SCORE_LABELS):
+        raise AblationError(f"{path}: scores must be a list of some of {', '.join(SCORE_LABELS)}, but is {scores!r}")
+    if not isinstance(document.get("trained", ""), str):
+        raise AblationError(f"{path}: trained must be the name of a folder, but is {document['trained']!r}")
     for key in ("recipe", "config"):
         if not Path(document[key]).is_file():
             raise AblationError(f"{path}: {key} {document[key]} is no file (paths are relative to the working folder)")
@@ -117,7 +129,8 @@ def cells(grid: Grid) -> list[Cell]:
         varied = _name(change) or REFERENCE
         name = ", ".join(filter(None, [varied, _name(combination)]))
         folder = Path(grid.output_dir) / "cells" / "".join(c if c.isalnum() or c in "=.-_" else "_" for c in name)
-        found.append(Cell(name, varied, grid.settings | combination | change, folder))
+        metrics = folder / grid.trained / "metrics.json"
+        found.append(Cell(name, varied, grid.settings | combination | change, folder, metrics))
     return found
 
 
@@ -149,33 +162,47 @@ def run_grid(grid: Grid) -> list[Cell]:
     return todo
 
 
-def summary_rows(grid_cells: list[Cell], score: str = "cider_d") -> list[list[str]]:
-    """The grid as rows of text, header first: a row for each of `vary`, means over the combinations of `grid`."""
+def summary_rows(grid_cells: list[Cell], scores: Sequence[str] = ()) -> list[list[str]]:
+    """The grid as rows of text, header first: a row for each of `vary`, means over the combinations of `grid`.
+
+    `scores`: CIDEr-D if there are none. Least and most are of the first of them.
+    """
+    first, *others = scores or ["cider_d"]
     about = ["trained parameters", "seconds of training", "peak memory, GiB"]
-    rows = [["", SCORE_LABELS[score], "least", "most", "runs", *about]]
+    header = ["", SCORE_LABELS[first], "least", "most", *(SCORE_LABELS[key] for key in others), "runs", *about]
+    rows = [header]
     for varied in dict.fromkeys(cell.varied for cell in grid_cells):
         runs_of = [cell for cell in grid_cells if cell.varied == varied]
         documents = [json.loads(cell.metrics.read_text(encoding="utf-8")) for cell in runs_of if cell.finished()]
         runs = f"{len(documents)} of {len(runs_of)}"
         if not documents:
-            rows.append([varied, "-", "-", "-", runs, "-", "-", "-"])
+            rows.append([varied, *["-"] * (3 + len(others)), runs, "-", "-", "-"])
             continue
-        scores = [document["scores"][score] for document in documents]
+        values = {key: [d["scores"][key] for d in documents if key in d["scores"]] for key in (first, *others)}
         training = [document["training"] for document in documents]
         peaks = [t["peak_memory_bytes"] for t in training if t["peak_memory_bytes"] is not None]
         rows.append(
             [
                 varied,
-                f"{sum(scores) / len(scores):.4f}",
-                f"{min(scores):.4f}",
-                f"{max(scores):.4f}",
+                *(f"{of(values[first]):.4f}" if values[first] else "-" for of in (mean, min, max)),
+                *(f"{mean(values[key]):.4f}" if values[key] else "-" for key in others),
                 runs,
                 f"{training[0]['trainable_parameters']:,}",
-                f"{sum(t['seconds'] for t in training) / len(training):.0f}",
+                f"{mean(t['seconds'] for t in training):.0f}",
                 f"{max(peaks) / 2**30:.2f}" if peaks else "not measured",
             ]
         )
     return rows
+
+
+def text_table(rows: list[list[str]]) -> str:
+    """Rows of text, header first, in columns for a terminal; all but the first stand right."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([f"{name:<{first}}", *(f"{text:>{width}}" for text, width in zip(values, others, strict=True))])
+        for name, *values in rows
+    ]
+    return "\n".join(lines)
 
 
 def markdown_table(rows: list[list[str]]) -> str:
@@ -207,14 +234,23 @@ def _run(grid: Grid, cell: Cell) -> None:
         try:
             code = process.wait()
         except BaseException:
-            # The launcher would leave the recipe running.
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.terminate()
-            process.wait()
+            _end(process.pid)  # the launcher would leave the recipe running
             raise
     done = code == 0 and cell.metrics.exists()
     seconds = earlier + time.monotonic() - start
     write(status="finished" if done else "failed", returncode=code, seconds=round(seconds, 1))
+
+
+def _end(pid: int) -> None:
+    """Ends a process and all that it started; what does not go when it is asked to is killed."""
+    with suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(pid)
+        family = [*launcher.children(recursive=True), launcher]
+        for ask in (psutil.Process.terminate, psutil.Process.kill):
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    ask(process)
+            _, family = psutil.wait_procs(family, timeout=PATIENCE)
 
 
 def _last_words(log: Path, lines: int = 5) -> list[str]:

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from vlmcap.data.images import open_image
-from vlmcap.evaluation.generate import GenerationArguments, caption_images
+from vlmcap.evaluation.generate import BeamArguments, caption_images, caption_pictures
 from vlmcap.evaluation.scoring import quick_scores
+from vlmcap.models.load import takes_prompt
 from vlmcap.training.features import FeatureCache
 
 
@@ -26,7 +27,7 @@ class CaptionValidation:
 
     rows: datasets.Dataset
     processor: ProcessorMixin
-    generation: GenerationArguments
+    generation: BeamArguments
     tokenizer: str = "unidic-lite"
     features: FeatureCache | None = None
 
@@ -44,8 +45,11 @@ class CaptionValidation:
             picked = mine[start : start + self.generation.generation_batch_size]
             batch = self.rows.select(picked)
             images = [open_image(row) for row in batch]
-            features = self.features.batch(picked) if self.features else None
-            said = caption_images(model, self.processor, images, self.generation, features)
+            if takes_prompt(self.processor):
+                features = self.features.batch(picked) if self.features else None
+                said = caption_images(model, self.processor, images, self.generation, features)
+            else:
+                said = caption_pictures(model, self.processor, images, self.generation)
             captions += zip(batch["image_id"], said, strict=True)
         predictions = {str(image_id): caption for image_id, caption in gather_object(captions)}
         references = dict(zip(map(str, self.rows["image_id"]), self.rows["captions"], strict=True))

@@ -1,0 +1,120 @@
+"""Adapt BLIP to Vietnamese image captions with LoRA (UIT-ViIC), and measure the result beside zero-shot BLIP.
+
+The dataset first, with the photographs (COCO train2017) in a folder; then the training, on one GPU with 16 GB or more,
+with the settings of recipes/configs/sft_blip_vi/base.yaml:
+
+    python scripts/publish_datasets.py uit_viic --annotations uitviic_captions_train2017.json \\
+        uitviic_captions_val2017.json uitviic_captions_test2017.json --output_dir data/uit_viic
+    python scripts/fetch_images.py --dataset data/uit_viic --output_dir data/images_vi
+    accelerate launch recipes/sft_blip_vi.py
+
+Any key of the YAML can be set on the command line, and an interrupted run continues:
+
+    accelerate launch recipes/sft_blip_vi.py --lora_r 32 --output_dir outputs/blip_r32
+    accelerate launch recipes/sft_blip_vi.py --resume_from_checkpoint latest
+
+BLIP's own tokenizer takes the tone marks off Vietnamese words: the recipe learns pieces that keep them from the
+training captions, and trains their embeddings beside LoRA.
+
+In `output_dir` it leaves checkpoints, `base/` and `adapter/` with predictions.jsonl and metrics.json each, the adapter
+with its processor and model card in `adapter/`, and `samples.html`. `--push_to_hub --hub_model_id you/name` publishes
+`adapter/` (private until you say otherwise). The whole path in miniature, on a CPU: `make demo-family`.
+"""
+
+import gc
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+from vlmcap.models.blip import BlipArguments, add_lora, learn_vietnamese, load_blip, load_blip_adapter
+
+from vlmcap import provenance
+from vlmcap.arguments import parse
+from vlmcap.data.images import DatasetError
+from vlmcap.evaluation.generate import BeamArguments, PredictionsError, model_record
+from vlmcap.evaluation.scoring import ScoreError
+from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
+from vlmcap.models.load import ModelError
+from vlmcap.reporting.hub import PushError
+from vlmcap.reporting.recipe import begin, finish_captioner
+from vlmcap.training.captioner import (
+    REPORTED_SETTINGS,
+    CaptionerDataArguments,
+    CaptionerTrainer,
+    CaptionerTrainingArguments,
+    captioner_report,
+    check_caption_lengths,
+)
+from vlmcap.training.start import load_splits, save_trained
+
+BASE_CONFIG = Path(__file__).parent / "configs/sft_blip_vi/base.yaml"
+
+
+def main(
+    data_args: CaptionerDataArguments,
+    model_args: BlipArguments,
+    beam_args: BeamArguments,
+    training_args: CaptionerTrainingArguments,
+) -> None:
+    adapter_dir = Path(training_args.output_dir) / "adapter"
+    groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(beam_args)}
+    run = begin(training_args, REPORTED_SETTINGS, **groups)
+
+    # Data: one row an image.
+    splits = load_splits(data_args, run.output_dir, training_args.eval_strategy != "no", run.seed)
+    tokenizer_signature(data_args.tokenizer)
+
+    # Model: the vision encoder frozen, LoRA on the decoder's attention, embeddings of the new pieces trained.
+    names = (model_args.model_name_or_path, model_args.model_revision)
+    set_seed(run.seed)
+    model, processor = load_blip(*names)
+    captions = [caption for captions in splits.train["captions"] for caption in captions]
+    processor = learn_vietnamese(processor, captions, model_args.new_pieces)
+    lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)
+    model = add_lora(model, processor, model_args)
+    trainer = CaptionerTrainer(
+        model=model,
+        args=training_args,
+        splits=splits,
+        processing_class=processor,
+        names=("input_ids", "attention_mask"),
+        generation=beam_args,
+        tokenizer=data_args.tokenizer,
+    )
+    if PartialState().is_main_process:
+        print(captioner_report(trainer), lengths, sep="\n", flush=True)
+
+    # Training
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    config = asdict(model_args) | run.settings | {"model_name_or_path": provenance.public_name(names[0])}
+    save_trained(trainer, adapter_dir, splits, config)
+    del trainer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    PartialState().wait_for_everyone()
+
+    # Evaluation: zero-shot BLIP and the adapter as it lies on disk, on the same images with the same decoding.
+    finish_captioner(
+        run,
+        Path(__file__).stem,
+        data_args,
+        beam_args,
+        splits,
+        trained_dir=adapter_dir,
+        load_base=lambda: load_blip(*names),
+        load_trained=lambda: load_blip_adapter(str(adapter_dir)),
+        base_record=lambda model: model_record(model, *names),
+    )
+
+
+ARGUMENTS = (CaptionerDataArguments, BlipArguments, BeamArguments, CaptionerTrainingArguments)
+
+if __name__ == "__main__":
+    command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
+    try:
+        main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
+    except (DatasetError, ModelError, PredictionsError, PushError, ScoreError, TokenizerError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,141 @@
+"""Teach ViT + GPT-2 (VisionEncoderDecoder) to name dishes, training encoder, decoder or both.
+
+The dataset first (the CSV and the pictures of the Food Ingredients and Recipes dataset), then the training, on one GPU
+with 16 GB or more, with the settings of recipes/configs/sft_vit_gpt2_food/base.yaml:
+
+    python scripts/publish_datasets.py food_titles --annotations titles.csv --images "Food Images" \\
+        --output_dir data/food_titles
+    accelerate launch recipes/sft_vit_gpt2_food.py
+
+Any key of the YAML can be set on the command line, and an interrupted run continues:
+
+    accelerate launch recipes/sft_vit_gpt2_food.py --train decoder --freeze_gpt2_blocks 6 --output_dir outputs/d6
+    accelerate launch recipes/sft_vit_gpt2_food.py --resume_from_checkpoint latest
+
+The study, a grid each of encoder, decoder and both, with learning curves and tables side by side at its end:
+
+    python scripts/run_ablation.py --config recipes/configs/sft_vit_gpt2_food/decoder.yaml
+
+In `output_dir` it leaves checkpoints, `base/` (the model before training) and `model/` with predictions.jsonl and
+metrics.json each, the whole model with its processor and model card in `model/`, and `samples.html`. `--push_to_hub
+--hub_model_id you/name` publishes `model/` (private until you say otherwise). The whole path in miniature, on a CPU:
+`make demo-family`.
+"""
+
+import gc
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from vlmcap import provenance
+from vlmcap.arguments import parse
+from vlmcap.data.images import DatasetError
+from vlmcap.evaluation.generate import BeamArguments, PredictionsError
+from vlmcap.evaluation.scoring import ScoreError
+from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
+from vlmcap.models.load import ModelError
+from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
+from vlmcap.reporting.hub import PushError
+from vlmcap.reporting.recipe import begin, finish_captioner
+from vlmcap.training.captioner import (
+    REPORTED_SETTINGS,
+    CaptionerDataArguments,
+    CaptionerTrainer,
+    CaptionerTrainingArguments,
+    captioner_report,
+    check_caption_lengths,
+    two_part_record,
+)
+from vlmcap.training.start import load_splits, save_trained
+
+BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_gpt2_food/base.yaml"
+
+
+@dataclass
+class FoodTrainingArguments(CaptionerTrainingArguments):
+    """CaptionerTrainingArguments with a learning rate for each half."""
+
+    encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the ViT; learning_rate if left out."}
+    )
+    decoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of GPT-2 and its cross-attention; learning_rate if left out."}
+    )
+
+
+def main(
+    data_args: CaptionerDataArguments,
+    model_args: VitGpt2Arguments,
+    beam_args: BeamArguments,
+    training_args: FoodTrainingArguments,
+) -> None:
+    model_dir = Path(training_args.output_dir) / "model"
+    groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(beam_args)}
+    reported = [*REPORTED_SETTINGS, "encoder_learning_rate", "decoder_learning_rate"]
+    run = begin(training_args, reported, **groups)
+
+    # Data: one row an image.
+    splits = load_splits(data_args, run.output_dir, training_args.eval_strategy != "no", run.seed)
+    tokenizer_signature(data_args.tokenizer)
+
+    # Model: a pretrained ViT and a pretrained GPT-2 with new cross-attention; what is not studied is frozen.
+    model, processor = build_vit_gpt2(model_args, run.seed)
+    freeze(model, model_args)
+    captions = [caption for captions in splits.train["captions"] for caption in captions]
+    lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)
+    rates = (
+        training_args.encoder_learning_rate or training_args.learning_rate,
+        training_args.decoder_learning_rate or training_args.learning_rate,
+    )
+    trainer = CaptionerTrainer(
+        model=model,
+        args=training_args,
+        splits=splits,
+        processing_class=processor,
+        names=("decoder_input_ids", "decoder_attention_mask"),
+        generation=beam_args,
+        tokenizer=data_args.tokenizer,
+        parameter_groups=parameter_groups(model, *rates, training_args.weight_decay),
+        read_checkpoint=lambda folder: load_vit_gpt2(folder)[0],
+    )
+    if PartialState().is_main_process:
+        print(captioner_report(trainer), lengths, sep="\n", flush=True)
+
+    # Training
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    parts = {
+        "encoder_name_or_path": provenance.public_name(model_args.encoder_name_or_path),
+        "decoder_name_or_path": provenance.public_name(model_args.decoder_name_or_path),
+    }
+    save_trained(trainer, model_dir, splits, asdict(model_args) | run.settings | parts)
+    del trainer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    PartialState().wait_for_everyone()
+
+    # Evaluation: the model before training and the trained one as it lies on disk, with the same decoding.
+    finish_captioner(
+        run,
+        Path(__file__).stem,
+        data_args,
+        beam_args,
+        splits,
+        trained_dir=model_dir,
+        load_base=lambda: build_vit_gpt2(model_args, run.seed),
+        load_trained=lambda: load_vit_gpt2(str(model_dir)),
+        base_record=partial(two_part_record, args=model_args),
+    )
+
+
+ARGUMENTS = (CaptionerDataArguments, VitGpt2Arguments, BeamArguments, FoodTrainingArguments)
+
+if __name__ == "__main__":
+    command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
+    try:
+        main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
+    except (DatasetError, ModelError, PredictionsError, PushError, ScoreError, TokenizerError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,128 @@
+"""Teach Llama 3.2 to name dishes from one vector of a frozen ViT: a trained projection as soft prefix, and LoRA.
+
+The dataset first (the CSV and the pictures of the Food Ingredients and Recipes dataset), then the training, on one GPU
+with 16 GB or more, with the settings of recipes/configs/sft_vit_llama_food/base.yaml. Llama 3.2 is gated: accept its
+licence on its page and log in (`hf auth login`).
+
+    python scripts/publish_datasets.py food_titles --annotations titles.csv --images "Food Images" \\
+        --output_dir data/food_titles
+    accelerate launch recipes/sft_vit_llama_food.py
+
+Any key of the YAML can be set on the command line, and an interrupted run continues:
+
+    accelerate launch recipes/sft_vit_llama_food.py --decoder_name_or_path meta-llama/Llama-3.2-3B \\
+        --load_in_4bit true --output_dir outputs/vit_llama_3b
+    accelerate launch recipes/sft_vit_llama_food.py --image_prefix patches --output_dir outputs/vit_llama_patches
+    accelerate launch recipes/sft_vit_llama_food.py --resume_from_checkpoint latest
+
+A grid over rank, alpha, dropout and prefix:
+
+    python scripts/run_ablation.py --config recipes/configs/sft_vit_llama_food/grid.yaml
+
+In `output_dir` it leaves checkpoints, `base/` (the model before training) and `adapter/` with predictions.jsonl and
+metrics.json each, LoRA and projection with processor and model card in `adapter/`, and `samples.html`.
+`--push_to_hub --hub_model_id you/Llama-name` publishes `adapter/` (private until you say otherwise). The whole path in
+miniature, on a CPU: `make demo-family`.
+"""
+
+import gc
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+
+from vlmcap import provenance
+from vlmcap.arguments import parse
+from vlmcap.data.images import DatasetError
+from vlmcap.evaluation.generate import BeamArguments, PredictionsError
+from vlmcap.evaluation.scoring import ScoreError
+from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
+from vlmcap.models.load import ModelError
+from vlmcap.models.vit_llama import VitLlamaArguments, add_lora, build_vit_llama, load_vit_llama
+from vlmcap.reporting.hub import PushError, check_llama_name
+from vlmcap.reporting.recipe import begin, finish_captioner
+from vlmcap.training.captioner import (
+    REPORTED_SETTINGS,
+    CaptionerDataArguments,
+    CaptionerTrainer,
+    CaptionerTrainingArguments,
+    captioner_report,
+    check_caption_lengths,
+    two_part_record,
+)
+from vlmcap.training.start import load_splits, save_trained
+
+BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_llama_food/base.yaml"
+
+
+def main(
+    data_args: CaptionerDataArguments,
+    model_args: VitLlamaArguments,
+    beam_args: BeamArguments,
+    training_args: CaptionerTrainingArguments,
+) -> None:
+    adapter_dir = Path(training_args.output_dir) / "adapter"
+    groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(beam_args)}
+    run = begin(training_args, REPORTED_SETTINGS, **groups)
+    check_llama_name(run.push_to, model_args.decoder_name_or_path)
+
+    # Data: one row an image.
+    splits = load_splits(data_args, run.output_dir, training_args.eval_strategy != "no", run.seed)
+    tokenizer_signature(data_args.tokenizer)
+
+    # Model: frozen ViT, frozen Llama with LoRA, and between them a projection that is trained in full.
+    model, processor = build_vit_llama(model_args, run.seed)
+    captions = [caption for captions in splits.train["captions"] for caption in captions]
+    lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)
+    set_seed(run.seed)
+    model = add_lora(model, model_args)
+    trainer = CaptionerTrainer(
+        model=model,
+        args=training_args,
+        splits=splits,
+        processing_class=processor,
+        names=("input_ids", "attention_mask"),
+        generation=beam_args,
+        tokenizer=data_args.tokenizer,
+    )
+    if PartialState().is_main_process:
+        print(captioner_report(trainer), lengths, sep="\n", flush=True)
+
+    # Training
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    parts = {
+        "encoder_name_or_path": provenance.public_name(model_args.encoder_name_or_path),
+        "decoder_name_or_path": provenance.public_name(model_args.decoder_name_or_path),
+    }
+    save_trained(trainer, adapter_dir, splits, asdict(model_args) | run.settings | parts)
+    del trainer, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    PartialState().wait_for_everyone()
+
+    # Evaluation: the model before training and the adapter as it lies on disk, with the same decoding.
+    finish_captioner(
+        run,
+        Path(__file__).stem,
+        data_args,
+        beam_args,
+        splits,
+        trained_dir=adapter_dir,
+        load_base=lambda: build_vit_llama(model_args, run.seed),
+        load_trained=lambda: load_vit_llama(str(adapter_dir)),
+        base_record=partial(two_part_record, args=model_args),
+    )
+
+
+ARGUMENTS = (CaptionerDataArguments, VitLlamaArguments, BeamArguments, CaptionerTrainingArguments)
+
+if __name__ == "__main__":
+    command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
+    try:
+        main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
+    except (DatasetError, ModelError, PredictionsError, PushError, ScoreError, TokenizerError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,190 @@
+"""ViT + GPT-2: a `VisionEncoderDecoderModel` of two pretrained parts, and what of it is trained.
+
+GPT-2 reads the image through cross-attention, which it was pretrained without: these layers are new weights, drawn by
+seed, and are trained whatever else is frozen. A caption is `<|endoftext|> tokens <|endoftext|>`: GPT-2 has one special
+token, which begins it, ends it and pads behind its end. So nothing may be told from `token == pad_token_id`: labels
+masked that way lose the end of the caption, and the decoder goes on and repeats itself. Captions are told from padding
+by their length (`vlmcap.training.captioner`), and generation stops at the first `<|endoftext|>` after the start.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2LMHeadModel,
+    PreTrainedConfig,
+    ProcessorMixin,
+    VisionEncoderDecoderModel,
+    VisionTextDualEncoderProcessor,
+    ViTModel,
+)
+
+from vlmcap.models.load import ModelError, _loading
+from vlmcap.provenance import public_name
+
+
+@dataclass
+class VitGpt2Arguments:
+    """The two pretrained parts, and what of them is trained. The cross-attention between them always is."""
+
+    encoder_name_or_path: str = field(
+        default="google/vit-base-patch16-224-in21k", metadata={"help": "Image encoder, a ViT: Hub id or local folder."}
+    )
+    encoder_revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
+    decoder_name_or_path: str = field(
+        default="openai-community/gpt2", metadata={"help": "Text decoder, a GPT-2: Hub id or local folder."}
+    )
+    decoder_revision: str | None = field(default=None, metadata={"help": "Revision of the decoder on the Hub."})
+    train: Literal["encoder", "decoder", "both"] = field(
+        default="both",
+        metadata={
+            "help": "Part that is trained: encoder, decoder or both. The cross-attention layers are new weights and"
+            " are trained in every mode."
+        },
+    )
+    freeze_vit_blocks: int = field(
+        default=0, metadata={"help": "Freeze the first N blocks of a trained encoder, 0 to its depth (ViT-B: 12)."}
+    )
+    freeze_gpt2_blocks: int = field(
+        default=0,
+        metadata={
+            "help": "Freeze the first N blocks of a trained decoder, 0 to its depth (GPT-2: 12), except for their"
+            " cross-attention, which is new and trained."
+        },
+    )
+    freeze_embeddings: bool = field(
+        default=True,
+        metadata={
+            "help": "Freeze the patch and position embeddings of the encoder, and the token and position embeddings of"
+            " the decoder; GPT-2's output layer is its token embedding. False trains those of a part that is trained."
+        },
+    )
+
+
+def build_vit_gpt2(args: VitGpt2Arguments, seed: int) -> tuple[VisionEncoderDecoderModel, ProcessorMixin]:
+    """Joins the pretrained parts with new cross-attention, in float32 on this process's device.
+
+    Between parts of different width lies a new linear projection too. All parameters require gradients (see `freeze`).
+    The processor holds the encoder's image processor and the decoder's tokenizer, and is reloaded by `AutoProcessor`.
+
+    Args:
+        seed: of the new weights; torch's generator is set to it.
+
+    Raises:
+        ModelError: there is no such model, or it is no ViT, or no GPT-2.
+    """
+    encoder, encoder_source = args.encoder_name_or_path, {"revision": args.encoder_revision}
+    decoder, decoder_source = args.decoder_name_or_path, {"revision": args.decoder_revision}
+    _read_config(encoder, args.encoder_revision, "vit", "ViT (google/vit-base-patch16-224-in21k)")
+    _read_config(decoder, args.decoder_revision, "gpt2", "GPT-2 (openai-community/gpt2)")
+    weights = {"dtype": torch.float32, "use_safetensors": True}
+    torch.manual_seed(seed)
+    with _loading(encoder):
+        vit = ViTModel.from_pretrained(encoder, **encoder_source, **weights, add_pooling_layer=False)
+        image_processor = AutoImageProcessor.from_pretrained(encoder, **encoder_source)
+    with _loading(decoder):
+        gpt2 = GPT2LMHeadModel.from_pretrained(decoder, **decoder_source, **weights, add_cross_attention=True)
+        tokenizer = AutoTokenizer.from_pretrained(decoder, **decoder_source)
+    tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.clean_up_tokenization_spaces = False  # " ," and " 's" of a caption are its own
+    model = VisionEncoderDecoderModel(encoder=vit, decoder=gpt2)
+    model.config.encoder._name_or_path = public_name(encoder)
+    model.config.decoder._name_or_path = public_name(decoder)
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    ends = dict.fromkeys(ends, tokenizer.eos_token_id)
+    model.config.update(ends)
+    model.config.decoder.pad_token_id = tokenizer.pad_token_id  # as the Trainer would set it, with a warning
+    model.generation_config = GenerationConfig(**ends)
+    return model.to(PartialState().device), VisionTextDualEncoderProcessor(image_processor, tokenizer)
+
+
+def load_vit_gpt2(
+    name: str, revision: str | None = None
+) -> tuple[VisionEncoderDecoderModel, VisionTextDualEncoderProcessor]:
+    """Loads a trained model and its processor, in float32 on this process's device, for inference.
+
+    Raises:
+        ModelError: there is no such model, or it is no ViT with GPT-2.
+    """
+    config = _read_config(name, revision, "vision-encoder-decoder", "model trained by sft_vit_gpt2_food.py")
+    if (config.encoder.model_type, config.decoder.model_type) != ("vit", "gpt2"):
+        raise ModelError(f"{name} joins {config.encoder.model_type} and {config.decoder.model_type}, not vit and gpt2")
+    config.decoder.pad_token_id = None  # or GPT-2 takes the start of a caption for padding, and warns
+    with _loading(name):
+        # Left to itself, transformers gives the encoder a pooler, which nothing uses and no checkpoint holds.
+        encoder = ViTModel(config.encoder, add_pooling_layer=False)
+        model = VisionEncoderDecoderModel.from_pretrained(
+            name, encoder, config=config, revision=revision, dtype=torch.float32, use_safetensors=True
+        )
+        processor = AutoProcessor.from_pretrained(name, revision=revision)
+    return model.to(PartialState().device).eval(), processor
+
+
+def freeze(model: VisionEncoderDecoderModel, args: VitGpt2Arguments) -> None:
+    """Sets which parameters require gradients.
+
+    The new layers always do: the cross-attention of every decoder block with its norm, frozen block or not, and the
+    projection between parts of different width. Of a part that is not trained nothing else does. Of one that is, the
+    embeddings and its first blocks do not where `args` says so; its last norm does. Below the first trained encoder
+    block no graph is recorded, unless the encoder's embeddings are trained.
+
+    Raises:
+        ModelError: more blocks to freeze than there are.
+    """
+    gpt2 = model.decoder.transformer
+    for key, blocks in (("freeze_vit_blocks", model.encoder.layers), ("freeze_gpt2_blocks", gpt2.h)):
+        count = getattr(args, key)
+        if not 0 <= count <= len(blocks):
+            name = args.encoder_name_or_path if key == "freeze_vit_blocks" else args.decoder_name_or_path
+            raise ModelError(f"{key}={count}: {name} has {len(blocks)} blocks, so choose 0 to {len(blocks)}")
+    model.encoder.requires_grad_(args.train != "decoder")
+    model.decoder.requires_grad_(args.train != "encoder")
+    frozen = [*model.encoder.layers[: args.freeze_vit_blocks], *gpt2.h[: args.freeze_gpt2_blocks]]
+    if args.freeze_embeddings:
+        frozen += [model.encoder.embeddings, gpt2.wte, gpt2.wpe]
+    for module in frozen:
+        module.requires_grad_(False)
+    for block in gpt2.h:
+        block.crossattention.requires_grad_(True)
+        block.ln_cross_attn.requires_grad_(True)
+
+
+def parameter_groups(
+    model: nn.Module, encoder_learning_rate: float, decoder_learning_rate: float, weight_decay: float
+) -> list[dict]:
+    """The trained parameters as groups for AdamW; biases and norms are not decayed.
+
+    The cross-attention and the projection in front of it belong to the decoder, also where the rest of it is frozen.
+
+    Returns:
+        Groups `{"params", "lr", "weight_decay"}`: encoder decayed, encoder not decayed, decoder decayed, decoder not
+        decayed; those without parameters are left out.
+    """
+    groups = []
+    for rate, in_encoder in ((encoder_learning_rate, True), (decoder_learning_rate, False)):
+        trained = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name.startswith("encoder.") == in_encoder
+        ]
+        matrices = [parameter for parameter in trained if parameter.ndim > 1]
+        vectors = [parameter for parameter in trained if parameter.ndim == 1]
+        groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
+        groups.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def _read_config(name: str, revision: str | None, kind: str, wanted: str) -> PreTrainedConfig:
+    with _loading(name):
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    if config.model_type != kind:
+        raise ModelError(f"{name} is a {config.model_type} model; choose a {wanted}")
+    return config

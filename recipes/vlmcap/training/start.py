@@ -1,0 +1,144 @@
+"""How every recipe begins and what it leaves of training: data checked before hours are spent, a run to go on with."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from vlmcap import provenance
+from vlmcap.data.images import check_images, check_no_overlap, dataset_record, load_captions
+from vlmcap.evaluation.generate import weights_hash
+from vlmcap.training.collator import BadImages, drop_missing
+
+
+@dataclass
+class SplitArguments:
+    """What is trained and evaluated on."""
+
+    dataset: str = field(
+        metadata={
+            "help": "Caption dataset made by scripts/publish_datasets.py: Hub id (you/stair-captions-ja) or folder."
+        }
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the photographs, for a dataset published without them."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(
+        default="validation",
+        metadata={"help": "Split whose captions rank the checkpoints, with eval_strategy: steps."},
+    )
+    test_split: str = field(default="test", metadata={"help": "Split on which base and trained model are scored."})
+    max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
+    max_validation_images: int = field(default=300, metadata={"help": "Validate on this many images, drawn by seed."})
+    max_test_images: int | None = field(default=None, metadata={"help": "Score on the first N test images only."})
+    max_bad_images: float = field(
+        default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
+    )
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows as `load_captions` returns them; no `validation` without validation. `record`: of the training split."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset | None
+    test: datasets.Dataset
+    record: dict
+    validation_split: str | None
+    bad_images: BadImages
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
+    """The checkpoint to continue from: a folder, or `latest` for the newest in output_dir."""
+    latest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if resume is None and latest:
+        raise SystemExit(
+            f"error: {output_dir} holds {Path(latest).name} of an earlier run. Continue it with"
+            " --resume_from_checkpoint latest, choose another --output_dir, or delete it."
+        )
+    if resume == "latest" and not latest:
+        raise SystemExit(f"error: --resume_from_checkpoint latest, but {output_dir} holds no checkpoint")
+    return latest if resume == "latest" else resume
+
+
+def load_splits(
+    args: SplitArguments, output_dir: Path, validates: bool, seed: int, include_yj_images: bool = True
+) -> Splits:
+    """Loads the splits of a run and checks them: what cannot be read is found now, what overlaps ends the run.
+
+    Training pictures that are missing are left out and listed in `output_dir/bad_images.jsonl`, up to
+    `max_bad_images`; every picture of the test and validation images is decoded.
+
+    Args:
+        validates: whether validation rows are wanted.
+        seed: of the choice of validation images.
+        include_yj_images: False leaves out training images that YJ Captions describes too.
+
+    Raises:
+        DatasetError: no such dataset or split, an image in two splits, unreadable pictures.
+    """
+    is_main = PartialState().is_main_process
+    record = dataset_record(args.dataset, args.train_split, args.dataset_revision)
+    source = {"image_dir": args.image_dir, "revision": record["revision"]}
+    with PartialState().local_main_process_first():
+        train = load_captions(args.dataset, args.train_split, **source)
+        test = load_captions(args.dataset, args.test_split, **source)
+    check_no_overlap(train, test, args.test_split)
+    if not include_yj_images:
+        train = train.select([i for i, in_yj in enumerate(train["in_yj"]) if not in_yj])
+    train, test = _first(train, args.max_train_images), _first(test, args.max_test_images)
+    bad_images = BadImages(output_dir / "bad_images.jsonl", int(args.max_bad_images * len(train)))
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        bad_images.path.unlink(missing_ok=True)
+        check_images(test, args.test_split)
+    validation = None
+    if validates:
+        validation = load_captions(args.dataset, args.validation_split, **source)
+        check_no_overlap(train, validation, args.validation_split)
+        validation = _first(validation.shuffle(seed=seed), args.max_validation_images)
+        if is_main:
+            check_images(validation, args.validation_split)
+    train = drop_missing(train, bad_images, write=is_main)
+    return Splits(train, validation, test, record, args.validation_split if validates else None, bad_images)
+
+
+def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
+    return rows.select(range(min(count or len(rows), len(rows))))
+
+
+def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -> None:
+    """Saves what was trained and, beside it, training.json: what was trained on, with which settings, what it came to.
+
+    Captions that lie there are deleted when they are of other weights. The trainer's pickled arguments are not kept.
+
+    Args:
+        trainer: a MeasuredTrainer.
+        config: the settings that the model card prints.
+    """
+    before = weights_hash(folder)
+    trainer.save_model(str(folder))
+    if not PartialState().is_main_process:
+        return
+    if weights_hash(folder) != before:
+        (folder / "predictions.jsonl").unlink(missing_ok=True)
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    training = {
+        "config": config,
+        "dataset": splits.record,
+        "images": len(splits.train),
+        "captions": sum(map(len, splits.train["captions"])),
+        "in_yj_images": sum(map(bool, splits.train["in_yj"])),
+        "validation_split": splits.validation_split,
+        "bad_images": splits.bad_images.count(),
+        "hardware": provenance.hardware(),
+        "seed": trainer.args.seed,
+    }
+    text = json.dumps(training | trainer.summary(), ensure_ascii=False, indent=2)
+    (folder / "training.json").write_text(text, encoding="utf-8")
