@@ -29,7 +29,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import set_seed
-from vlmcap.models.blip import BlipArguments, add_lora, learn_vietnamese, load_blip, load_blip_adapter
 
 from vlmcap import provenance
 from vlmcap.arguments import parse
@@ -37,7 +36,8 @@ from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.generate import BeamArguments, PredictionsError, model_record
 from vlmcap.evaluation.scoring import ScoreError
 from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
-from vlmcap.models.load import ModelError
+from vlmcap.models.blip import BlipArguments, add_lora, learn_vietnamese, load_blip, load_blip_adapter
+from vlmcap.models.load import ModelError, resolve_revision
 from vlmcap.reporting.hub import PushError
 from vlmcap.reporting.recipe import begin, finish_captioner
 from vlmcap.training.captioner import (
@@ -106,7 +106,7 @@ def main(
         trained_dir=adapter_dir,
         load_base=lambda: load_blip(*names),
         load_trained=lambda: load_blip_adapter(str(adapter_dir)),
-        base_record=lambda model: model_record(model, *names),
+        base_record=lambda model: model_record(model, names[0], resolve_revision(*names)),
     )
 
 

@@ -48,7 +48,15 @@ from vlmcap.evaluation.generate import (
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
 from vlmcap.evaluation.scoring import ScoreError
 from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
-from vlmcap.models.load import ModelArguments, ModelError, load_adapter, load_model, load_processor, lora_config
+from vlmcap.models.load import (
+    ModelArguments,
+    ModelError,
+    load_adapter,
+    load_model,
+    load_processor,
+    lora_config,
+    resolve_revision,
+)
 from vlmcap.reporting.cards import write_adapter_card
 from vlmcap.reporting.hub import PushError, push_adapter
 from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
@@ -134,7 +142,8 @@ def main(
         read_instances(data_args.instances, things, map(str, splits.test["image_id"]))
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
-    names = (model_args.model_name_or_path, model_args.model_revision)
+    name = model_args.model_name_or_path
+    names = (name, resolve_revision(name, model_args.model_revision))
     processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
     features = validation_features = validation = None

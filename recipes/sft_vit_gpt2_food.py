@@ -48,6 +48,7 @@ from vlmcap.training.captioner import (
     CaptionerTrainingArguments,
     captioner_report,
     check_caption_lengths,
+    resolve_parts,
     two_part_record,
 )
 from vlmcap.training.start import load_splits, save_trained
@@ -83,6 +84,7 @@ def main(
     tokenizer_signature(data_args.tokenizer)
 
     # Model: a pretrained ViT and a pretrained GPT-2 with new cross-attention; what is not studied is frozen.
+    model_args = resolve_parts(model_args)
     model, processor = build_vit_gpt2(model_args, run.seed)
     freeze(model, model_args)
     captions = [caption for captions in splits.train["captions"] for caption in captions]

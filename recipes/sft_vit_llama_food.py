@@ -52,6 +52,7 @@ from vlmcap.training.captioner import (
     CaptionerTrainingArguments,
     captioner_report,
     check_caption_lengths,
+    resolve_parts,
     two_part_record,
 )
 from vlmcap.training.start import load_splits, save_trained
@@ -75,6 +76,7 @@ def main(
     tokenizer_signature(data_args.tokenizer)
 
     # Model: frozen ViT, frozen Llama with LoRA, and between them a projection that is trained in full.
+    model_args = resolve_parts(model_args)
     model, processor = build_vit_llama(model_args, run.seed)
     captions = [caption for captions in splits.train["captions"] for caption in captions]
     lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)

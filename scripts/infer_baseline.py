@@ -55,7 +55,6 @@ from vlmcap.evaluation.baselines import (
     check_remote_code,
     choose_prompts,
     read_table,
-    resolve_revision,
     saw_record,
     score_prompts,
     table_text,
@@ -66,7 +65,7 @@ from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, ge
 from vlmcap.evaluation.isolated import IsolatedError, generate_isolated, isolated_record, start_isolated
 from vlmcap.evaluation.scoring import ScoreError
 from vlmcap.evaluation.tokenise import TOKENIZERS, TokenizerError
-from vlmcap.models.load import ModelError, load_adapter, load_model, load_processor, takes_prompt
+from vlmcap.models.load import ModelError, load_adapter, load_model, load_processor, resolve_revision, takes_prompt
 
 TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
 

@@ -10,20 +10,18 @@ import yaml
 from huggingface_hub import HfApi
 
 from vlmcap.evaluation.baselines import (
-    COMMIT,
     BaselineError,
     check_remote_code,
     choose_prompts,
     read_prompts,
     read_table,
-    resolve_revision,
     saw_record,
     table_text,
 )
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.evaluation.isolated import RUNNERS
 from vlmcap.evaluation.tokenise import TOKENIZERS
-from vlmcap.models.load import ModelError, load_model, load_processor
+from vlmcap.models.load import COMMIT, ModelError, load_model, load_processor, resolve_revision
 
 DEFAULT_PROMPT = GenerationArguments.prompt
 COMMIT_READ = "0123456789abcdef0123456789abcdef01234567"
@@ -250,9 +248,9 @@ def test_a_branch_becomes_the_commit_it_means(hub):
     assert COMMIT.fullmatch(commit)
     assert resolve_revision("user/model", None) == resolve_revision("user/model", "main") == commit
     assert resolve_revision("user/model", COMMIT_READ) == COMMIT_READ
-    with pytest.raises(BaselineError, match="does not have it as a model, or not at revision gone"):
+    with pytest.raises(ModelError, match="does not have it as a model, or not at revision gone"):
         resolve_revision("user/model", "gone")
-    with pytest.raises(BaselineError, match="user/none is no folder"):
+    with pytest.raises(ModelError, match="user/none is no folder"):
         resolve_revision("user/none", None)
 
 

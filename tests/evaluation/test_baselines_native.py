@@ -182,8 +182,8 @@ def blip2():
         | {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
         | {"eos_token_id": tokenizer.convert_tokens_to_ids("Ċ")},
         qformer_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        | {"encoder_hidden_size": 16},
-        vision_config=VISION | {"image_size": 28, "patch_size": 14, "initializer_range": 0.02},  # 1e-10 by default
+        | {"encoder_hidden_size": 16, "initializer_range": 0.04},
+        vision_config=VISION | {"image_size": 28, "patch_size": 14, "initializer_range": 0.1},  # 1e-10 by default
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )

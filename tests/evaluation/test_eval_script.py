@@ -156,7 +156,8 @@ def test_mistakes_stop_the_script_with_what_to_do(run_script, tmp_path, predicti
     files = ["--predictions", predictions, "--references", references, "--output", output, *LEAN]
     unknown = run_script("eval_captioning.py", *files, "--tokenizer", "mecab", expect=1)
     assert (
-        "unknown tokenizer 'mecab': choose one of unidic-lite, ipadic, characters, vietnamese, none" in unknown.stderr
+        "unknown tokenizer 'mecab': choose one of unidic-lite, ipadic, characters, vietnamese, english, none"
+        in unknown.stderr
     )
     (tmp_path / "predictions.run.json").write_text('{"model": ')
     broken = run_script("eval_captioning.py", *files, expect=1)

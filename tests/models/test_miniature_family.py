@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -124,8 +125,18 @@ def test_language_models_know_the_words_and_not_the_style(name, folder):
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
-def test_pretraining_writes_a_checkpoint(name, tmp_path, run_script):
-    done = run_script("pretrain_miniature.py", "--model", name, "--output_dir", tmp_path / name, "--steps", 2)
-    assert "on held-out scenes: " in done.stdout
-    assert AutoConfig.from_pretrained(tmp_path / name).model_type == name
-    assert (tmp_path / name / "model.safetensors").exists()
+def test_pretraining_writes_a_checkpoint(name, tmp_path):
+    measured = PRETRAIN[name](tmp_path, steps=2, batch_size=4)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == name and (tmp_path / "model.safetensors").exists()
+    assert all(0 <= share < 1 for share in measured.values()) or measured["loss"] > 3  # two steps teach nothing
+
+
+def test_pretraining_is_seeded_and_started_by_the_script(tmp_path, run_script):
+    done = run_script("pretrain_miniature.py", "--model", "gpt2", "--steps", 2, "--output_dir", tmp_path / "a")
+    assert "on held-out scenes: loss " in done.stdout
+    PRETRAIN["gpt2"](tmp_path / "b", steps=2)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key])
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()

@@ -13,7 +13,7 @@ from vlmcap.data.scenes import write_vietnamese_scenes
 from vlmcap.evaluation.generate import BeamArguments, caption_pictures
 from vlmcap.models.blip import BlipArguments, load_blip_adapter
 
-STEPS = 150
+STEPS = 120
 SETTINGS = (
     f"--config recipes/configs/sft_blip_vi/demo.yaml --max_steps {STEPS} --save_steps {STEPS} --eval_steps {STEPS}"
     " --max_validation_images 8"
@@ -78,7 +78,7 @@ def test_drawn_scenes_are_described_in_vietnamese_and_the_adapter_goes_to_the_hu
         "score": pytest.approx(metrics["training"]["log"][-1]["eval_cider_d"]),
     }
     # The base answers in English; the adapter in Vietnamese, with the marks.
-    assert metrics["base"]["scores"]["cider_d"] < 0.05 < 0.5 < metrics["scores"]["cider_d"]
+    assert metrics["base"]["scores"]["cider_d"] < 0.05 < 1 < metrics["scores"]["cider_d"]
     assert metrics["base"]["scores"]["bleu_1"] < 0.1 < 0.5 < metrics["scores"]["bleu_1"]
     said = captions(run / "adapter/predictions.jsonl")
     assert all("màu" in caption for caption in said.values())
@@ -96,9 +96,10 @@ def test_drawn_scenes_are_described_in_vietnamese_and_the_adapter_goes_to_the_hu
     beams = BeamArguments(num_beams=3, max_new_tokens=40)
     assert caption_pictures(model, processor, rows["image"][:], beams) == [said[i] for i in rows["image_id"]]
 
-    assert "--resume_from_checkpoint latest" in run_script(*command, expect=1).stderr
+    # Continued: LoRA, new rows and the optimizer's state come back, or two steps on it would speak no Vietnamese.
     run_script(*command, "--resume_from_checkpoint", "latest", "--max_steps", str(STEPS + 2))
     continued = read(run / "adapter/metrics.json")
-    assert continued["training"]["steps"] == STEPS + 2
-    assert continued["model"]["adapter_revision"] != metrics["model"]["adapter_revision"]
+    last = continued["training"]["log"][-1]
+    assert continued["training"]["steps"] == last["step"] == STEPS + 2
+    assert last["eval_cider_d"] == pytest.approx(metrics["training"]["best"]["score"], rel=0.2)
     assert continued["base"]["created"] == metrics["base"]["created"]

@@ -130,7 +130,7 @@ class PublishArguments:
         default=None,
         metadata={
             "help": "Captions are cut to this many tokens of the tokenizer. Default: 64 for stair and yj; for the "
-            "others what 99.9% of the training captions keep to, rounded up to a multiple of 8."
+            "others what 99.9%% of the training captions keep to, rounded up to a multiple of 8."
         },
     )
     skip_bad_images: bool = field(

@@ -11,17 +11,14 @@ from pathlib import Path
 import datasets
 import transformers
 import yaml
-from httpx2 import HTTPError
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from transformers.utils import cached_file
 
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.evaluation.scoring import SCORE_LABELS, write_metrics
+from vlmcap.models.load import COMMIT
 
 CORPORA = ("STAIR", "YJ", "COCO")
 SEEN = ("train", "no", "unknown", "translated")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 # Where transformers looks for references to code (`auto_map`).
 CODE_REFERENCES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -222,29 +219,6 @@ def _strings(value) -> list[str]:
         return [value]
     items = value.values() if isinstance(value, dict) else value or []
     return [text for item in items for text in _strings(item)]
-
-
-def resolve_revision(name: str, revision: str | None) -> str | None:
-    """The commit that a branch, tag or None means on the Hub now; None for a local folder.
-
-    A commit is returned as it is, and without a network (HF_HUB_OFFLINE) so is anything.
-
-    Raises:
-        BaselineError: there is no such model or revision.
-    """
-    if Path(name).exists():
-        return None
-    if COMMIT.fullmatch(revision or ""):
-        return revision
-    try:
-        return HfApi().model_info(name, revision=revision).sha
-    except OfflineModeIsEnabled:
-        return revision
-    except (HTTPError, OSError, HFValidationError) as error:
-        raise BaselineError(
-            f"{name} is no folder, and the Hub does not have it as a model, or not at revision {revision}"
-            f" ({str(error).strip().splitlines()[0]})"
-        ) from error
 
 
 def saw_record(row: Baseline | None, given: dict[str, str | None], adapter: bool) -> dict[str, str]:

@@ -337,8 +337,13 @@ def model_record(
     adapter: str | None = None,
     adapter_revision: str | None = None,
 ) -> dict:
-    """The "model" part of the run record. `adapter`: the trained weights, also where they are a whole model's; their
-    revision is their commit on the Hub, or their hash."""
+    """The "model" part of the run record.
+
+    Args:
+        revision: the commit that was loaded, see `resolve_revision`; None for a folder.
+        adapter: the trained weights, also where they are a whole model's. Their revision is their commit on the Hub,
+            or their hash.
+    """
     base = base_model(model)
     if adapter:
         local = Path(adapter).exists()
@@ -347,7 +352,7 @@ def model_record(
         )
     return {
         "id": provenance.public_name(name),
-        "revision": getattr(base.config, "_commit_hash", None) or revision,  # the commit, where a branch was named
+        "revision": revision,
         "adapter": adapter and provenance.public_name(adapter),
         "adapter_revision": adapter_revision,
         "dtype": str(base.dtype).removeprefix("torch."),

@@ -5,9 +5,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
+from httpx2 import HTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -25,6 +29,7 @@ from transformers import (
 # `lm_head` shares the embedding matrix.
 VISION_TOWERS = ["model.visual", "model.vision_tower", "model.vision_model"]
 PROJECTOR = re.compile(r"model\.(visual\.(merger|deepstack_merger_list\.\d+)|multi_modal_projector|connector)")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 LAYERS_PATTERN = "layers"  # language_model.layers; Qwen's ViT calls its layers `blocks`
 UNQUANTISED = [*VISION_TOWERS, "model.multi_modal_projector", "model.connector", "lm_head"]
 
@@ -82,8 +87,51 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
+def local_device() -> str:
+    """This process's device, as `device_map` takes it."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def nf4_config(unquantised: list[str] | None = None) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (Dettmers et al. 2023) of all linear layers but those of the modules named; None
+    leaves the choice to transformers, which spares the output layer."""
+    dtype = compute_dtype()
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # FSDP shards parameters of one dtype, so the 4-bit weights are stored in the dtype of the rest.
+        bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,
+        llm_int8_skip_modules=unquantised,
+    )
+
+
+def resolve_revision(name: str, revision: str | None) -> str | None:
+    """The commit that a branch, tag or None means on the Hub now; None for a local folder.
+
+    A commit is returned as it is, and without a network (HF_HUB_OFFLINE) so is anything.
+
+    Raises:
+        ModelError: there is no such model or revision.
+    """
+    if Path(name).exists():
+        return None
+    if COMMIT.fullmatch(revision or ""):
+        return revision
+    try:
+        return HfApi().model_info(name, revision=revision).sha
+    except OfflineModeIsEnabled:
+        return revision
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise ModelError(
+            f"{name} is no folder, and the Hub does not have it as a model, or not at revision {revision}"
+            f" ({str(error).strip().splitlines()[0]})"
+        ) from error
+
+
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[None]:
     """Turns what transformers raises about a repository into a ModelError that says what to do."""
     try:
         yield
@@ -114,27 +162,14 @@ def load_model(
         ModelError: there is no such model, or it is gated, or it needs code of its repository without
             `trust_remote_code`; after a 4-bit load, the projector is quantised or a language layer is not.
     """
-    dtype = compute_dtype()
-    quantization = None
-    if load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            # FSDP shards parameters of one dtype, so the 4-bit weights are stored in the dtype of the rest.
-            bnb_4bit_quant_storage=dtype if os.environ.get("ACCELERATE_USE_FSDP") == "true" else torch.uint8,
-            llm_int8_skip_modules=UNQUANTISED,
-        )
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    with _loading(name):
+    with loading(name):
         model = AutoModelForImageTextToText.from_pretrained(
             name,
             revision=revision,
-            dtype=dtype,
-            quantization_config=quantization,
+            dtype=compute_dtype(),
+            quantization_config=nf4_config(UNQUANTISED) if load_in_4bit else None,
             attn_implementation="sdpa" if attn_implementation == "flex_attention" else attn_implementation,
-            device_map={"": device},
+            device_map={"": local_device()},
             trust_remote_code=trust_remote_code,  # left out, transformers would ask at the terminal
         )
     if attn_implementation == "flex_attention":
@@ -184,7 +219,7 @@ def load_processor(
     Raises:
         ModelError: as `load_model`; or bounds were given, and the processor has none.
     """
-    with _loading(name):
+    with loading(name):
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if takes_pixel_bounds(processor):
         size = processor.image_processor.size

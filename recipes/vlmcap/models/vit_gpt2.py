@@ -27,7 +27,7 @@ from transformers import (
     ViTModel,
 )
 
-from vlmcap.models.load import ModelError, _loading
+from vlmcap.models.load import ModelError, loading
 from vlmcap.provenance import public_name
 
 
@@ -87,10 +87,10 @@ def build_vit_gpt2(args: VitGpt2Arguments, seed: int) -> tuple[VisionEncoderDeco
     _read_config(decoder, args.decoder_revision, "gpt2", "GPT-2 (openai-community/gpt2)")
     weights = {"dtype": torch.float32, "use_safetensors": True}
     torch.manual_seed(seed)
-    with _loading(encoder):
+    with loading(encoder):
         vit = ViTModel.from_pretrained(encoder, **encoder_source, **weights, add_pooling_layer=False)
         image_processor = AutoImageProcessor.from_pretrained(encoder, **encoder_source)
-    with _loading(decoder):
+    with loading(decoder):
         gpt2 = GPT2LMHeadModel.from_pretrained(decoder, **decoder_source, **weights, add_cross_attention=True)
         tokenizer = AutoTokenizer.from_pretrained(decoder, **decoder_source)
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
@@ -118,7 +118,7 @@ def load_vit_gpt2(
     if (config.encoder.model_type, config.decoder.model_type) != ("vit", "gpt2"):
         raise ModelError(f"{name} joins {config.encoder.model_type} and {config.decoder.model_type}, not vit and gpt2")
     config.decoder.pad_token_id = None  # or GPT-2 takes the start of a caption for padding, and warns
-    with _loading(name):
+    with loading(name):
         # Left to itself, transformers gives the encoder a pooler, which nothing uses and no checkpoint holds.
         encoder = ViTModel(config.encoder, add_pooling_layer=False)
         model = VisionEncoderDecoderModel.from_pretrained(
@@ -183,7 +183,7 @@ def parameter_groups(
 
 
 def _read_config(name: str, revision: str | None, kind: str, wanted: str) -> PreTrainedConfig:
-    with _loading(name):
+    with loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision)
     if config.model_type != kind:
         raise ModelError(f"{name} is a {config.model_type} model; choose a {wanted}")

@@ -18,7 +18,6 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
-    BitsAndBytesConfig,
     GenerationConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -28,9 +27,16 @@ from transformers import (
     ViTModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils.hub import resolve_revision
 
-from vlmcap.models.load import ModelError, _loading, check_quantisation, compute_dtype
+from vlmcap.models.load import (
+    ModelError,
+    check_quantisation,
+    compute_dtype,
+    loading,
+    local_device,
+    nf4_config,
+    resolve_revision,
+)
 
 # Llama 3.1 and 3.2 reserve it for padding (id 128004) and were never trained on it, but name no pad token.
 PAD_TOKEN = "<|finetune_right_pad_id|>"
@@ -217,17 +223,17 @@ def build_vit_llama(args: VitLlamaArguments, seed: int) -> tuple[VitLlama, Proce
         ModelError: a part is missing, gated, or of another architecture; the tokenizer has no token to begin, end or
             pad with; after a 4-bit load, a layer of the Llama is not quantised.
     """
-    with _loading(args.encoder_name_or_path):
+    with loading(args.encoder_name_or_path):
         image_processor = AutoImageProcessor.from_pretrained(args.encoder_name_or_path, revision=args.encoder_revision)
-    with _loading(args.decoder_name_or_path):
+    with loading(args.decoder_name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(args.decoder_name_or_path, revision=args.decoder_revision)
     _complete_tokenizer(tokenizer, args.decoder_name_or_path)
     processor = TrOCRProcessor(image_processor, tokenizer)  # transformers' pair of any image processor and tokenizer
     config = VitLlamaConfig(
         encoder_name_or_path=args.encoder_name_or_path,
-        encoder_revision=commit_of(args.encoder_name_or_path, args.encoder_revision),
+        encoder_revision=resolve_revision(args.encoder_name_or_path, args.encoder_revision),
         decoder_name_or_path=args.decoder_name_or_path,
-        decoder_revision=commit_of(args.decoder_name_or_path, args.decoder_revision),
+        decoder_revision=resolve_revision(args.decoder_name_or_path, args.decoder_revision),
         image_prefix=args.image_prefix,
         load_in_4bit=args.load_in_4bit,
     )
@@ -272,34 +278,19 @@ def load_vit_llama(adapter: str, revision: str | None = None) -> tuple[VitLlamaA
     Raises:
         ModelError: as `build_vit_llama`, or `adapter` is none of a VitLlama.
     """
-    with _loading(adapter):
+    with loading(adapter):
         config = VitLlamaConfig.from_pretrained(adapter, revision=revision)
         processor = AutoProcessor.from_pretrained(adapter, revision=revision)
     if config.decoder_name_or_path is None:
         raise ModelError(f"{adapter} is no adapter of a ViT and a Llama: its config.json names no decoder")
     model = _load_parts(config, processor)
-    with _loading(adapter):
+    with loading(adapter):
         return VitLlamaAdapter.from_pretrained(model, adapter, revision=revision).eval(), processor
-
-
-def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit to which a revision points on the Hub; of a folder, or unreachable, the revision as it was given."""
-    resolved = resolve_revision(name, revision)
-    return getattr(resolved, "resolved", resolved)
 
 
 def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin) -> VitLlama:
     """The ViT and the Llama that a configuration names, on this process's device, with an undrawn projection."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    shared = {"dtype": compute_dtype(), "use_safetensors": True, "device_map": {"": device}}
-    quantization = None
-    if config.load_in_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype(),
-        )
+    shared = {"dtype": compute_dtype(), "use_safetensors": True, "device_map": {"": local_device()}}
     encoder = _load_part(
         ViTModel, "vit", config.encoder_name_or_path, config.encoder_revision, add_pooling_layer=False, **shared
     )
@@ -308,7 +299,7 @@ def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin) -> VitLlama:
         "llama",
         config.decoder_name_or_path,
         config.decoder_revision,
-        quantization_config=quantization,
+        quantization_config=nf4_config() if config.load_in_4bit else None,
         **shared,
     )
     if config.load_in_4bit:
@@ -322,7 +313,7 @@ def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin) -> VitLlama:
 
 def _load_part(kind: type[PreTrainedModel], model_type: str, name: str, revision: str | None, **options):
     """`from_pretrained` that refuses another architecture and weights that are not there."""
-    with _loading(name):
+    with loading(name):
         found = AutoConfig.from_pretrained(name, revision=revision).model_type
         if found != model_type:
             raise ModelError(f"{name} is a model of type {found!r}, where one of type {model_type!r} is needed")

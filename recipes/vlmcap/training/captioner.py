@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArgum
 from vlmcap import provenance
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.generate import BeamArguments, model_record
-from vlmcap.models.load import count_parameters
+from vlmcap.models.load import count_parameters, resolve_revision
 from vlmcap.training.collator import BadImages, caption_examples, read_example
 from vlmcap.training.measured import MeasuredArguments, MeasuredTrainer
 from vlmcap.training.report import trainable_modules
@@ -91,22 +91,21 @@ def saw_records(args: CaptionerDataArguments, splits: Splits) -> tuple[dict, dic
     return base | {"note": note}, trained | {"note": f"{note} And what the training split shows."}
 
 
-def two_part_record(model: PreTrainedModel, args) -> dict:
-    """The "model" part of the run record of an untrained encoder-decoder.
+def resolve_parts(args):
+    """`args`, a dataclass with `encoder_name_or_path`, `encoder_revision` and the decoder's, with the commits that are
+    loaded as its revisions."""
+    return replace(
+        args,
+        encoder_revision=resolve_revision(args.encoder_name_or_path, args.encoder_revision),
+        decoder_revision=resolve_revision(args.decoder_name_or_path, args.decoder_revision),
+    )
 
-    Args:
-        model: with `encoder` and `decoder`.
-        args: has `encoder_name_or_path`, `encoder_revision` and the decoder's.
-    """
+
+def two_part_record(model: PreTrainedModel, args) -> dict:
+    """The "model" part of the run record of an untrained encoder-decoder; `args` as `resolve_parts` returns them."""
     parts = {
-        part: {
-            "id": provenance.public_name(name),
-            "revision": getattr(loaded.config, "_commit_hash", None) or revision,
-        }
-        for part, name, revision, loaded in (
-            ("encoder", args.encoder_name_or_path, args.encoder_revision, model.encoder),
-            ("decoder", args.decoder_name_or_path, args.decoder_revision, model.decoder),
-        )
+        "encoder": {"id": provenance.public_name(args.encoder_name_or_path), "revision": args.encoder_revision},
+        "decoder": {"id": provenance.public_name(args.decoder_name_or_path), "revision": args.decoder_revision},
     }
     name = " + ".join(part["id"] for part in parts.values())
     return model_record(model, name, None) | {"parts": parts}

@@ -97,7 +97,7 @@ def cache_features(
     width = len(projector_blocks(tower)) * tower.blocks[0].norm1.weight.numel()
     settings = {
         "model": model_name,
-        "revision": getattr(model.config, "_commit_hash", None) or model_revision,
+        "revision": model_revision,
         "tower_sha256": tower_hash(tower),
         "blocks": projector_blocks(tower),
         "width": width,
