@@ -72,9 +72,10 @@ ablation: export HF_HUB_OFFLINE = 1
 ablation: setup $(DEMO)/dataset/README.md
 	$(PYTHON) scripts/run_ablation.py --config recipes/configs/sft_qwen2vl_jp/ablation_demo.yaml
 
-# The committed checkpoint of the miniature, pretrained again from its seed.
+# The committed checkpoints of the miniatures, pretrained again from their seeds.
 miniature: setup
-	$(PYTHON) scripts/pretrain_miniature.py --output_dir recipes/miniatures/qwen2_vl
+	for model in qwen2_vl blip vit gpt2 llama; do \
+		$(PYTHON) scripts/pretrain_miniature.py --model $$model --output_dir recipes/miniatures/$$model || exit 1; done
 
 clean:
 	rm -rf outputs .venv .uv

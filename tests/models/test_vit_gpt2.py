@@ -418,13 +418,13 @@ def test_parameter_groups(arguments):
 
 def test_other_models_are_refused(parts, arguments, tmp_path):
     vit, gpt2 = str(parts / "vit"), str(parts / "gpt2")
-    with pytest.raises(ModelError, match=r"gpt2 is a gpt2 model; choose a ViT"):
+    with pytest.raises(ModelError, match="gpt2 is a model of type 'gpt2', where one of type 'vit' is needed"):
         build_vit_gpt2(arguments(encoder_name_or_path=gpt2), seed=0)
-    with pytest.raises(ModelError, match=r"vit is a vit model; choose a GPT-2"):
+    with pytest.raises(ModelError, match="vit is a model of type 'vit', where one of type 'gpt2' is needed"):
         build_vit_gpt2(arguments(decoder_name_or_path=vit), seed=0)
     with pytest.raises(ModelError, match="nowhere cannot be loaded"):
         build_vit_gpt2(arguments(encoder_name_or_path=str(tmp_path / "nowhere")), seed=0)
-    with pytest.raises(ModelError, match="vit is a vit model; choose a model trained by"):
+    with pytest.raises(ModelError, match="vit is made of vit and vit; choose a model trained by"):
         load_vit_gpt2(vit)
 
 

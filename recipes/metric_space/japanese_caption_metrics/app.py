@@ -3,6 +3,7 @@
 import evaluate
 import gradio
 
+TOKENIZERS = ["unidic-lite", "ipadic", "characters", "vietnamese", "english", "none"]
 METRIC = evaluate.load("./japanese_caption_metrics.py")
 EXAMPLE = """赤い車が道路を走っている
 赤い車が走っている
@@ -30,7 +31,7 @@ if __name__ == "__main__":
         fn=compute,
         inputs=[
             gradio.Textbox(EXAMPLE, lines=12, label="One block an image: its caption, then its references"),
-            gradio.Dropdown(["unidic-lite", "ipadic", "characters", "vietnamese", "none"], label="Tokenizer"),
+            gradio.Dropdown(TOKENIZERS, label="Tokenizer"),
         ],
         outputs=gradio.JSON(label="Scores"),
         title="Japanese caption metrics",

@@ -17,7 +17,7 @@ INPUTS = """
 Args:
     predictions: list of str, one caption an image.
     references: list of lists of str, one or more reference captions an image.
-    tokenizer: unidic-lite (default), ipadic, characters, vietnamese, or none (text that is tokenised already).
+    tokenizer: unidic-lite (default), ipadic, characters, vietnamese, english, or none (tokenised already).
     resamples: bootstrap resamples for 95% intervals; 0 (default) leaves them out.
     register_normalised: score a second time with polite endings made plain on both sides; default False.
     meteor: METEOR on characters, if Java and meteor-1.5.jar are there; default False.

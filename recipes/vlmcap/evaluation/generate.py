@@ -228,6 +228,8 @@ def generate(
     """
     decoding = decoding_record(args) | image_size_record(processor)
     prompted = takes_prompt(processor)
+    if not prompted and ("japanese_only" in decoding or "avoid_words" in decoding):
+        raise PredictionsError("japanese_only and avoid_words are for models that take a prompt; this one takes none")
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

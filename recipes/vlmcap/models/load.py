@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -24,6 +25,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLImageProcessorPil,
 )
+from transformers.utils import logging
 
 # Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
 # `lm_head` shares the embedding matrix.
@@ -153,7 +155,7 @@ def load_model(
     name: str,
     revision: str | None = None,
     load_in_4bit: bool = True,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = "sdpa",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Loads an image-text-to-text model on this process's device, its language layers in NF4 unless told otherwise.
@@ -178,6 +180,36 @@ def load_model(
         model.config.get_text_config()._attn_implementation = attn_implementation
     if load_in_4bit:
         check_quantisation(model)
+    return model
+
+
+def load_part(
+    kind: type[PreTrainedModel], model_type: str, name: str, revision: str | None, new: str = "", **options
+) -> PreTrainedModel:
+    """`kind.from_pretrained` for a part of a model that is put together here, from safetensors alone.
+
+    Args:
+        model_type: of the configuration that must lie there.
+        new: what marks the names of weights that are new, and so in no checkpoint.
+
+    Raises:
+        ModelError: there is no such model, it is of another architecture, or it has no weights for what is not new.
+    """
+    with loading(name):
+        found = AutoConfig.from_pretrained(name, revision=revision).model_type
+        if found != model_type:
+            raise ModelError(f"{name} is a model of type {found!r}, where one of type {model_type!r} is needed")
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would report unused weights, such as a ViT's pooler, and what is new
+        try:
+            model, report = kind.from_pretrained(
+                name, revision=revision, use_safetensors=True, output_loading_info=True, **options
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+    missing = sorted(key for key in report["missing_keys"] if not new or new not in key)
+    if missing:
+        raise ModelError(f"{name} has no weights for {missing[0]} of a {kind.__name__}")
     return model
 
 
@@ -307,7 +339,7 @@ def count_parameters(model: nn.Module) -> int:
     """Parameters of the base model, adapter left out; a packed 4-bit byte counts as the two numbers it holds."""
     count = 0
     for name, parameter in model.named_parameters():
-        if ".lora_" not in name and ".modules_to_save." not in name:
+        if not any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")):
             packed = isinstance(parameter, bnb.nn.Params4bit)
             count += parameter.numel() * (2 * parameter.element_size() if packed else 1)
     return count

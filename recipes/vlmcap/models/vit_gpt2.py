@@ -20,14 +20,13 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GPT2LMHeadModel,
-    PreTrainedConfig,
     ProcessorMixin,
     VisionEncoderDecoderModel,
     VisionTextDualEncoderProcessor,
     ViTModel,
 )
 
-from vlmcap.models.load import ModelError, loading
+from vlmcap.models.load import ModelError, load_part, loading
 from vlmcap.provenance import public_name
 
 
@@ -81,23 +80,20 @@ def build_vit_gpt2(args: VitGpt2Arguments, seed: int) -> tuple[VisionEncoderDeco
     Raises:
         ModelError: there is no such model, or it is no ViT, or no GPT-2.
     """
-    encoder, encoder_source = args.encoder_name_or_path, {"revision": args.encoder_revision}
-    decoder, decoder_source = args.decoder_name_or_path, {"revision": args.decoder_revision}
-    _read_config(encoder, args.encoder_revision, "vit", "ViT (google/vit-base-patch16-224-in21k)")
-    _read_config(decoder, args.decoder_revision, "gpt2", "GPT-2 (openai-community/gpt2)")
-    weights = {"dtype": torch.float32, "use_safetensors": True}
+    encoder = (args.encoder_name_or_path, args.encoder_revision)
+    decoder = (args.decoder_name_or_path, args.decoder_revision)
     torch.manual_seed(seed)
-    with loading(encoder):
-        vit = ViTModel.from_pretrained(encoder, **encoder_source, **weights, add_pooling_layer=False)
-        image_processor = AutoImageProcessor.from_pretrained(encoder, **encoder_source)
-    with loading(decoder):
-        gpt2 = GPT2LMHeadModel.from_pretrained(decoder, **decoder_source, **weights, add_cross_attention=True)
-        tokenizer = AutoTokenizer.from_pretrained(decoder, **decoder_source)
+    vit = load_part(ViTModel, "vit", *encoder, dtype=torch.float32, add_pooling_layer=False)
+    gpt2 = load_part(GPT2LMHeadModel, "gpt2", *decoder, new="cross", dtype=torch.float32, add_cross_attention=True)
+    with loading(encoder[0]):
+        image_processor = AutoImageProcessor.from_pretrained(encoder[0], revision=encoder[1])
+    with loading(decoder[0]):
+        tokenizer = AutoTokenizer.from_pretrained(decoder[0], revision=decoder[1])
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
     tokenizer.clean_up_tokenization_spaces = False  # " ," and " 's" of a caption are its own
     model = VisionEncoderDecoderModel(encoder=vit, decoder=gpt2)
-    model.config.encoder._name_or_path = public_name(encoder)
-    model.config.decoder._name_or_path = public_name(decoder)
+    model.config.encoder._name_or_path = public_name(encoder[0])
+    model.config.decoder._name_or_path = public_name(decoder[0])
     ends = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     ends = dict.fromkeys(ends, tokenizer.eos_token_id)
     model.config.update(ends)
@@ -114,9 +110,11 @@ def load_vit_gpt2(
     Raises:
         ModelError: there is no such model, or it is no ViT with GPT-2.
     """
-    config = _read_config(name, revision, "vision-encoder-decoder", "model trained by sft_vit_gpt2_food.py")
-    if (config.encoder.model_type, config.decoder.model_type) != ("vit", "gpt2"):
-        raise ModelError(f"{name} joins {config.encoder.model_type} and {config.decoder.model_type}, not vit and gpt2")
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    parts = [getattr(config, part, config).model_type for part in ("encoder", "decoder")]
+    if parts != ["vit", "gpt2"]:
+        raise ModelError(f"{name} is made of {' and '.join(parts)}; choose a model trained by sft_vit_gpt2_food.py")
     config.decoder.pad_token_id = None  # or GPT-2 takes the start of a caption for padding, and warns
     with loading(name):
         # Left to itself, transformers gives the encoder a pooler, which nothing uses and no checkpoint holds.
@@ -180,11 +178,3 @@ def parameter_groups(
         groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
         groups.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
-
-
-def _read_config(name: str, revision: str | None, kind: str, wanted: str) -> PreTrainedConfig:
-    with loading(name):
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    if config.model_type != kind:
-        raise ModelError(f"{name} is a {config.model_type} model; choose a {wanted}")
-    return config

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
@@ -32,6 +31,7 @@ from vlmcap.models.load import (
     ModelError,
     check_quantisation,
     compute_dtype,
+    load_part,
     loading,
     local_device,
     nf4_config,
@@ -290,11 +290,11 @@ def load_vit_llama(adapter: str, revision: str | None = None) -> tuple[VitLlamaA
 
 def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin) -> VitLlama:
     """The ViT and the Llama that a configuration names, on this process's device, with an undrawn projection."""
-    shared = {"dtype": compute_dtype(), "use_safetensors": True, "device_map": {"": local_device()}}
-    encoder = _load_part(
+    shared = {"dtype": compute_dtype(), "device_map": {"": local_device()}}
+    encoder = load_part(
         ViTModel, "vit", config.encoder_name_or_path, config.encoder_revision, add_pooling_layer=False, **shared
     )
-    decoder = _load_part(
+    decoder = load_part(
         LlamaForCausalLM,
         "llama",
         config.decoder_name_or_path,
@@ -308,18 +308,6 @@ def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin) -> VitLlama:
     ids = {role: getattr(processor.tokenizer, role) for role in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Instead of Llama 3.2's own, which samples with a temperature.
     model.generation_config = decoder.generation_config = GenerationConfig(**ids)
-    return model
-
-
-def _load_part(kind: type[PreTrainedModel], model_type: str, name: str, revision: str | None, **options):
-    """`from_pretrained` that refuses another architecture and weights that are not there."""
-    with loading(name):
-        found = AutoConfig.from_pretrained(name, revision=revision).model_type
-        if found != model_type:
-            raise ModelError(f"{name} is a model of type {found!r}, where one of type {model_type!r} is needed")
-        model, report = kind.from_pretrained(name, revision=revision, output_loading_info=True, **options)
-    if report["missing_keys"]:
-        raise ModelError(f"{name} has no weights for {sorted(report['missing_keys'])[0]} of a {kind.__name__}")
     return model
 
 
