@@ -1,11 +1,13 @@
 """How every recipe begins, and how it ends: captions of base and trained model, scored, on a card and a page."""
 
+import gc
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
@@ -87,6 +89,9 @@ def finish_captioner(
     record = {"model": base, "dataset": test_set, "saw": base_saw}
     generate(model, processor, splits.test, base_dir / "predictions.jsonl", beam_args, record)
 
+    del model  # a Llama twice would not fit
+    gc.collect()
+    torch.cuda.empty_cache()
     model, processor = load_trained()
     trained = base | model_record(model, base["id"], base["revision"], adapter=str(trained_dir))
     record = {"model": trained, "dataset": test_set, "saw": saw}

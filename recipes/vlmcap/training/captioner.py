@@ -57,6 +57,12 @@ class CaptionerDataArguments(SplitArguments):
         default=None, metadata={"help": "Or a local SPICE: folder with spice-1.0.jar and the CoreNLP jars in lib/."}
     )
 
+    def __post_init__(self):
+        if self.spice_url and self.spice_dir:
+            raise ValueError(f"spice_url {self.spice_url} and spice_dir {self.spice_dir}: give one of the two")
+        if len(self.base_saw) != 3:
+            raise ValueError(f"base_saw: {self.base_saw}: give three, for STAIR, YJ Captions and COCO")
+
 
 @dataclass
 class CaptionerTrainingArguments(MeasuredArguments, TrainingArguments):
