@@ -21,8 +21,9 @@ setup: .venv/.ready
 	$(UV) pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+# Two processes, each with a hub of its own; much of the time goes into starting Python and Java.
 test: setup lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	.venv/bin/ruff check .

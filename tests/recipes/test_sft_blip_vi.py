@@ -58,7 +58,9 @@ def test_configurations_parse_and_say_what_they_do(repo_root, recipe, tmp_path, 
         assert model.model_name_or_path == BlipArguments().model_name_or_path
 
 
-def test_drawn_scenes_are_described_in_vietnamese_and_the_adapter_goes_to_the_hub_and_back(hub, run_script, tmp_path):
+def test_drawn_scenes_are_described_in_vietnamese_and_the_adapter_goes_to_the_hub_and_back(
+    hub, run_script, without_meteor, tmp_path
+):
     write_vietnamese_scenes(tmp_path / "scenes", train=240, validation=8, test=24)
     files = [tmp_path / f"scenes/uitviic_captions_{split}2017.json" for split in ("train", "val", "test")]
     publish = ["publish_datasets.py", "uit_viic", "--images", tmp_path / "scenes/images", "--card", "scenes_vi"]

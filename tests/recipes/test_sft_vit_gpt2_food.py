@@ -97,7 +97,7 @@ def test_every_cell_of_the_study_is_one_the_recipe_takes(repo_root, parse, monke
         assert {"loss", "bleu_2"} <= stops  # beside their combination, the reference
 
 
-def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_script, tmp_path):
+def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_script, without_meteor, tmp_path):
     write_title_scenes(tmp_path / "scenes", 400, 0)
     publish = ["publish_datasets.py", "food_titles", "--annotations", tmp_path / "scenes/titles.csv"]
     publish += ["--images", tmp_path / "scenes/images", "--card", "scene_titles", "--output_dir", tmp_path / "dataset"]

@@ -71,7 +71,7 @@ def test_grids_vary_what_the_recipe_knows(repo_root, recipe, tmp_path, name, cou
         assert model.lora_dropout == cell.changes["lora_dropout"]
 
 
-def test_drawn_scenes_get_titles_and_the_adapter_goes_to_the_hub_and_back(hub, run_script, tmp_path):
+def test_drawn_scenes_get_titles_and_the_adapter_goes_to_the_hub_and_back(hub, run_script, without_meteor, tmp_path):
     write_title_scenes(tmp_path / "scenes", 1000, seed=0)
     publish = ["publish_datasets.py", "food_titles", "--annotations", tmp_path / "scenes/titles.csv"]
     publish += ["--images", tmp_path / "scenes/images", "--card", "scene_titles", "--pretty_name", "Scenes"]
