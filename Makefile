@@ -23,7 +23,7 @@ setup: .venv/.ready
 
 # Two processes, each with a hub of its own; much of the time goes into starting Python and Java.
 test: setup lint
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	.venv/bin/ruff check .

@@ -47,6 +47,16 @@ os.environ |= {
 }
 
 
+def pytest_terminal_summary(terminalreporter):
+    """The sum of what tests/faults counted, in whichever processes its tests ran."""
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    finished = [report for report in reports if getattr(report, "when", None) == "teardown"]
+    faults = [entry for report in finished for kind, entry in report.user_properties if kind == "fault"]
+    if faults:
+        survived = sum(entry["survived"] for entry in faults)
+        terminalreporter.write_line(f"Faults injected: {len(faults)}, survived: {survived}")
+
+
 @pytest.fixture
 def hub():
     """The running hub: no repositories, no faults, an empty log at the start of the test."""
