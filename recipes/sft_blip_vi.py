@@ -30,7 +30,6 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from vlmcap import provenance
 from vlmcap.arguments import parse
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.generate import BeamArguments, PredictionsError, model_record
@@ -89,8 +88,7 @@ def main(
 
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    config = asdict(model_args) | run.settings | {"model_name_or_path": provenance.public_name(names[0])}
-    save_trained(trainer, adapter_dir, splits, config)
+    save_trained(trainer, adapter_dir, splits, run.config(model_args))
     del trainer, model
     gc.collect()
     torch.cuda.empty_cache()

@@ -32,7 +32,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from vlmcap import provenance
 from vlmcap.arguments import parse
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.audit import AuditError, read_instances, write_audit
@@ -173,8 +172,7 @@ def main(
 
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    config = asdict(model_args) | run.settings | {"model_name_or_path": provenance.public_name(names[0])}
-    save_trained(trainer, adapter_dir, splits, config)
+    save_trained(trainer, adapter_dir, splits, run.config(model_args))
     train_set, test_set = splits.record, splits.record | {"split": data_args.test_split}
 
     del trainer, model

@@ -35,7 +35,6 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from vlmcap import provenance
 from vlmcap.arguments import parse
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.generate import BeamArguments, PredictionsError
@@ -96,11 +95,7 @@ def main(
 
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    parts = {
-        "encoder_name_or_path": provenance.public_name(model_args.encoder_name_or_path),
-        "decoder_name_or_path": provenance.public_name(model_args.decoder_name_or_path),
-    }
-    save_trained(trainer, adapter_dir, splits, asdict(model_args) | run.settings | parts)
+    save_trained(trainer, adapter_dir, splits, run.config(model_args))
     del trainer, model
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,4 +1,27 @@
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+from trl import TrlParser
+
+
+@pytest.fixture
+def parser_of(repo_root, tmp_path) -> Callable[[str], Callable]:
+    """parser_of("sft_blip_vi")("base.yaml", "--seed", "1"): the recipe's dataclasses, as a command line fills them."""
+
+    def parser_of(recipe: str):
+        spec = importlib.util.spec_from_file_location(recipe, repo_root / f"recipes/{recipe}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+        def parse(config: Path | str, *overrides: str):
+            command = ["--config", str(config), "--output_dir", str(tmp_path), *overrides]
+            return TrlParser(module.ARGUMENTS).parse_args_and_config(command)
+
+        return parse
+
+    return parser_of
 
 
 @pytest.fixture

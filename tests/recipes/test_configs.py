@@ -1,30 +1,15 @@
 """Every configuration file is one the recipe and accelerate can read."""
 
-import importlib.util
-
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from trl import TrlParser
 
 NAMES = ("base", "t4", "demo")
 
 
-@pytest.fixture(scope="module")
-def recipe(repo_root):
-    spec = importlib.util.spec_from_file_location("sft_qwen2vl_jp", repo_root / "recipes/sft_qwen2vl_jp.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def parse(recipe, tmp_path):
-    def parse(path, *overrides):
-        parser = TrlParser(recipe.ARGUMENTS)
-        return parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path), *overrides])
-
-    return parse
+def parse(parser_of):
+    return parser_of("sft_qwen2vl_jp")
 
 
 @pytest.mark.parametrize("name", NAMES)

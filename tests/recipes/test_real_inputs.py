@@ -10,6 +10,8 @@ import pytest
 from datasets import load_dataset
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from tests.recipes.files import read
+
 
 @pytest.fixture(scope="module")
 def random_qwen2vl(qwen2vl_dir, tmp_path_factory):
@@ -44,7 +46,7 @@ def test_yj_captions_with_photographs(run_script, data_dir, qwen2vl_dir, tmp_pat
 def test_recipe_trains_on_photographs(run_script, data_dir, qwen2vl_dir, random_qwen2vl, tmp_path):
     """The same photographs, with id lists for three splits, through publish and the recipe."""
     photographs = data_dir / "coco_yj_images"
-    ids = [image["id"] for image in json.loads((photographs / "captions.json").read_text(encoding="utf-8"))["images"]]
+    ids = [image["id"] for image in read(photographs / "captions.json")["images"]]
     (tmp_path / "val").write_text(f"{ids[0]}\n")
     (tmp_path / "test").write_text(f"{ids[1]}\n{ids[2]}\n")
     (tmp_path / "yj.json").write_text(
@@ -69,7 +71,7 @@ def test_recipe_trains_on_photographs(run_script, data_dir, qwen2vl_dir, random_
     settings += ["--max_new_tokens", 4, "--image_dir", photographs]
     done = run_script("recipes/sft_qwen2vl_jp.py", *settings, timeout=900)
     assert "visual.merger.mlp.0" in done.stdout and "14 linear layers in NF4" in done.stdout
-    metrics = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))
+    metrics = read(run / "adapter/metrics.json")
     training = metrics["training"]
     assert (training["images"], training["steps"], training["bad_images"]) == (17, 3, 0)
     assert 0 < training["train_loss"] < 20

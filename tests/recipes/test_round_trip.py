@@ -10,6 +10,7 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard
 
+from tests.recipes.files import captions, read
 from vlmcap.data.scenes import write_scene_dataset
 
 SETTINGS = (
@@ -33,11 +34,6 @@ def publish(run_script, scenes, miniature_dir, output_dir, *more):
     return run_script("publish_datasets.py", *arguments, *more)
 
 
-def captions(path: Path) -> dict[int, str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return {line["image_id"]: line["caption"] for line in map(json.loads, lines)}
-
-
 def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_root, tmp_path):
     images = ["--images", scenes / "images"]
     publish(
@@ -53,13 +49,13 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     recipe += ["--instances", scenes / "instances.json"]
     done = run_script(*recipe, *publication)
     assert "language_model.layers.7.mlp.up_proj (LoRA)" in done.stdout and "36 images, 180 captions" in done.stdout
-    metrics = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))
+    metrics = read(run / "adapter/metrics.json")
     assert metrics["training"]["steps"] == 6 and metrics["training"]["in_yj_images"] == 0
     assert [entry["step"] for entry in metrics["training"]["log"] if "eval_cider_d" in entry] == [3, 6]
     assert metrics["counts"]["images"] == metrics["base"]["counts"]["images"] == 6
     assert set(metrics["intervals"]) == set(metrics["scores"]) and len(metrics["per_image"]["image_id"]) == 6
     assert metrics["dataset"]["revision"] == HfApi().dataset_info("user/scenes").sha
-    base = json.loads((run / "base/metrics.json").read_text(encoding="utf-8"))
+    base = read(run / "base/metrics.json")
     del base["per_image"]  # the base's own file has it
     assert base == metrics["base"]
     assert metrics["saw"]["STAIR"] == "train" and metrics["base"]["saw"]["STAIR"] == "no"
@@ -85,7 +81,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     assert captions(again) == captions(run / "adapter/predictions.jsonl")
     references = ["--dataset", "user/scenes", "--split", "test"]
     run_script("eval_captioning.py", "--predictions", again, *references, "--output", tmp_path / "again/metrics.json")
-    scores = json.loads((tmp_path / "again/metrics.json").read_text(encoding="utf-8"))["scores"]
+    scores = read(tmp_path / "again/metrics.json")["scores"]
     assert scores == metrics["scores"]
 
     # The card's quick start, pasted: it runs and writes a caption.
@@ -98,7 +94,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     # The same command again does not overwrite the run; asked to, it continues it.
     assert "--resume_from_checkpoint latest" in run_script(*recipe, expect=1).stderr
     run_script(*recipe, "--resume_from_checkpoint", "latest", "--max_steps", "8")
-    continued = json.loads((run / "adapter/metrics.json").read_text(encoding="utf-8"))
+    continued = read(run / "adapter/metrics.json")
     assert continued["training"]["steps"] == 8
     # It goes on from the time of its checkpoint: that of the first run, but for what came after its last step.
     before, after = (

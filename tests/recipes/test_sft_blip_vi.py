@@ -1,14 +1,11 @@
 """The Vietnamese BLIP recipe: its configurations, and a run of the miniature from drawn scenes to the hub and back."""
 
-import importlib.util
-import json
-
 import pytest
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
-from trl import TrlParser
 
+from tests.recipes.files import assert_describes_itself, captions, read
 from vlmcap.data.scenes import write_vietnamese_scenes
 from vlmcap.evaluation.generate import BeamArguments, caption_pictures
 from vlmcap.models.blip import BlipArguments, load_blip_adapter
@@ -20,31 +17,16 @@ SETTINGS = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def recipe(repo_root):
-    spec = importlib.util.spec_from_file_location("sft_blip_vi", repo_root / "recipes/sft_blip_vi.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def read(path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def captions(path) -> dict[int, str]:
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["image_id"]: line["caption"] for line in lines}
+@pytest.fixture
+def parse(parser_of):
+    return parser_of("sft_blip_vi")
 
 
 @pytest.mark.parametrize("name", ["base", "demo"])
-def test_configurations_parse_and_say_what_they_do(repo_root, recipe, tmp_path, name):
+def test_configurations_parse_and_say_what_they_do(repo_root, parse, name):
     path = repo_root / f"recipes/configs/sft_blip_vi/{name}.yaml"
-    text = path.read_text(encoding="utf-8")
-    assert "accelerate launch" in text.split("\n\n")[0]
-    assert [line for line in text.splitlines() if line and line[0] not in "# " and "#" not in line] == []
-    parser = TrlParser(recipe.ARGUMENTS)
-    data, model, beams, training = parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])
+    assert_describes_itself(path)
+    data, model, beams, training = parse(path)
     assert data.tokenizer == "vietnamese" and beams.num_beams == 3
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (16, 32, 0.05)
     assert model.lora_target_modules == BlipArguments().lora_target_modules

@@ -1,14 +1,11 @@
 """The ViT + GPT-2 recipe: its configurations and grids, and a run of the miniatures from drawn scenes to the hub."""
 
-import importlib.util
-import json
-
 import pytest
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
-from trl import TrlParser
 
+from tests.recipes.files import assert_describes_itself, captions, read
 from vlmcap.data.scenes import write_title_scenes
 from vlmcap.evaluation.generate import BeamArguments, caption_pictures
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2
@@ -23,33 +20,15 @@ SETTINGS = (
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # faster beside other work, and for models this small no slower alone
 
 
-@pytest.fixture(scope="module")
-def recipe(repo_root):
-    spec = importlib.util.spec_from_file_location("sft_vit_gpt2_food", repo_root / "recipes/sft_vit_gpt2_food.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def parse(recipe, tmp_path):
-    def parse(path, *overrides):
-        parser = TrlParser(recipe.ARGUMENTS)
-        return parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path), *overrides])
-
-    return parse
-
-
-def read(path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+def parse(parser_of):
+    return parser_of("sft_vit_gpt2_food")
 
 
 @pytest.mark.parametrize("name", ["base", "demo"])
 def test_configurations_parse_and_say_what_they_do(repo_root, parse, name):
     path = repo_root / FOLDER / f"{name}.yaml"
-    text = path.read_text(encoding="utf-8")
-    assert "accelerate launch" in text.split("\n\n")[0]
-    assert [line for line in text.splitlines() if line and line[0] not in "# " and "#" not in line] == []
+    assert_describes_itself(path)
     data, model, beams, training = parse(path)
     assert data.tokenizer == "english" and beams.num_beams == 3
     assert (model.train, model.freeze_vit_blocks, model.freeze_gpt2_blocks, model.freeze_embeddings) == (
@@ -136,8 +115,7 @@ def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_
     card = ModelCard.load("user/dishes")
     card.validate()
     assert f"{metrics['scores']['cider_d']:.4f}" in card.text
-    said = map(json.loads, (run / "model/predictions.jsonl").read_text(encoding="utf-8").splitlines())
-    said = {line["image_id"]: line["caption"] for line in said}
+    said = captions(run / "model/predictions.jsonl")
     rows = load_dataset("user/scene-titles", split="test")
     beams = BeamArguments(num_beams=3, max_new_tokens=24)
     assert caption_pictures(model, processor, rows["image"][:], beams) == [said[i] for i in rows["image_id"]]

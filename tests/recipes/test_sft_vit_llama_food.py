@@ -1,14 +1,11 @@
 """The ViT + Llama recipe: its configurations, and a run of the miniatures from drawn scenes to the hub and back."""
 
-import importlib.util
-import json
-
 import pytest
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
-from trl import TrlParser
 
+from tests.recipes.files import assert_describes_itself, captions, read
 from vlmcap.data.scenes import write_title_scenes
 from vlmcap.evaluation.generate import BeamArguments, caption_pictures
 from vlmcap.models.vit_llama import VitLlamaArguments, load_vit_llama
@@ -21,31 +18,16 @@ SETTINGS = (
 ).split()
 
 
-@pytest.fixture(scope="module")
-def recipe(repo_root):
-    spec = importlib.util.spec_from_file_location("sft_vit_llama_food", repo_root / "recipes/sft_vit_llama_food.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def read(path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def captions(path) -> dict[int, str]:
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return {line["image_id"]: line["caption"] for line in lines}
+@pytest.fixture
+def parse(parser_of):
+    return parser_of("sft_vit_llama_food")
 
 
 @pytest.mark.parametrize("name", ["base", "demo"])
-def test_configurations_parse_and_say_what_they_do(repo_root, recipe, tmp_path, name):
+def test_configurations_parse_and_say_what_they_do(repo_root, parse, name):
     path = repo_root / f"recipes/configs/sft_vit_llama_food/{name}.yaml"
-    text = path.read_text(encoding="utf-8")
-    assert "accelerate launch" in text.split("\n\n")[0]
-    assert [line for line in text.splitlines() if line and line[0] not in "# " and "#" not in line] == []
-    parser = TrlParser(recipe.ARGUMENTS)
-    data, model, beams, training = parser.parse_args_and_config(["--config", str(path), "--output_dir", str(tmp_path)])
+    assert_describes_itself(path)
+    data, model, beams, training = parse(path)
     assert data.tokenizer == "english" and beams.num_beams == 3
     assert (model.image_prefix, model.lora_target_modules) == ("pooled", ["q_proj", "v_proj"])
     assert model.lora_alpha == 2 * model.lora_r and model.lora_dropout == 0.05
@@ -57,7 +39,7 @@ def test_configurations_parse_and_say_what_they_do(repo_root, recipe, tmp_path, 
 
 
 @pytest.mark.parametrize(("name", "count"), [("grid", 2 * 8), ("grid_demo", 2 * 5)])
-def test_grids_vary_what_the_recipe_knows(repo_root, recipe, tmp_path, name, count):
+def test_grids_vary_what_the_recipe_knows(repo_root, parse, name, count):
     grid = read_grid(repo_root / f"recipes/configs/sft_vit_llama_food/{name}.yaml")
     assert grid.recipe == "recipes/sft_vit_llama_food.py"
     assert {"lora_r", "lora_alpha", "image_prefix"} <= grid.vary.keys()
@@ -66,8 +48,7 @@ def test_grids_vary_what_the_recipe_knows(repo_root, recipe, tmp_path, name, cou
     assert len(found) == count
     for cell in found:
         changes = [str(word) for key, value in cell.changes.items() for word in (f"--{key}", value)]
-        command = ["--config", str(repo_root / grid.config), *changes, "--output_dir", str(tmp_path)]
-        model = TrlParser(recipe.ARGUMENTS).parse_args_and_config(command)[1]
+        model = parse(repo_root / grid.config, *changes)[1]
         assert model.lora_dropout == cell.changes["lora_dropout"]
 
 

@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from vlmcap.data.images import open_image
 from vlmcap.evaluation.generate import BeamArguments, generate, model_record
 from vlmcap.evaluation.scoring import ScoreOptions, read_predictions, write_metrics
+from vlmcap.provenance import public_name
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
 from vlmcap.reporting.hub import check_push_rights, push_adapter
@@ -35,6 +36,11 @@ class Run:
     push_to: str | None
     settings: dict
     seed: int
+
+    def config(self, model_args) -> dict:
+        """The settings that the model card prints; `model_args` is the dataclass of what is loaded and trained."""
+        names = {key: public_name(value) for key, value in asdict(model_args).items() if key.endswith("name_or_path")}
+        return asdict(model_args) | self.settings | names
 
 
 def begin(args: TrainingArguments, reported: Sequence[str], **groups: dict) -> Run:
