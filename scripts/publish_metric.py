@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import parse
-from vlmcap.reporting.hub import PushError
 from vlmcap.reporting.metric_space import push_metric_space, write_metric_space
+from vlmcap.upload import PushError
 
 
 @dataclass

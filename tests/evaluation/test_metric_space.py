@@ -93,7 +93,7 @@ def test_the_script_pushes_a_private_space_that_evaluate_loads(hub, run_script, 
 def test_a_space_of_the_other_visibility_is_refused(hub, tmp_path):
     folder = write_metric_space(tmp_path, "user/metric")
     push_metric_space(folder, "user/metric", private=False)
-    with pytest.raises(PushError, match="the Space exists and is not private"):
+    with pytest.raises(PushError, match="exists and is public, but private was asked for"):
         push_metric_space(folder, "user/metric")
 
 

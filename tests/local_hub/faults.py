@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 
 @dataclasses.dataclass
@@ -16,6 +17,10 @@ class Fault:
     truncate  promise the whole answer, send `after` bytes of its body, close (FIN)
     cut       the same, but break the connection (RST)
     delay     wait `seconds`, then handle the request
+    partial   handle the request without the last line of its body: a commit that loses a file
+    pass      handle the request
+
+    `before` is called first, in the hub's process: another machine's commit, say, or `hub.go_down`.
     """
 
     method: str = ".*"
@@ -23,11 +28,12 @@ class Fault:
     action: str = "status"
     status: int = 500
     headers: dict = dataclasses.field(default_factory=dict)
-    body: dict | None = None
+    body: dict | bytes | None = None
     times: int = 1
     skip: int = 0
     after: int = 0
     seconds: float = 0.0
+    before: Callable[[], None] | None = None
     hits: int = 0  # how many requests it has hit so far
 
     def take(self, method: str, path: str) -> bool:

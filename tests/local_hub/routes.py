@@ -5,6 +5,7 @@ it returns is sent as JSON, unless it sent an answer itself.
 """
 
 import base64
+import fnmatch
 import hashlib
 import json
 import re
@@ -259,10 +260,12 @@ def validate_yaml(h):
 @route("POST", f"/api/{KIND}/{REPO}/preupload/(?P<rev>[^/]+)", write=True)
 def preupload(h, repo, rev):
     files, answer = repo.at(rev).files, []
+    ignored = h.hub.blobs.read(files[".gitignore"]).decode().split() if ".gitignore" in files else []
     for asked in h.json()["files"]:
         path = asked["path"]
         lfs = asked["size"] >= h.hub.lfs_bytes or path.endswith(h.hub.lfs_suffixes)
-        answer.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
+        skip = any(fnmatch.fnmatch(path, pattern) for pattern in ignored)
+        answer.append({"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": skip})
         old = files.get(path)
         if old and old.lfs == lfs:
             answer[-1]["oid"] = old.sha256 if lfs else old.oid

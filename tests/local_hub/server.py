@@ -42,6 +42,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[dict] = []
         self.uploads: dict[str, dict] = {}  # LFS uploads under way, by the key in their URL
+        self.is_down = False
 
     def fail(self, **spec) -> Fault:
         """Arms a fault; returns it, so that a test can look at its `hits`."""
@@ -52,6 +53,11 @@ class Hub:
     def file(self, kind: str, repo_id: str, path: str, rev: str = "main") -> bytes:
         """Content of a file as the hub holds it (`kind`: "models", "datasets", "spaces")."""
         return self.blobs.read(self.repos[kind, repo_id].at(rev).files[path])
+
+    def settle(self) -> None:
+        """Returns when no request is under way."""
+        while any("status" not in entry for entry in list(self.log)):
+            time.sleep(0.01)
 
     def reset(self) -> None:
         with self.lock:
@@ -67,12 +73,21 @@ class Hub:
         port = self.server.server_address[1]
         self.endpoint = f"http://127.0.0.1:{port}"
         self.cdn = f"http://localhost:{port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def stop(self) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def go_down(self) -> None:
+        """New connections are refused, open ones break at their next request."""
+        self.is_down = True
+        self.stop()
+
+    def come_back(self) -> None:
+        self.start(self.server.server_address[1])
+        self.is_down = False
 
     @contextlib.contextmanager
     def serve(self, port: int = 0):
@@ -98,6 +113,8 @@ class Handler(BaseHTTPRequestHandler):
     def do(self):
         started = time.time()
         self.sent, self.cut_at, self.cut_hard = 0, None, False
+        if self.hub.is_down:
+            return self.break_connection()
         url = urllib.parse.urlsplit(self.path)
         self.query = urllib.parse.parse_qs(url.query, keep_blank_values=True)
         entry = {"method": self.command, "path": self.path, "auth": "authorization" in self.headers, "fault": None}
@@ -123,6 +140,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, path: str, fault: Fault | None, entry: dict):
         action = entry["fault"] = fault and fault.action
+        if fault and fault.before:
+            fault.before()
         if action == "drop":
             return self.break_connection(fault.after)
         if action == "delay":
@@ -130,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
         if action in ("truncate", "cut"):
             self.cut_at, self.cut_hard = fault.after, action == "cut"
         self.body = self.read_body()
+        if action == "partial":
+            self.body = b"\n".join(self.body.splitlines()[:-1])
         if action == "status":
             raise HubError(fault.status, headers=fault.headers, body=fault.body or {"error": "injected"})
         result = self.dispatch(path)

@@ -1,11 +1,11 @@
 """What was trained to the Hub: weights, processor, metrics and card in one commit."""
 
-import shutil
+import shlex
 from pathlib import Path
 
-import httpx2
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 
+from vlmcap.files import write_atomically
 from vlmcap.reporting.cards import (
     LLAMA,
     built_with_llama,
@@ -15,6 +15,7 @@ from vlmcap.reporting.cards import (
     recipe_of,
     write_adapter_card,
 )
+from vlmcap.upload import FAILURES, PushError, is_refused, patiently, push_folder, reason
 
 WEIGHTS = {
     "adapter": [("adapter_config.json",), ("adapter_model.safetensors",)],
@@ -52,18 +53,13 @@ LLAMA_NOTICE = (
 )
 
 
-class PushError(RuntimeError):
-    """Nothing was pushed. The message says at which step it failed, why, and how to go on."""
-
-
 def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) -> str:
     """Pushes the folder of an adapter or a trained model to `repo_id` in one commit; returns the repository's URL.
 
-    Checks the folder, writes its card again with `repo_id` in it, has the Hub validate the card's metadata, creates
-    the repository when it does not exist, and uploads everything but the trainer's state and sample pages. An
-    existing repository whose visibility is not the one asked for is refused, lest a private adapter land in public.
-    What was trained on Llama 3.2 needs a repository whose name begins with "Llama"; its licence, fetched from the
-    base's repository, and a notice are added to the folder.
+    Checks the folder, writes its card again with `repo_id` in it, and publishes everything but the trainer's state and
+    sample pages, as `vlmcap.upload.push_folder` does. An existing repository whose visibility is not the one asked for
+    is refused, lest a private adapter land in public. What was trained on Llama 3.2 needs a repository whose name
+    begins with "Llama"; its licence, fetched from the base's repository, and a notice are added to the folder.
 
     Raises:
         FileNotFoundError: the folder lacks a file; the message says which and what writes it.
@@ -76,41 +72,14 @@ def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) ->
     metrics = read_metrics(adapter_dir)
     decoder = model_parts(metrics["model"]).get("decoder", {"id": ""})
     check_llama_name(repo_id, decoder["id"])
-    card = ModelCard.load(write_adapter_card(adapter_dir, repo_id))
-
-    api = HfApi()
-    step = f"adding the licence of {decoder['id']} (LICENSE.txt in the folder, if it cannot be fetched)"
-    try:
-        if built_with_llama(metrics):
-            _add_llama_licence(adapter_dir, decoder)
-        step = "validating the card"
-        card.validate()
-        step = "creating the repository"
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        if api.repo_info(repo_id).private != private:
-            there, asked = ("public", "private") if private else ("private", "public")
-            raise ValueError(
-                f"the repository exists and is {there}, but {asked} was asked for. Change its visibility in its "
-                f"settings on the Hub, or {'pass' if private else 'leave out'} --public"
-            )
-        step = "uploading the files"
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=adapter_dir,
-            ignore_patterns=PRIVATE,
-            commit_message=f"Upload {recipe_of(metrics).trained}, processor, metrics and model card",
-        )
-    # A push fails as HfHubHTTPError (an httpx2.HTTPError), as a bare httpx2 error without connection, as OSError
-    # without token or in offline mode, as RuntimeError from an LFS or Xet upload, as ValueError from validation.
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise PushError(
-            f"pushing {adapter_dir} to {repo_id} failed while {step}: {error}\n"
-            "Nothing was lost: the folder is complete and the push can be repeated. Not logged in, or no write "
-            "access? `hf auth login` takes a token with the right to write. Then:\n"
-            f"  python scripts/push_adapter.py --adapter_dir {adapter_dir} --repo_id {repo_id}"
-            f"{'' if private else ' --public'}"
-        ) from error
-    return str(repo)
+    write_adapter_card(adapter_dir, repo_id)
+    command = ["python", "scripts/push_adapter.py", "--adapter_dir", str(adapter_dir), "--repo_id", repo_id]
+    command = shlex.join(command if private else [*command, "--public"])
+    if built_with_llama(metrics):
+        _add_llama_licence(adapter_dir, decoder, command)
+    message = f"Upload {recipe_of(metrics).trained}, processor, metrics and model card"
+    url, _ = push_folder(adapter_dir, repo_id, "model", private, message, command, ignore=PRIVATE)
+    return url
 
 
 def check_adapter_folder(adapter_dir: Path) -> None:
@@ -150,15 +119,25 @@ def check_llama_name(repo_id: str | None, decoder: str) -> None:
         )
 
 
-def _add_llama_licence(adapter_dir: Path, decoder: dict) -> None:
+def _add_llama_licence(adapter_dir: Path, decoder: dict, command: str) -> None:
     """Writes NOTICE and, unless it lies there, LICENSE.txt into the folder; what for, see LLAMA_NOTICE."""
-    (adapter_dir / "NOTICE").write_text(LLAMA_NOTICE, encoding="utf-8")
+    write_atomically(adapter_dir / "NOTICE", LLAMA_NOTICE)
     licence = adapter_dir / "LICENSE.txt"
     if licence.is_file():
         return
-    if not is_hub_id(decoder["id"]):
-        raise ValueError("it must go with the model, and there is no repository to fetch it from")
-    shutil.copyfile(hf_hub_download(decoder["id"], "LICENSE.txt", revision=decoder["revision"]), licence)
+    try:
+        if not is_hub_id(decoder["id"]):
+            raise ValueError("it must go with the model, and there is no repository to fetch it from")
+        source = {"repo_id": decoder["id"], "filename": licence.name, "revision": decoder["revision"]}
+        fetched = patiently(lambda: hf_hub_download(**source))
+        write_atomically(licence, Path(fetched).read_bytes())
+    except FAILURES as error:
+        raise PushError(
+            f"pushing {adapter_dir} failed while adding the licence of {decoder['id']}: {reason(error)}.\n"
+            f"Nothing was sent to the Hub, and nothing was lost here. Put LICENSE.txt of {decoder['id']} into the"
+            f" folder, or log in (`hf auth login`) as someone who accepted that licence; then this finishes it:\n"
+            f"  {command}"
+        ) from error
 
 
 def check_push_rights(repo_id: str | None) -> None:
@@ -166,9 +145,12 @@ def check_push_rights(repo_id: str | None) -> None:
     if not repo_id or "/" not in repo_id:
         raise PushError(f"--push_to_hub needs --hub_model_id USER/NAME, not {repo_id!r}")
     try:
-        account = HfApi().whoami()
-    except (httpx2.HTTPError, OSError) as error:
-        raise PushError(f"--push_to_hub: not logged in to the Hub ({error}); `hf auth login` does it") from error
+        account = patiently(HfApi().whoami)
+    except FAILURES as error:
+        mend = "`hf auth login` logs in" if is_refused(error) else "start again when it can, or without --push_to_hub"
+        raise PushError(f"--push_to_hub: the Hub does not say who you are: {reason(error)}; {mend}") from error
     namespaces = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if repo_id.split("/")[0] not in namespaces:
         raise PushError(f"--hub_model_id {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PushError(f"--push_to_hub: the token of {account['name']} may only read; log in with one that may write")

@@ -1,20 +1,21 @@
 """The metric of recipes/metric_space as a Space of the Hub: one folder that needs no installed vlmcap."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
-import httpx2
-from huggingface_hub import HfApi
-
+import vlmcap
 from vlmcap import evaluation
-from vlmcap.reporting.hub import PushError
+from vlmcap.upload import push_folder
 
 NAME = "japanese_caption_metrics"
 SOURCE = Path(__file__).parents[3] / "recipes" / "metric_space" / NAME
-# Of vlmcap.evaluation: the scorer and what it imports.
-MODULES = ("bootstrap", "external", "metrics", "register", "scoring", "tokenise")
-IMPORT = re.compile(r"^from vlmcap\.evaluation\.", re.MULTILINE)
+# The scorer and what it imports: modules of vlmcap.evaluation and of vlmcap itself.
+MODULES = {
+    name: evaluation.__path__[0] for name in ("bootstrap", "external", "metrics", "register", "scoring", "tokenise")
+} | {name: vlmcap.__path__[0] for name in ("documents", "files")}
+IMPORT = re.compile(r"^from vlmcap\.(?:evaluation\.)?(?=\w+ import)", re.MULTILINE)
 IMPORT_MODULE = re.compile(r"^from vlmcap\.evaluation import (\w+)$", re.MULTILINE)
 
 
@@ -27,8 +28,8 @@ def write_metric_space(output_dir: str | Path, repo_id: str | None = None) -> Pa
     name = repo_id.split("/")[1] if repo_id else NAME
     folder = Path(output_dir) / name
     folder.mkdir(parents=True, exist_ok=True)
-    for module in MODULES:
-        text = (Path(evaluation.__path__[0]) / f"{module}.py").read_text(encoding="utf-8")
+    for module, place in MODULES.items():
+        text = (Path(place) / f"{module}.py").read_text(encoding="utf-8")
         (folder / f"{module}.py").write_text(_with_relative_imports(text), encoding="utf-8")
     for file in ("README.md", "app.py"):
         text = (SOURCE / file).read_text(encoding="utf-8")
@@ -43,7 +44,7 @@ def write_metric_space(output_dir: str | Path, repo_id: str | None = None) -> Pa
 
 
 def _with_relative_imports(text: str) -> str:
-    return IMPORT_MODULE.sub(r"from . import \1", IMPORT.sub("from .", text))
+    return IMPORT.sub("from .", IMPORT_MODULE.sub(r"from . import \1", text))
 
 
 def push_metric_space(folder: str | Path, repo_id: str, private: bool = True) -> str:
@@ -51,15 +52,7 @@ def push_metric_space(folder: str | Path, repo_id: str, private: bool = True) ->
 
     Raises PushError when the Hub refuses or cannot be reached, and when an existing Space has the other visibility.
     """
-    api = HfApi()
-    try:
-        url = api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-        if api.repo_info(repo_id, repo_type="space").private != private:
-            raise ValueError(f"the Space exists and is not {'private' if private else 'public'}, as was asked for")
-        api.upload_folder(
-            repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Upload the metric and its page"
-        )
-    # The errors of a push: see vlmcap.reporting.hub.push_adapter.
-    except (httpx2.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise PushError(f"pushing {folder} to the Space {repo_id} failed: {error}") from error
-    return str(url)
+    command = ["python", "scripts/publish_metric.py", "--output_dir", str(Path(folder).parent), "--push_to_hub"]
+    command += ["--repo_id", repo_id] + ([] if private else ["--public"])
+    url, _ = push_folder(folder, repo_id, "space", private, "Upload the metric and its page", shlex.join(command))
+    return url
