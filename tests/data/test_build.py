@@ -201,9 +201,7 @@ def test_bad_photographs_stop_the_build_or_are_left_out_and_counted(world, photo
     path = photographs / "train2014" / "COCO_train2014_000000000003.jpg"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # its header can be read, its pixels cannot
     arguments = {"source": "yj", "images": str(photographs)}
-    with pytest.raises(
-        DataError, match=r"1 of 2 photographs .*\n  COCO_train2014_000000000003.jpg: OSError: .*truncated"
-    ):
+    with pytest.raises(DataError, match=r"1 of 2 photographs .*\n  COCO_train2014_000000000003.jpg: .*truncated"):
         build(world(**arguments))
     assert not (tmp_path / "out").exists()
     summary = build(world(**arguments, skip_bad_images=True))
@@ -300,7 +298,8 @@ def test_push_and_load_from_the_hub(world, photographs, hub, tmp_path):
 def test_a_second_push_leaves_no_stale_shards(world, hub, tmp_path):
     publish(world(push_to_hub=True, repo_id="user/captions", public=True))
     assert not HfApi().dataset_info("user/captions").private
-    build_id = publish(world("yj", push_to_hub=True, repo_id="user/captions", overwrite=True))["fingerprint"]
+    again = {"push_to_hub": True, "repo_id": "user/captions", "public": True, "overwrite": True}
+    build_id = publish(world("yj", **again))["fingerprint"]
     files = HfApi().list_repo_files("user/captions", repo_type="dataset")
     assert [name for name in files if name.endswith(".parquet")] == [f"data/test-{build_id}-00000-of-00001.parquet"]
     assert load_dataset("user/captions", cache_dir=str(tmp_path / "fresh"))["test"]["image_id"][:] == [2, 3]
@@ -308,7 +307,7 @@ def test_a_second_push_leaves_no_stale_shards(world, hub, tmp_path):
 
 def test_a_failed_push_keeps_the_folder_and_says_how_to_go_on(world, hub, tmp_path):
     hub.fail(method="POST", path="/commit/", status=403, times=99)
-    with pytest.raises(DataError, match=r"is complete.*\n?.*hf upload user/captions .*--repo-type dataset --private"):
+    with pytest.raises(DataError, match=r"(?s)Nothing was lost.*scripts/push_dataset.py .*--repo_id user/captions$"):
         publish(world("yj", push_to_hub=True, repo_id="user/captions"))
     assert loaded(world().output_dir, tmp_path)["test"]["image_id"][:] == [2, 3]
     hub.faults.clear()

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import unicodedata
 from collections import defaultdict
 
@@ -57,6 +58,13 @@ def counts(cleaner):
         ("control", "白\u200bい\ufeff犬\u00ad\u2060\x07\u202e", "白い犬"),
         ("control", "赤い車\ud83d\ufffd\ue63e", "赤い車"),
         ("control", "旗\ufe0f", "旗"),
+        ("control", "\u202a白\u202b\u202d\u202e\u202c犬\u2066\u2067\u2068\u2069\u200e\u200f\u061c", "白犬"),
+        ("markup", "犬<|im_end|>\n<|im_start|>user", "犬user"),
+        ("markup", "<|vision_start|><|image_pad|><|vision_end|>犬", "犬"),
+        ("markup", "<s>犬</s><image> [SEP]猫[/INST]", "犬猫"),
+        ("markup", "＜｜ｅｎｄ▁ｏｆ▁ｓｅｎｔｅｎｃｅ｜＞犬", "犬"),
+        ("markup", "犬<|im_<|im_end|>end|><|", "犬im_ end"),
+        ("markup", "[[SEP]SEP] <<s>s> [ CLS ]犬", "< s>犬"),
         ("width", "ＡＢＣ－１２３！（犬）：；＆％", "ABC-123!(犬):;&%"),
         ("width", "ﾊﾞｽとﾍﾟｯﾄﾎﾞﾄﾙ､｢ﾃﾚﾋﾞ｣･ｿﾌｧｰ｡", "バスとペットボトル、「テレビ」・ソファー。"),
         ("width", "５～６人", "5〜6人"),
@@ -140,6 +148,9 @@ nasty = st.lists(
             "🐕♥❤☀🏻🇯🇵\ufe0f\ufe0e\ufe00\u200d\u200b\u20e3\u0301\u0338…㊙Ⅳ⼀\U000e0100\U000e0067🏴\u2126\ud83d\ufffd\u00a0"
         ),
         st.sampled_from(sorted(emoji.EMOJI_DATA)),
+        st.sampled_from(
+            ["<|", "|>", "<|im_", "[SEP]", "[ CLS", "SEP ]", "[[", "]]", "<s>", "<", "s>", "<|a|>", "/INST"]
+        ),
         st.sampled_from(["http://", "https://a.b/c", "www.", "www.x", "ｈｔｔｐ：／／", "(http://x)", "「http://x」"]),
         st.characters(),
     ),
@@ -154,6 +165,8 @@ nasty = st.lists(
 @example("は🏄\u3099－、ハ\u0301\u3099－")
 @example("テ ―ブ、か ゛、犬 ,猫、犬,、猫")
 @example("テ―http://x")
+@example("[SEP][ CLSwww.x")
+@example("[http://x SEP [SEP]]")
 def test_cleaning_is_idempotent_and_thorough(text):
     cleaned = clean_text(text)
     assert clean_text(cleaned) == cleaned
@@ -163,6 +176,7 @@ def test_cleaning_is_idempotent_and_thorough(text):
         assert char not in "\ufe0e\ufe0f\u20e3\u3000"
         assert not "\uff01" <= char <= "\uff9f" or char in "｟｠", char  # full-width ASCII, half-width kana
     assert "  " not in cleaned and cleaned == cleaned.strip()
+    assert not re.search(r"<\||\|>|\[(SEP|CLS|PAD|MASK|UNK|INST|/INST)\]|<s>", cleaned)
     assert not any(
         found["emoji"] in emoji.EMOJI_DATA and len(found["emoji"]) > 1 for found in emoji.emoji_list(cleaned)
     )
@@ -296,7 +310,7 @@ def test_report_adds_up_over_calls_and_shows_examples(tokenizer):
         "captions_out": 6,
     }
     rules = {rule["name"]: rule for rule in report["rules"]}
-    assert len(rules) == len(report["rules"]) == 12
+    assert len(rules) == len(report["rules"]) == 13
     assert rules["width"]["count"] == 6 and rules["width"]["action"] == "changed"
     assert rules["width"]["examples"] == [
         {"image_id": 0, "caption_id": 0, "before": "２匹の犬", "after": "2匹の犬"},

@@ -134,7 +134,7 @@ def test_archives_read_like_their_files_without_the_tokenized_twins(tmp_path, ma
 def test_cut_off_archive(tmp_path, make):
     path = make(tmp_path / "archive", archive_members())
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"archive: the archive is damaged or cut off .* Download it again"):
+    with pytest.raises(DataError, match=r"archive: the archive is damaged or cut off .* Delete it and download"):
         read_rows([path], "stair")
 
 

@@ -119,7 +119,7 @@ def test_karpathy_json(tmp_path):
     path.write_text(json.dumps({"images": [{"cocoid": cocoid, "split": split} for cocoid, split in places.items()]}))
     assert splits.read_karpathy(path) == ([3, 5], [4])
     path.write_text('{"images": [{"split": "val"}]}')
-    with pytest.raises(DataError, match="not Karpathy's dataset_coco.json"):
+    with pytest.raises(DataError, match=r"images\[0\] is not one of its images. Karpathy's dataset_coco.json has"):
         splits.read_karpathy(path)
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -11,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import httpx2
 import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
-from huggingface_hub import DatasetCardData, HfApi
-from PIL import Image as PILImage
+from filelock import FileLock, Timeout
+from huggingface_hub import DatasetCardData, hf_hub_download
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -24,9 +27,12 @@ from vlmcap import provenance
 from vlmcap.data import splits
 from vlmcap.data.clean import CaptionCleaner
 from vlmcap.data.corpora import READ, RELEASE, PublishArguments, check_arguments, find_license
+from vlmcap.data.images import BadImageError, open_image
 from vlmcap.data.lengths import caption_lengths, token_limit
 from vlmcap.data.sources import DataError, SourceFile
 from vlmcap.data.titles import word_counts, write_word_cloud
+from vlmcap.documents import parse_json
+from vlmcap.upload import PushError, push_folder
 
 CARDS = Path(__file__).resolve().parents[3] / "dataset_cards"
 REPORT = "cleaning_report.json"
@@ -63,23 +69,31 @@ def publish(args: PublishArguments) -> dict:
 def build(args: PublishArguments) -> dict:
     """Reads, splits, cleans and writes one dataset to `args.output_dir`, which appears only when it is complete.
 
-    Returns {"source", "license", "files", "split_origin", "overlap", "splits": {split: {"images", "captions",
-    "in_yj"}}, "bad_images", "cleaning": the cleaner's report, "fingerprint", "built_with", "folder", "seconds":
-    {stage: seconds}}; all but the last two also lie in the folder's cleaning_report.json. uit_viic and food_titles
-    have "lengths" too (`lengths.caption_lengths`), food_titles "left_out": {"rules", "rows"} and "words": {"distinct",
-    "total", "most_common"}.
+    Returns {"source", "license", "files", "changed_files" (`_changed_files`), "split_origin", "overlap", "splits":
+    {split: {"images", "captions", "in_yj"}}, "bad_images", "cleaning": the cleaner's report, "fingerprint",
+    "built_with", "folder", "seconds": {stage: seconds}}; all but the last two also lie in the folder's
+    cleaning_report.json. uit_viic and food_titles have "lengths" too (`lengths.caption_lengths`), food_titles
+    "left_out": {"rules", "rows"} and "words": {"distinct", "total", "most_common"}.
 
-    Raises DataError on whatever is wrong with the annotations, the splits, the photographs or the output folder.
+    Raises DataError on whatever is wrong with the annotations, the splits, the photographs or the output folder, and
+    when it cannot be written.
     """
     output_dir = Path(args.output_dir).resolve()
     check_arguments(args)
+    with _replacing(output_dir) as folder:
+        return _build(args, output_dir, folder)
+
+
+def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
     _check_folders(args, output_dir)
     release = RELEASE[args.source]
     seconds: dict[str, float] = {}
 
     with _timed(seconds, "load tokenizer"):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+            tokenizer = (
+                AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False) if args.tokenizer else None
+            )
         except (OSError, ValueError) as error:
             raise DataError(f"--tokenizer {args.tokenizer}: {error}") from error
         cleaner = CaptionCleaner(tokenizer, args.max_tokens or release["max_tokens"], rules=release["rules"])
@@ -88,6 +102,7 @@ def build(args: PublishArguments) -> dict:
         license = find_license(args, corpus.files)
         by_split = corpus.by_split
         splits.check_disjoint(by_split)
+        changed = _changed_files(corpus.files + corpus.yj_files, _earlier_files(args, output_dir))
     image_paths, bad_images = None, []
     if args.images:
         with _timed(seconds, "check images"):
@@ -99,18 +114,18 @@ def build(args: PublishArguments) -> dict:
                 split: [row for row in members if row["image_id"] in image_paths]
                 for split, members in by_split.items()
             }
+            _check_not_empty(by_split, "photograph that can be read")
     with _timed(seconds, "clean and tokenise"):
         if tokenizer and not cleaner.max_tokens:
             cleaner.max_tokens = token_limit(cleaner, by_split["train"])
         by_split = {split: cleaner.clean(members, desc=f"cleaning {split}") for split, members in by_split.items()}
-        for split, members in by_split.items():
-            if not members:
-                raise DataError(f"The {split} split holds no caption after cleaning.")
+        _check_not_empty(by_split, "caption after cleaning")
     with _timed(seconds, "write"):
         summary = {
             "source": args.source,
             "license": license,
             "files": [asdict(file) for file in corpus.files + corpus.yj_files],
+            "changed_files": changed,
             "split_origin": corpus.split_origin,
             "overlap": corpus.overlap(by_split),
             "splits": {split: _counts(members) for split, members in by_split.items()},
@@ -127,37 +142,43 @@ def build(args: PublishArguments) -> dict:
             words = word_counts(row["captions"][0] for members in by_split.values() for row in members)
             most = [{"word": word, "count": count} for word, count in words.most_common(100)]
             summary["words"] = {"distinct": len(words), "total": words.total(), "most_common": most}
-        with _replacing(output_dir) as folder:
-            _write_folder(folder, by_split, image_paths, summary, _card(args, summary, corpus.files))
-            if words:
-                write_word_cloud(words, folder / WORD_CLOUD)
+        _write_folder(folder, by_split, image_paths, summary, _card(args, summary, corpus.files))
+        if words:
+            write_word_cloud(words, folder / WORD_CLOUD)
     return summary | {"folder": str(output_dir), "seconds": seconds}
 
 
 def push(folder: str | Path, repo_id: str, private: bool = True) -> tuple[str, str]:
-    """Uploads a dataset folder to the Hub dataset `repo_id`, created when it is not there; parquet shards that an
-    earlier push left are deleted in the same commit. Returns (URL, revision).
+    """Publishes a dataset folder as the Hub dataset `repo_id`, in one commit, as `vlmcap.upload.push_folder` does;
+    parquet shards that an earlier push left are deleted in the same commit. Returns (URL, revision).
 
-    Raises DataError when the upload fails; the folder is as it was, and the message says how to push it again.
+    Raises DataError when the folder is no complete dataset, and when the upload fails; the folder is as it was, and
+    the message says what is on the Hub and how to push it again.
     """
-    api = HfApi()
+    folder = Path(folder)
+    _check_complete(folder)
+    command = ["python", "scripts/push_dataset.py", "--folder", str(folder), "--repo_id", repo_id]
+    command = shlex.join(command if private else [*command, "--public"])
     try:
-        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            repo_type="dataset",
-            folder_path=folder,
-            commit_message="Upload dataset",
-            delete_patterns="data/*.parquet",
-        )
-    except Exception as error:  # HfHubHTTPError, RuntimeError, ValueError, httpx errors: by what the Hub refuses
-        visibility = "--private" if private else "--no-private"
-        raise DataError(
-            f"The upload to {repo_id} failed ({type(error).__name__}: {error}).\n"
-            f"The dataset in {folder} is complete. Log in with `hf auth login` where that is the trouble, and push it "
-            f'with: hf upload {repo_id} {folder} . --repo-type dataset {visibility} --delete "data/*.parquet"'
-        ) from error
-    return f"{api.endpoint}/datasets/{repo_id}", commit.oid
+        return push_folder(folder, repo_id, "dataset", private, "Upload dataset", command, replace="data/*.parquet")
+    except PushError as error:
+        raise DataError(str(error)) from error
+
+
+def _check_complete(folder: Path) -> None:
+    """Raises DataError unless the folder holds a card, a report and every shard of every split."""
+    report = folder / REPORT
+    if not report.is_file() or not (folder / "README.md").is_file():
+        raise DataError(f"{folder}: no dataset of scripts/publish_datasets.py: README.md or {REPORT} is missing.")
+    try:
+        summary = parse_json(report.read_bytes())
+        names = {split: f"{split}-{summary['fingerprint']}" for split in summary["splits"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{report}: not the report of a build ({type(error).__name__}: {error}).") from error
+    for split, name in names.items():
+        shards = sorted(path.stem for path in (folder / "data").glob(f"{name}-?????-of-?????.parquet"))
+        if not shards or len(shards) != int(shards[0][-5:]):
+            raise DataError(f"{folder}: shards of the {split} split are missing. Build it again, with --overwrite.")
 
 
 def summary_text(summary: dict) -> str:
@@ -188,6 +209,8 @@ def summary_text(summary: dict) -> str:
         names = ", ".join(bad["file_name"] for bad in summary["bad_images"][:5])
         more = ", ..." if len(summary["bad_images"]) > 5 else ""
         lines.append(f"left out    {len(summary['bad_images']):,} unreadable photographs: {names}{more}")
+    for file in summary["changed_files"]:
+        lines.append(f"CHANGED     {_change_text(file)}")
     lines.append("seconds     " + ", ".join(f"{stage} {value:.1f}" for stage, value in summary["seconds"].items()))
     lines.append(f"folder      {summary['folder']} (card README.md, examples of each rule in {REPORT})")
     lines.append(f'load it     datasets.load_dataset("{summary["folder"]}")')
@@ -213,8 +236,56 @@ def _counts(rows: list[dict]) -> dict[str, int | None]:
     return {"images": len(rows), "captions": captions, "in_yj": None if None in in_yj else sum(in_yj)}
 
 
+def _check_not_empty(by_split: dict[str, list[dict]], what: str) -> None:
+    for split, members in by_split.items():
+        if not members:
+            raise DataError(f"The {split} split holds no {what}.")
+
+
+def _earlier_files(args: PublishArguments, output_dir: Path) -> tuple[list[dict], str]:
+    """(`files` of the report of the build that this one replaces, what that is): the folder's, else the Hub's."""
+    report, place = output_dir / REPORT, "the build that this one replaces"
+    if not report.exists():
+        if not args.push_to_hub:
+            return [], ""
+        place = f"{args.repo_id} on the Hub"
+        try:
+            report = Path(hf_hub_download(args.repo_id, REPORT, repo_type="dataset"))
+        except (httpx2.HTTPError, OSError, ValueError):  # no such dataset; if the Hub is away, the push will say so
+            return [], ""
+    try:
+        files = parse_json(report.read_bytes())["files"]
+        return [{key: file[key] for key in ("name", "sha256", "images", "captions")} for file in files], place
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{report}: no report of a build ({type(error).__name__}: {error}), so what is replaced is not known. "
+            "Delete it, or name another folder or repository."
+        ) from error
+
+
+def _changed_files(files: list[SourceFile], earlier: tuple[list[dict], str]) -> list[dict]:
+    """The files that had the same name and other contents when the dataset was built before, as {"name", "place":
+    where that is known from, "before" and "now": {"sha256", "images", "captions"}}."""
+    before, place = {file["name"]: file for file in earlier[0]}, earlier[1]
+    changed = []
+    for file in map(asdict, files):
+        old = before.get(file["name"], file)
+        if old["sha256"] != file["sha256"]:
+            both = ({key: of[key] for key in ("sha256", "images", "captions")} for of in (old, file))
+            changed.append({"name": file["name"], "place": place} | dict(zip(("before", "now"), both, strict=True)))
+    return changed
+
+
+def _change_text(file: dict) -> str:
+    return (
+        f"{file['name']} is not the file that {file['place']} was made from: "
+        + ", ".join(f"{key} {file['before'][key]} then, {file['now'][key]} now" for key in file["now"])
+        + "."
+    )
+
+
 def _check_images(rows: list[dict], folder: Path, parts: Sequence[str]) -> tuple[dict[int, Path], list[dict]]:
-    """({image id: path} of the photographs that decode, the others as {"image_id", "file_name", "reason"}).
+    """({image id: path} of photographs that `open_image` reads, the others as {"image_id", "file_name", "reason"}).
 
     They lie in `folder` or in one of its `parts`.
     """
@@ -225,10 +296,9 @@ def _check_images(rows: list[dict], folder: Path, parts: Sequence[str]) -> tuple
         if path is None:
             return None, "missing"
         try:
-            with PILImage.open(path) as image:
-                image.load()  # decodes every pixel: open() alone reads the header only
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others
-            return None, f"{type(error).__name__}: {str(error).replace(str(path), path.name)}"
+            open_image({"image": {"bytes": None, "path": str(path)}, "file_name": path.name})
+        except BadImageError as error:
+            return None, error.reason.replace(str(path), path.name)
         return path, ""
 
     paths, bad = {}, []
@@ -341,7 +411,7 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"thousands": "{:,}".format, "visible": _visible, "cell": _cell}
+    environment.filters |= {"change": _change_text, "thousands": "{:,}".format, "visible": _visible, "cell": _cell}
     return environment.get_template(f"{args.card or args.source}_captions.md.j2").render(
         summary,
         metadata=metadata.to_yaml(),
@@ -365,11 +435,13 @@ def _size_category(images: int) -> str:
 
 
 def _visible(text: str) -> str:
-    """A caption as a code span in a Markdown table cell; characters that cannot be seen become \\u escapes."""
+    """A text of others as a code span in a Markdown table cell, where nothing in it is Markdown or HTML; characters
+    that cannot be seen become \\u escapes."""
     if not text:
         return "nothing"
     shown = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
-    return _cell(f"`` {shown} ``" if "`" in shown else f"`{shown}`")
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return _cell(f"{fence} {shown} {fence}" if "`" in shown else f"`{shown}`")
 
 
 def _cell(text: str) -> str:
@@ -386,18 +458,39 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @contextmanager
 def _replacing(output_dir: Path) -> Iterator[Path]:
-    """A new folder beside `output_dir` that takes its place at the end; after an error, neither is half-written."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    building, old = (output_dir.parent / f".{output_dir.name}.{what}-{os.getpid()}" for what in ("building", "old"))
-    building.mkdir()
+    """A new folder that takes the place of `output_dir` at the end.
+
+    After an error `output_dir` is as it was. After a kill the next build finds it as it was or whole and new, and
+    clears what the killed one left beside it.
+
+    Raises DataError when another build is at work there, and on a disk that is full or cannot be written.
+    """
+    work = output_dir.with_name(f".{output_dir.name}.building")
+    new, old = work / "new", work / "old"
     try:
-        yield building
-        if output_dir.exists():
-            output_dir.rename(old)
-        building.rename(output_dir)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        if old.exists():
-            old.rename(output_dir)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        with FileLock(work / "lock", timeout=0):
+            if old.exists() and not output_dir.exists():  # killed between the two renames below
+                old.rename(output_dir)
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
+            new.mkdir()
+            try:
+                yield new
+                if output_dir.exists():
+                    output_dir.rename(old)
+                new.rename(output_dir)
+            finally:
+                if old.exists() and not output_dir.exists():
+                    old.rename(output_dir)
+                shutil.rmtree(work, ignore_errors=True)
+    except Timeout:
+        raise DataError(
+            f"{output_dir}: another build is at work there. Wait for it, or name another folder."
+        ) from None
+    except OSError as error:
+        free = shutil.disk_usage(next(folder for folder in output_dir.parents if folder.exists())).free
+        raise DataError(
+            f"{output_dir}: the build stopped ({error}). That disk has {free / 1e9:,.1f} GB free; an earlier dataset "
+            "in the folder is as it was."
+        ) from error

@@ -120,6 +120,25 @@ def _drop_urls(text: str) -> str:
     return _URL.sub(" ", text)
 
 
+# Special tokens ----------------------------------------------------------------------------------------------------
+# What tokenizers read as the end of a text, a turn or a picture: <|im_end|>, <|image_pad|>, </s>, <image>, [SEP]. They
+# leave a space, so that nothing grows together, and no half of one stays that could meet another half. Brackets are
+# taken with whatever brackets, spaces and names touch them: closing up "[ [SEP]SEP]" must not make a new one.
+_NAMES = "CLS|SEP|PAD|MASK|UNK|BOS|EOS|IMG|/?INST"
+_BRACKETED = _compile(rf"\[\s*(?:{_NAMES})\s*\]")
+_BRACKETS = _compile(rf"(?:[\[\]\s]|(?<![A-Za-z0-9])(?:{_NAMES})(?![A-Za-z0-9]))++")
+_MARKUP = _compile(
+    r"(?i)<\|[^<>|]*\|>|<\|+|\|+>|<</?SYS>>"
+    r"|</?(?:s|bos|eos|cls|sep|pad|mask|unk|image|video|audio|(?:start|end)_of_(?:turn|image)|image_soft_token"
+    r"|(?:unused|extra_id_|loc|seg)\d+)>"
+)
+
+
+def drop_markup(text: str) -> str:
+    text = _MARKUP.sub(" ", text)
+    return _BRACKETS.sub(lambda run: " " if _BRACKETED.search(run[0]) else run[0], text)
+
+
 # Spacing -----------------------------------------------------------------------------------------------------------
 # No space beside a Japanese character: in the real captions nearly every Latin word stands in its Japanese sentence
 # without one. A single space stays between Latin words and between katakana words, which nothing else separates. It
@@ -155,6 +174,12 @@ class TextRule(NamedTuple):
     apply: Callable[[str], str]
 
 
+# For any language; behind what decodes or composes characters, before what closes up spaces.
+MARKUP = TextRule(
+    "markup",
+    "special tokens of language models (im_end, image_pad, SEP and the like, with their brackets) removed",
+    drop_markup,
+)
 TEXT_RULES = (
     TextRule("emoji", "emoji removed, with joiners and selectors; a keycap leaves its digit", _drop_emoji),
     TextRule("control", "control, zero-width, private-use and broken characters removed", drop_control),
@@ -165,6 +190,7 @@ TEXT_RULES = (
     ),
     TextRule("unicode", "kana and voicing marks, letters and accents composed (NFC; kanji left alone)", _compose),
     TextRule("url", "web addresses (http, https, ftp, www) removed, with brackets around nothing else", _drop_urls),
+    MARKUP,
     TextRule("long_vowel", "a dash typed for the long vowel of a katakana word becomes ー", _mend_long_vowels),
     TextRule(
         "spacing",

@@ -29,11 +29,13 @@ from tqdm.auto import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from vlmcap.data.images import BadImageError, open_image
+from vlmcap.data.images import BadImageError, DatasetError, check_columns, is_plain_path, open_image, whole_reason
 
 ATTEMPTS = 5
 TIMEOUT = (10, 30)  # seconds: to connect, and between two pieces of a body
 LONGEST_BACKOFF = 60  # seconds
+LONGEST_PAUSE = 600  # seconds for which a server may ask to be left alone
+MAX_BYTES = 100_000_000  # of a photograph; a stream without an end must not fill the disk
 CHUNK = 8 * 1024  # bytes; when a connection breaks, the chunk being read is lost
 # The run stops when 90% of the last photographs could not be had: the server, the network or the URLs are wrong.
 RECENT, HOPELESS = 20, 18
@@ -81,9 +83,12 @@ def fetch_dataset_images(
 ) -> FetchReport:
     """Fetches the photographs of some splits (default: all) of a dataset, a Hub id or a local folder.
 
-    Raises what `fetch_images` raises, and ValueError when the dataset lacks a split or a column.
+    Raises what `fetch_images` raises, and ValueError when the dataset cannot be loaded or lacks a split or a column.
     """
-    loaded = datasets.load_dataset(dataset, revision=revision)
+    try:
+        loaded = datasets.load_dataset(dataset, revision=revision)
+    except Exception as error:  # whatever lies under datasets, as in `load_captions`
+        raise DatasetError(f"{dataset} cannot be loaded: {whole_reason(error)}") from error
     rows = []
     for split in splits or loaded:
         if split not in loaded:
@@ -94,6 +99,7 @@ def fetch_dataset_images(
             raise ValueError(
                 f"{dataset} ({split}) has no column {', '.join(missing)}: nothing says where its images are"
             )
+        check_columns(loaded[split], f"{dataset} ({split})", columns)
         rows += loaded[split].select_columns(columns).to_list()
     return fetch_images(rows, output_dir, concurrency, base_url)
 
@@ -139,8 +145,10 @@ def _one_per_file(rows: Iterable[dict]) -> list[dict]:
     for row in rows:
         name, url = row["file_name"] or "", row["coco_url"] or ""
         # A dataset comes from anybody: a name must not lead out of the folder, nor onto this module's own files.
-        if re.search(r"[/\\\0\n]|^\.", name) or Path(name).suffix.lower() not in SUFFIXES:
-            raise ValueError(f"image_id {row['image_id']}: file_name {name!r} is not the plain name of an image file")
+        if not is_plain_path(name) or re.search(r"/|^\.", name) or Path(name).suffix.lower() not in SUFFIXES:
+            raise ValueError(
+                f"image_id {row['image_id']}: file_name {name!r:.200} is not the plain name of an image file"
+            )
         known = unique.setdefault(name, {"image_id": row["image_id"], "file_name": name, "coco_url": url})
         if known["coco_url"] != url:
             raise ValueError(f"file_name {name!r} has two URLs: {known['coco_url']!r} and {url!r}")
@@ -190,7 +198,7 @@ def _fetch_all(rows: list[dict], folder: Path, concurrency: int, fetcher: "_Fetc
 def _read_verified(folder: Path) -> set[str]:
     """Names of the files that an earlier run verified and that still have the size they had then."""
     memory = folder / ".verified.tsv"
-    lines = memory.read_text(encoding="utf-8").splitlines() if memory.exists() else []
+    lines = memory.read_text(encoding="utf-8", errors="replace").splitlines() if memory.exists() else []
     sizes = {entry.name: str(entry.stat().st_size) for entry in os.scandir(folder)}
     remembered = {name: size for size, _, name in (line.partition("\t") for line in lines)}
     return {name for name, size in remembered.items() if sizes.get(name) == size}
@@ -289,9 +297,13 @@ class _Fetcher:
                 if response.status_code not in (200, 206):
                     response.raw.drain_conn()  # else the connection could not be used again
                     raise _refusal(response)
+                received = start if resumed else 0
                 with part.open("ab" if resumed else "wb", buffering=0) as file:
                     for chunk in response.iter_content(CHUNK):
-                        file.write(chunk)
+                        received += file.write(chunk)
+                        if received > MAX_BYTES:
+                            part.unlink()
+                            raise _Failed(f"more than {MAX_BYTES:,} bytes are no photograph")
                         if self.stop.is_set():
                             raise _Stopping
         except requests.RequestException as error:
@@ -329,9 +341,12 @@ def _refusal(response: requests.Response) -> Exception:
     if response.status_code not in RETRIED_STATUS:
         return _Failed(reason)
     try:
-        return _Retry(reason, Retry().get_retry_after(response.raw) or 0.0)
+        pause = Retry().get_retry_after(response.raw) or 0.0
     except InvalidHeader:
-        return _Retry(reason)
+        pause = 0.0
+    if pause > LONGEST_PAUSE:
+        return _Failed(f"{reason}: the server asks for a pause of {pause:,.0f} s, and {LONGEST_PAUSE} are granted")
+    return _Retry(reason, pause)
 
 
 def _resumes_at(response: requests.Response, start: int) -> bool:

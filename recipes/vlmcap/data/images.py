@@ -1,22 +1,52 @@
 """Published datasets with their pictures: embedded in the dataset, or in a folder named by `file_name`."""
 
 import io
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import httpx2
+import numpy as np
+import pyarrow as pa
+import yaml
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from vlmcap.documents import parse_json
 from vlmcap.provenance import public_name
 
 # Cards of publish_datasets.py have the tag NAME-captions.
 CORPORA = ("stair", "yj", "scenes", "uit_viic", "scenes_vi", "food_titles", "scene_titles")
+
+# What Pillow may open; it knows 40 kinds more, and for EPS it would start Ghostscript. MPO is opened as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb: 256 MiB as RGB
+MAX_RATIO = 200  # of the sides; more is what the Qwen2-VL image processors refuse (smart_resize in transformers)
+# By EXIF orientation, as in PIL.ImageOps.exif_transpose.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Column: what its type must be, in pyarrow and in words.
+TYPES = {
+    "image_id": (pa.types.is_integer, "whole numbers"),
+    "file_name": (pa.types.is_string, "texts"),
+    "coco_url": (pa.types.is_string, "texts"),
+    "captions": (lambda kind: pa.types.is_list(kind) and pa.types.is_string(kind.value_type), "lists of texts"),
+}
+CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where datasets from the Hub lie
 
 
 class DatasetError(ValueError):
@@ -47,15 +77,27 @@ def load_captions(
         {"bytes": bytes | None, "path": str | None}; `open_image` reads it.
 
     Raises:
-        DatasetError: no such split, or the dataset has neither embedded images nor an image_dir.
+        DatasetError: the dataset cannot be loaded or has no such split; a column is missing, of another type or has
+            empty places; it has neither embedded images nor an image_dir; a picture's path leads out of its folder.
     """
     revision = None if Path(dataset).exists() else revision
-    splits = datasets.get_dataset_split_names(dataset, revision=revision)
+    try:
+        splits = datasets.get_dataset_split_names(dataset, revision=revision)
+        if split in splits:
+            rows = datasets.load_dataset(dataset, split=split, revision=revision)
+    # Whatever lies under datasets: its own errors, pyarrow's, the Hub's, httpx's, those of YAML and JSON.
+    except Exception as error:
+        raise DatasetError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
     if split not in splits:
         raise DatasetError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
-    rows = datasets.load_dataset(dataset, split=split, revision=revision)
+    check_columns(rows, f"{dataset} ({split})", ["image_id", "captions"])
     if "image" in rows.column_names:
-        return rows.cast_column("image", datasets.Image(decode=False))
+        try:
+            rows = rows.cast_column("image", datasets.Image(decode=False))
+        except (TypeError, ValueError, pa.ArrowException) as error:
+            raise DatasetError(f"{dataset} ({split}): the column image holds no images ({error})") from error
+        _check_paths(rows, dataset, split)
+        return rows
     if not image_dir:
         raise DatasetError(
             f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python"
@@ -65,41 +107,129 @@ def load_captions(
     folder = Path(image_dir)
     if not folder.is_dir():
         raise DatasetError(f"--image_dir {image_dir} is not a folder")
-    paths = [{"bytes": None, "path": str(folder / name)} for name in rows["file_name"]]
+    check_columns(rows, f"{dataset} ({split})", ["file_name"])
+    paths = []
+    for name in rows["file_name"]:
+        if not is_plain_path(name):
+            raise DatasetError(f"{dataset} ({split}): the file_name {name!r} does not stay in --image_dir {image_dir}")
+        paths.append({"bytes": None, "path": str(folder / name)})
     return rows.add_column("image", paths, feature=datasets.Image(decode=False))
 
 
+def is_plain_path(name: str) -> bool:
+    """Whether a name out of somebody else's file is a path that stays below the folder it is joined to.
+
+    Looks at the name only: a symbolic link that the user has put into the folder is followed.
+    """
+    long = len(os.fsencode(name)) > 1_000 or any(len(os.fsencode(part)) > 250 for part in name.split("/"))
+    return not long and not re.search(r"^$|^/|^[A-Za-z]:|[\\\x00-\x1f\x7f]|(^|/)\.\.(/|$)", name)
+
+
+def whole_reason(error: BaseException) -> str:
+    """The error with the one that it hides: of a damaged file, datasets says that it failed to generate a dataset."""
+    reasons = [f"{type(error).__name__}: {str(error).strip()}"]
+    if error.__cause__:
+        reasons.append(whole_reason(error.__cause__))
+    return "; ".join(dict.fromkeys(reasons))
+
+
+def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
+    """Raises DatasetError on a column that is missing, is not what DESIGN says, or has empty places."""
+    for name in names:
+        if name not in rows.column_names:
+            raise DatasetError(f"{place} has no column {name}; it has {', '.join(rows.column_names)}")
+        kind, (test, wanted) = rows.features.arrow_schema.field(name).type, TYPES[name]
+        if not test(kind):
+            raise DatasetError(f"{place}: the column {name} is {kind}, expected {wanted}")
+        for chunk in rows.select_columns(name).with_format("arrow")[:][name].chunks:
+            if chunk.null_count or pa.types.is_nested(kind) and chunk.flatten().null_count:
+                raise DatasetError(f"{place}: the column {name} has empty places (null)")
+
+
+def _check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
+    """Raises DatasetError when a picture is neither embedded nor a file of the dataset: a path in a dataset may name
+    any file of this machine."""
+    roots = [folder.resolve() for folder in (Path(dataset), *map(Path, CACHES)) if folder.is_dir()]
+    for _, path in _outside(rows):
+        if path and ("\0" in path or not any(Path(path).resolve().is_relative_to(root) for root in roots)):
+            raise DatasetError(
+                f"{dataset} ({split}): the picture {path!r} is not in the dataset but a path out of it. Embed the"
+                " pictures, or leave the column image out and give --image_dir."
+            )
+
+
 def open_image(row: dict) -> Image.Image:
-    """Reads the picture of a row of `load_captions` as RGB.
+    """Reads the picture of a row of `load_captions` as 8-bit RGB, upright; of an animation the first frame.
+
+    Upright by its EXIF orientation, as datasets.Image shows it. 16-bit grey is scaled to 8 bits; transparency is
+    dropped, as image processors drop it (`Image.convert`).
 
     Raises:
-        BadImageError: the file is missing, truncated or no image.
+        BadImageError: the file is missing, cut off or no image of `FORMATS`; it has no pixels, more than MAX_PIXELS,
+            or an aspect ratio above MAX_RATIO; or its numbers have no range (32-bit and floating-point TIFF).
     """
-    with _opened(row) as image:
-        return image.convert("RGB")
+    return _read(row, _pixels)
 
 
 def image_size(row: dict) -> tuple[int, int]:
-    """Width and height in pixels of the picture of a row, from its header.
+    """Width and height in pixels of what `open_image` returns for a row, from the header of the file.
 
     Raises:
-        BadImageError: the file is missing or no image.
+        BadImageError: as `open_image`, but for damage behind the header.
     """
-    with _opened(row) as image:
-        return image.size
+    return _read(row, _size)
 
 
-@contextmanager
-def _opened(row: dict) -> Iterator[Image.Image]:
+def _read(row: dict, use: Callable[[Image.Image], Any]) -> Any:
     cell = row["image"]
     name = row.get("file_name") or cell["path"] or str(row["image_id"])
     try:
-        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
-            yield image
+        inside = cell["bytes"] is not None
+        with Image.open(io.BytesIO(cell["bytes"]) if inside else cell["path"], formats=FORMATS) as image:
+            _check(image)
+            return use(image)
     except FileNotFoundError as error:
         raise BadImageError(name, f"no such file: {cell['path']}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImageError(name, str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadImageError(name, f"not an image of a kind that is read here ({', '.join(FORMATS)})") from error
+    # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others, by what is wrong with a file.
+    except Exception as error:
+        raise BadImageError(name, str(error) or type(error).__name__) from error
+
+
+def _check(image: Image.Image) -> None:
+    width, height = image.size
+    if not width or not height:
+        raise ValueError(f"it has no pixels ({width}x{height})")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} that are read here")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ValueError(f"{width}x{height} pixels: the aspect ratio is above {MAX_RATIO}")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}: 32-bit numbers have no black and white; save it with 8 or 16 bits")
+
+
+def _pixels(image: Image.Image) -> Image.Image:
+    turn = TURNS.get(_orientation(image))
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value * (1 / 256), "L")  # convert() would make all above 255 white
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    turned = _orientation(image) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
+
+
+def _orientation(image: Image.Image) -> int | None:
+    if image.format == "TIFF":  # Pillow turns it when it decodes it
+        return None
+    try:
+        # The class's own method: a PNG's decodes all pixels to look for EXIF behind them.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # broken EXIF (SyntaxError, struct.error, ...) says nothing; the pixels may be whole
+        return None
 
 
 def dataset_record(dataset: str, split: str, revision: str | None = None) -> dict:
@@ -113,8 +243,12 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     """
     if Path(dataset).exists():
         card, report = Path(dataset) / "README.md", Path(dataset) / "cleaning_report.json"
-        built = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
-        revision = f"build {built['fingerprint']}" if built else None
+        try:
+            revision = f"build {parse_json(report.read_bytes())['fingerprint']}" if report.exists() else None
+        except (ValueError, TypeError, KeyError) as error:
+            raise DatasetError(
+                f"{report} is no report of a build ({type(error).__name__}: {error}). Build the dataset again."
+            ) from error
     else:
         try:
             revision = HfApi().dataset_info(dataset, revision=revision).sha
@@ -125,8 +259,12 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
                 " Build it with: python scripts/publish_datasets.py --source stair --tokenizer"
                 f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"
             ) from error
-    data = DatasetCard.load(card).data
-    corpus = next((name for name in CORPORA if f"{name}-captions" in (data.get("tags") or [])), None)
+    try:
+        data = DatasetCard.load(card).data
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise DatasetError(f"{card}: no dataset card with metadata that can be read ({error})") from error
+    tags = data.get("tags")
+    corpus = next((name for name in CORPORA if isinstance(tags, list) and f"{name}-captions" in tags), None)
     return {
         "id": public_name(dataset),
         "revision": revision,
@@ -148,11 +286,18 @@ def check_no_overlap(train: datasets.Dataset, other: datasets.Dataset, split: st
 
 def missing_files(rows: datasets.Dataset) -> list[int]:
     """Indices of the rows whose picture is neither embedded nor a file. Looks at names only."""
-    cells = rows.select_columns("image").with_format("arrow")[:]["image"].combine_chunks()
-    embedded = cells.field("bytes").is_valid().to_pylist()
-    paths = cells.field("path").to_pylist()
-    cells = zip(embedded, paths, strict=True)
-    return [i for i, (inside, path) in enumerate(cells) if not inside and not Path(path).is_file()]
+    return [row for row, path in _outside(rows) if not path or not os.path.isfile(path)]
+
+
+def _outside(rows: datasets.Dataset) -> Iterator[tuple[int, str | None]]:
+    """(row, path) of the pictures that are not embedded. Reads no embedded picture."""
+    start = 0
+    for batch in rows.select_columns("image").with_format("arrow").iter(1_000):
+        cells = batch["image"].combine_chunks()
+        paths = cells.field("path")
+        for row in np.flatnonzero(cells.field("bytes").is_null()):
+            yield start + int(row), paths[int(row)].as_py()
+        start += len(cells)
 
 
 def check_images(rows: datasets.Dataset, split: str) -> None:

@@ -4,18 +4,24 @@ A row is one image (see `read_rows`); every file this module reads is described 
 Whatever is wrong with an annotation file becomes a `DataError` that names the file, the place and the mend.
 """
 
+import gzip
 import hashlib
+import io
 import json
 import re
+import reprlib
+import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import DownloadConfig, DownloadManager
 from tqdm.auto import tqdm
+
+from vlmcap.data.images import is_plain_path
+from vlmcap.documents import parse_json
 
 # Official releases, both CC BY 4.0: github.com/STAIR-Lab-CIT/STAIR-captions and github.com/yahoojapan/YJCaptions.
 ARCHIVES = {
@@ -33,6 +39,11 @@ COCO_LICENSES = {
     7: "No known copyright restrictions (http://flickr.com/commons/usage/)",
     8: "United States Government Work (http://www.usa.gov/copyright.shtml)",
 }
+# What is read of an annotation file at most, packed and unpacked.
+MAX_BYTES = 2**29
+MAX_EXPANSION, ROOM = 100, 2**20  # unpacked bytes for a packed one, and 1 MiB more for small archives
+MAX_MEMBERS, MAX_HEADER = 1_000, 4_096  # of an archive: members, and bytes of a header that extends tar's own
+LONGEST_INFO = 1_000  # characters of what a file says of itself
 COCO_FILE_NAME = re.compile(r"COCO_(train2014|val2014)_\d{12}\.jpg")
 
 
@@ -95,8 +106,9 @@ def read_rows(paths: Sequence[str | Path], source: str) -> tuple[list[dict], lis
     for path in tqdm([Path(path) for path in paths], desc="reading annotations", unit="file"):
         images = captions = 0
         infos = []
-        for name, data in _json_documents(path):
-            document = _parse(name, data)
+        data = read_source(path)
+        for name, content in _json_documents(path, data):
+            document = _parse(name, content)
             new_rows = _rows_of(document, name, source)
             for image_id in new_rows:
                 if image_id in rows:
@@ -108,34 +120,48 @@ def read_rows(paths: Sequence[str | Path], source: str) -> tuple[list[dict], lis
             images += len(new_rows)
             captions += len(document["annotations"])
             infos.append(document["info"] if isinstance(document.get("info"), dict) else {})
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(data).hexdigest()
         description, license = _joined(infos, "description"), _joined(infos, "license", "licence")
         files.append(SourceFile(path.name, digest, images, captions, description, license))
     return [rows[image_id] for image_id in sorted(rows)], files
 
 
 def _joined(infos: list[dict], *keys: str) -> str:
-    return "; ".join(dict.fromkeys(str(info[key]) for info in infos for key in keys if info.get(key)))
+    return "; ".join(dict.fromkeys(str(info[key])[:LONGEST_INFO] for info in infos for key in keys if info.get(key)))
 
 
-def _json_documents(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name for messages, bytes) of every annotation document in a JSON file or an archive."""
+def read_source(path: str | Path) -> bytes:
+    """The bytes of an annotation file or id list. Raises DataError when it is missing, no file, or above MAX_BYTES."""
+    path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic[:2] != b"\x1f\x8b" and magic != b"PK\x03\x04":
-        yield str(path), path.read_bytes()
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"{path}: {path.stat().st_size:,} bytes are more than the {MAX_BYTES:,} that are read here.")
+    return path.read_bytes()
+
+
+def _json_documents(path: Path, data: bytes) -> Iterator[tuple[str, bytes]]:
+    """(name for messages, bytes) of every annotation document in a JSON file or an archive. Nothing is unpacked."""
+    is_zip = data.startswith(b"PK\x03\x04")
+    if not is_zip and not data.startswith(b"\x1f\x8b"):
+        yield str(path), data
         return
+    limit = min(MAX_BYTES, ROOM + MAX_EXPANSION * len(data))
+    names = set()
     try:
-        found = False
-        for member, data in _zip_members(path) if magic[:2] == b"PK" else _tar_members(path):
-            found = True
-            yield f"{path}/{member}", data
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise DataError(f"{path}: the archive is damaged or cut off ({error}). Download it again.") from error
-    if not found:
+        for member, content in (_zip_members if is_zip else _tar_members)(data, limit):
+            if member in names:
+                raise _Refused(f"{member!r} is in it twice")
+            names.add(member)
+            yield f"{path}/{member}", content
+    except _Refused as error:
+        raise DataError(f"{path}: {error}. No official release is like that; look where the file is from.") from error
+    except Exception as error:  # zipfile and tarfile raise what they stumble over: BadZipFile, struct.error, EOFError
+        raise DataError(
+            f"{path}: the archive is damaged or cut off ({type(error).__name__}: {error}). Delete it and download it "
+            "again."
+        ) from error
+    if not names:
         raise DataError(f"{path}: the archive holds no annotation file (*.json).")
 
 
@@ -145,25 +171,73 @@ def _is_annotation_file(member: str) -> bool:
     return name.endswith(".json") and not name.endswith("_tokenized.json") and not name.startswith("._")
 
 
-def _zip_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.namelist():
-            if _is_annotation_file(member):
-                yield member, archive.read(member)
+class _Refused(Exception):
+    """An archive that is whole, but that nobody honest makes."""
 
 
-def _tar_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path, "r:gz") as archive:
-        for member in archive:
-            if member.isfile() and _is_annotation_file(member.name):
+def _zip_members(data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        # zipfile unpacks no more of a member than it states, and compares the CRC.
+        _check_size(sum(member.file_size for member in members), limit)
+        for number, member in enumerate(members):
+            _check_member(number, member.filename)
+            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):  # 0: not packed on Unix
+                raise _Refused(f"{member.filename!r} in it is a link or a device")
+            if _is_annotation_file(member.filename):
+                if member.flag_bits & 1:
+                    raise _Refused(f"{member.filename!r} in it is encrypted")
+                yield member.filename, archive.read(member)
+
+
+def _tar_members(data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
+    class Unpacked(gzip.GzipFile):
+        def read(self, size: int = -1) -> bytes:
+            _check_size(self.tell() + size, limit)  # of members that are passed over too
+            return super().read(size)
+
+    with (
+        Unpacked(fileobj=io.BytesIO(data)) as stream,
+        tarfile.open(fileobj=stream, mode="r|", tarinfo=_TarMember) as archive,
+    ):
+        for number, member in enumerate(archive):
+            _check_member(number, member.name)
+            if member.issparse():
+                raise _Refused(f"{member.name!r} in it is a sparse file")
+            if member.isreg() and _is_annotation_file(member.name):
                 yield member.name, archive.extractfile(member).read()
 
 
-def _parse(name: str, data: bytes) -> dict:
-    if not data.strip():
-        raise DataError(f"{name}: the file is empty.")
+class _TarMember(tarfile.TarInfo):
+    """Looks at every header before tarfile goes on to what it stands for: long headers make its parser crawl."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_TarMember":
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+            if not 0 <= member.size <= MAX_HEADER:
+                raise _Refused(f"a header in it has {member.size:,} bytes")
+        elif member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or member.size < 0:
+            raise _Refused(f"{member.name!r} in it is a link or a device, or otherwise no plain file")
+        return member
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise _Refused(f"unpacked it has more than {limit:,} bytes, which is as much as is read of one of its size")
+
+
+def _check_member(number: int, name: str) -> None:
+    if number == MAX_MEMBERS:
+        raise _Refused(f"it has more than {MAX_MEMBERS:,} members")
+    if not is_plain_path(name):
+        raise _Refused(f"{name!r} in it is no path below the archive")
+
+
+def parse_source(name: str | Path, data: bytes) -> object:
+    """The value of a JSON file, by `documents.parse_json`. Raises DataError with the place where it is none."""
     try:
-        document = json.loads(data)
+        return parse_json(data)
     except json.JSONDecodeError as error:
         position = len(error.doc[: error.pos].encode("utf-8", "surrogatepass"))
         cut_off = not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated string")
@@ -175,19 +249,32 @@ def _parse(name: str, data: bytes) -> dict:
         raise DataError(
             f"{name}: byte {error.start:,} of {len(data):,}: {error.reason}. Annotation files are UTF-8."
         ) from error
+    except ValueError as error:
+        raise DataError(f"{name}: {error}.") from error
+
+
+def _parse(name: str, data: bytes) -> dict:
+    if not data.strip():
+        raise DataError(f"{name}: the file is empty.")
+    document = parse_source(name, data)
     if not isinstance(document, dict):
         raise DataError(f"{name}: holds {_kind(document)}, expected an object with `images` and `annotations`.")
     for key in ("images", "annotations"):
         if key not in document:
             raise DataError(f"{name}: has no key {key!r}; a COCO-format file has `images` and `annotations`.")
-        if not isinstance(document[key], list) or not document[key]:
-            raise DataError(f"{name}: {key!r} is {_kind(document[key])}, expected a list with at least one entry.")
+        _list(document, key, name)
     return document
+
+
+def _list(document: dict, key: str, name: str) -> list:
+    if not isinstance(document[key], list) or not document[key]:
+        raise DataError(f"{name}: {key!r} is {_kind(document[key])}, expected a list with at least one entry.")
+    return document[key]
 
 
 def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
     licenses = dict(COCO_LICENSES) if source == "uit_viic" else {}
-    for index, license in enumerate(document.get("licenses") or []):
+    for index, license in enumerate(_list(document, "licenses", name) if document.get("licenses") else []):
         license_id = _field(license, "id", int, name, "licenses", index)
         licenses[license_id] = f"{license.get('name', '')} ({license.get('url', '')})"
     rows: dict[int, dict] = {}
@@ -197,17 +284,24 @@ def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
             raise DataError(f"{name}: image id {image_id} is listed twice (images[{index}]). Give each image once.")
         if "file_name" in image:
             file_name = _field(image, "file_name", str, name, "images", index)
+            if not is_plain_path(file_name):
+                raise DataError(
+                    f"{name}: images[{index}] has file_name {file_name!r:.200}, expected a path below a folder."
+                )
         else:
             file_name = f"COCO_{_folder(source, name)}_{image_id:012d}.jpg"
         coco_name = COCO_FILE_NAME.fullmatch(file_name)
-        coco_url = image.get("coco_url") or ""
+        coco_url = _field(image, "coco_url", str, name, "images", index) if image.get("coco_url") else ""
         if coco_name and (not coco_url or "//mscoco.org/" in coco_url):
             coco_url = f"http://images.cocodataset.org/{coco_name[1]}/{file_name}"
+        license_id = image.get("license")
+        if isinstance(license_id, list | dict):
+            raise DataError(f"{name}: images[{index}] has license {_kind(license_id)}, expected a number.")
         rows[image_id] = {
             "image_id": image_id,
             "file_name": file_name,
             "coco_url": coco_url,
-            "license": licenses.get(image.get("license"), ""),
+            "license": licenses.get(license_id, ""),
             "captions": [],
             "caption_ids": [],
             "in_yj": {"stair": False, "yj": True, "uit_viic": None}[source],
@@ -249,11 +343,13 @@ def _field(entry: dict, key: str, kind: type, name: str, place: str, index: int)
         raise DataError(f"{name}: {place}[{index}] {found}, the key {key!r} is missing.") from error
     if type(value) is not kind:
         wanted = {int: "a whole number", str: "a text"}[kind]
-        raise DataError(f"{name}: {place}[{index}] has {key} {value!r}, expected {wanted}.")
+        raise DataError(f"{name}: {place}[{index}] has {key} {reprlib.repr(value)}, expected {wanted}.")
+    if kind is int and not 0 <= value < 2**63:
+        raise DataError(f"{name}: {place}[{index}] has {key} {value}, expected a number from 0 to 2^63 - 1.")
     return value
 
 
 def _kind(value: object) -> str:
     if value == []:
         return "an empty list"
-    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(value), repr(value))
+    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(value), reprlib.repr(value))

@@ -5,11 +5,11 @@ test are 5,000 val2014 images each; the other 30,504 val2014 images ("restval") 
 """
 
 import hashlib
-import json
+import re
 from collections.abc import Callable, Collection, Hashable, Iterable
 from pathlib import Path
 
-from vlmcap.data.sources import DataError
+from vlmcap.data.sources import DataError, parse_source, read_source
 
 # sha256 of the sorted ids, one a line; the lists are those of github.com/peteanderson80/bottom-up-attention.
 KARPATHY_SHA256 = (
@@ -24,16 +24,23 @@ def read_ids(path: str | Path) -> list[int]:
 
     Raises DataError on a line that holds no number, on an id listed twice and on a file without ids.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
+    data = read_source(path)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte {error.start:,} of {len(data):,}: {error.reason}. Save the list as UTF-8."
+        ) from error
     ids: dict[int, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         word = line.split()[-1]
-        if not word.isdecimal():
-            raise DataError(f"{path}, line {number}: {word!r} is not an image id (one whole number a line).")
+        if not re.fullmatch("[0-9]{1,18}", word):
+            raise DataError(
+                f"{path}, line {number}: {word[:100]!r} is not an image id (one whole number of at most 18 digits a "
+                "line)."
+            )
         if int(word) in ids:
             raise DataError(f"{path}, line {number}: image id {word} is already on line {ids[int(word)]}.")
         ids[int(word)] = number
@@ -45,22 +52,20 @@ def read_ids(path: str | Path) -> list[int]:
 def read_karpathy(path: str | Path) -> tuple[list[int], list[int]]:
     """(validation ids, test ids) of Karpathy's `dataset_coco.json` (its images hold `cocoid` and `split`).
 
-    Raises DataError on a file that is not of that form.
+    Raises DataError on a file that is not of that form or names an image twice.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
-    ids: dict[str, list[int]] = {"val": [], "test": []}
-    try:
-        for image in json.loads(path.read_bytes())["images"]:
-            if image["split"] in ids:
-                ids[image["split"]].append(int(image["cocoid"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not Karpathy's dataset_coco.json, whose `images` hold `cocoid` and `split` "
-            f"({type(error).__name__}: {error})."
-        ) from error
-    return ids["val"], ids["test"]
+    document = parse_source(path, read_source(path))
+    form = "Karpathy's dataset_coco.json has a list `images`, each with a number `cocoid` and a text `split`"
+    if not isinstance(document, dict) or not isinstance(document.get("images"), list):
+        raise DataError(f"{path}: holds no such list. {form}.")
+    splits: dict[int, str] = {}
+    for index, image in enumerate(document["images"]):
+        if not isinstance(image, dict) or type(image.get("cocoid")) is not int or type(image.get("split")) is not str:
+            raise DataError(f"{path}: images[{index}] is not one of its images. {form}.")
+        if image["cocoid"] in splits:
+            raise DataError(f"{path}: images[{index}] has cocoid {image['cocoid']}, which an earlier one has.")
+        splits[image["cocoid"]] = image["split"]
+    return tuple([cocoid for cocoid, split in splits.items() if split == part] for part in ("val", "test"))
 
 
 def is_karpathy(val_ids: Iterable[int], test_ids: Iterable[int]) -> bool:

@@ -19,7 +19,8 @@ import regex
 from wordcloud import WordCloud
 
 from vlmcap.data.clean import TextRule, drop_control
-from vlmcap.data.sources import DataError, SourceFile
+from vlmcap.data.images import is_plain_path
+from vlmcap.data.sources import DataError, SourceFile, read_source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -81,9 +82,7 @@ def read_titles(path: str | Path, image_folder: str | Path | None) -> tuple[list
     too many values, and when no row is left.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
-    data = path.read_bytes()
+    data = read_source(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -112,6 +111,8 @@ def read_titles(path: str | Path, image_folder: str | Path | None) -> tuple[list
         if rule:
             left_out.append({"row": number, "image_name": name, "title": title, "rule": rule})
             continue
+        if not is_plain_path(file_name):
+            raise DataError(f"{path}: row {number} has Image_Name {name!r:.200}, expected the plain name of a file.")
         names.add(name)
         rows.append(
             {
@@ -138,8 +139,13 @@ def _records(path: Path, text: str) -> Iterable[tuple[str, str]]:
         missing = {"Image_Name", "Title"} - set(reader.fieldnames or ())
         if missing:
             raise DataError(
-                f"{path}: has the columns {reader.fieldnames}, expected Image_Name and Title in the first line."
+                f"{path}: has the columns {reader.fieldnames}, expected Image_Name and Title in the first line."[
+                    :1_000
+                ]
             )
+        twice = [name for name, count in Counter(reader.fieldnames).items() if count > 1]
+        if twice:
+            raise DataError(f"{path}: the first line has the column {twice[0]!r:.100} twice.")
         for number, record in enumerate(reader, start=1):
             values = len(record) + len(record.get(None, ())) - (None in record) - list(record.values()).count(None)
             if values != len(reader.fieldnames):
