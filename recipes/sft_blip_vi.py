@@ -23,7 +23,7 @@ with its processor and model card in `adapter/`, and `samples.html`. `--push_to_
 
 import gc
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -67,7 +67,9 @@ def main(
     tokenizer_signature(data_args.tokenizer)
 
     # Model: the vision encoder frozen, LoRA on the decoder's attention, embeddings of the new pieces trained.
-    names = (model_args.model_name_or_path, model_args.model_revision)
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    model_args = replace(model_args, model_revision=resolve_revision(name, revision))
+    names = (name, model_args.model_revision)
     set_seed(run.seed)
     model, processor = load_blip(*names)
     captions = [caption for captions in splits.train["captions"] for caption in captions]
@@ -104,7 +106,7 @@ def main(
         trained_dir=adapter_dir,
         load_base=lambda: load_blip(*names),
         load_trained=lambda: load_blip_adapter(str(adapter_dir)),
-        base_record=lambda model: model_record(model, names[0], resolve_revision(*names)),
+        base_record=lambda model: model_record(model, *names),
     )
 
 

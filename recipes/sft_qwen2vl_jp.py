@@ -141,8 +141,9 @@ def main(
         read_instances(data_args.instances, things, map(str, splits.test["image_id"]))
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
-    name = model_args.model_name_or_path
-    names = (name, resolve_revision(name, model_args.model_revision))
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    model_args = replace(model_args, model_revision=resolve_revision(name, revision))
+    names = (name, model_args.model_revision)
     processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
     features = validation_features = validation = None

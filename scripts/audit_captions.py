@@ -94,7 +94,7 @@ def main(args: AuditArguments) -> None:
         references = dataset_references(args.dataset, args.split, args.dataset_revision)
     train_rows = load_rows(args.train_dataset, args.train_split, args.image_dir) if args.train_dataset else None
     test_rows = load_rows(args.dataset, args.split, args.image_dir) if args.train_dataset and args.dataset else None
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False) if args.tokenizer else None
     audit = write_audit(
         args.predictions,
         references,

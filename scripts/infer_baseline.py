@@ -65,7 +65,16 @@ from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, ge
 from vlmcap.evaluation.isolated import IsolatedError, generate_isolated, isolated_record, start_isolated
 from vlmcap.evaluation.scoring import ScoreError
 from vlmcap.evaluation.tokenise import TOKENIZERS, TokenizerError
-from vlmcap.models.load import ModelError, load_adapter, load_model, load_processor, resolve_revision, takes_prompt
+from vlmcap.models.load import (
+    ModelError,
+    check_adapter_of,
+    load_adapter,
+    load_model,
+    load_processor,
+    resolve_revision,
+    takes_prompt,
+)
+from vlmcap.models.weights import COMMIT, read_adapter
 
 TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
 
@@ -87,7 +96,13 @@ class Arguments:
         default=None, metadata={"help": "Predictions file to write, e.g. outputs/base/predictions.jsonl."}
     )
     split: str = field(default="test", metadata={"help": "Split to caption."})
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
+    model_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Revision of the model on the Hub. Left out: the table's, or the commit that the adapter was"
+            " trained on, or else the main branch's; its commit is recorded."
+        },
+    )
     adapter: str | None = field(default=None, metadata={"help": "Trained adapter: Hub id or folder."})
     adapter_revision: str | None = field(default=None, metadata={"help": "Revision of the adapter on the Hub."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
@@ -155,7 +170,15 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     name = args.model or row.id
     revision = args.model_revision or (row.revision if row and not args.model else None)
     trusted = check_remote_code(name, revision, row, args.trust_remote_code)
+    unfit = ("adapter", "load_in_4bit", "min_pixels", "max_pixels")
+    if row and row.runs == "isolated" and (given := [f"--{option}" for option in unfit if getattr(args, option)]):
+        raise BaselineError(f"{row.key} runs in its own environment, where there is no {', '.join(given)}")
+    adapter = read_adapter(args.adapter, args.adapter_revision) if args.adapter else None
+    if adapter and not revision and COMMIT.fullmatch(adapter.config.revision or ""):
+        revision = adapter.config.revision
     revision = resolve_revision(name, revision)
+    if adapter:
+        check_adapter_of(adapter, name, revision, trusted)
     prompts = choose_prompts(table, row, generation_args.prompt, args.prompt_kind, args.prompts)
 
     dataset = dataset_record(args.dataset, args.split, args.dataset_revision)
@@ -164,28 +187,25 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         rows = rows.select(range(min(args.max_images, len(rows))))
     check_images(rows, args.split)
     said = {"STAIR": args.saw_stair, "YJ": args.saw_yj, "COCO": args.saw_coco}
-    record = {"dataset": dataset, "saw": saw_record(row, said, adapter=bool(args.adapter))}
+    record = {"dataset": dataset, "saw": saw_record(row, said, adapter=bool(adapter))}
 
     if row and row.runs == "isolated":
-        unfit = ("adapter", "load_in_4bit", "min_pixels", "max_pixels")
-        if given := [f"--{option}" for option in unfit if getattr(args, option)]:
-            raise BaselineError(f"{row.key} runs in its own environment, where there is no {', '.join(given)}")
         isolated = start_isolated(row, name, revision, generation_args, Path(args.env_dir))
         record["model"] = isolated_record(isolated, name, revision)
     else:
         isolated = None
         # The adapter's own processor, when there is one: it carries the image size of the training.
-        source = (args.adapter, args.adapter_revision) if args.adapter else (name, revision)
-        trust_processor = trusted and not args.adapter
+        source = (adapter.name, adapter.revision) if adapter else (name, revision)
+        trust_processor = trusted and not adapter
         processor = load_processor(*source, args.min_pixels, args.max_pixels, trust_processor)
         if not takes_prompt(processor):
             if generation_args.japanese_only or generation_args.avoid_words:
                 raise BaselineError(f"{name} only captions: --japanese_only and --avoid_words cannot be had there")
             prompts = without_prompt(name, generation_args.prompt, args.prompt_kind, args.prompts)
         model = load_model(name, revision, args.load_in_4bit, args.attn_implementation, trusted)
-        if args.adapter:
-            model = load_adapter(model, args.adapter, args.adapter_revision)
-        record["model"] = model_record(model, name, revision, args.adapter, args.adapter_revision)
+        if adapter:
+            model = load_adapter(model, adapter.name, adapter.revision, revision)
+        record["model"] = model_record(model, name, revision, args.adapter, adapter and adapter.revision)
     if row:
         record["model"] |= {"baseline": row.key, "license": row.license}
     with isolated or nullcontext():

@@ -3,21 +3,22 @@
 The table is a YAML file (recipes/configs/baselines.yaml, which explains every key). Nothing here loads a model.
 """
 
-import json
 import re
+import reprlib
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import datasets
 import transformers
-import yaml
 from transformers.utils import cached_file
 
+from vlmcap.documents import parse_json, parse_yaml
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.evaluation.scoring import SCORE_LABELS, write_metrics
-from vlmcap.models.load import COMMIT
+from vlmcap.models.weights import COMMIT
 
 CORPORA = ("STAIR", "YJ", "COCO")
+SOURCES = ("https://", "file://")
 SEEN = ("train", "no", "unknown", "translated")
 # Where transformers looks for references to code (`auto_map`).
 CODE_REFERENCES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -67,11 +68,11 @@ class BaselineTable:
 
 def _read_yaml(path: str | Path) -> dict:
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        document = parse_yaml(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         raise BaselineError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(document, dict):
-        raise BaselineError(f"{path}: a mapping is needed, but this is {document!r:.80}")
+        raise BaselineError(f"{path}: a mapping is needed, but this is {reprlib.repr(document)}")
     return document
 
 
@@ -92,7 +93,9 @@ def read_table(path: str | Path) -> BaselineTable:
 
 def _read_row(where: str, key: str, row: dict) -> Baseline:
     if not isinstance(row, dict):
-        raise BaselineError(f"{where}: a mapping is needed, but this is {row!r:.80}")
+        raise BaselineError(f"{where}: a mapping is needed, but this is {reprlib.repr(row)}")
+    if not isinstance(key, str) or not re.fullmatch(r"\w[\w.-]*", key):
+        raise BaselineError(f"{where}: the key names a folder; use letters, digits, ., - and _")
     row = {"model_class" if name == "class" else name: value for name, value in row.items()} | {"key": key}
     known = {f.name: f for f in fields(Baseline)}
     for name in row.keys() - known.keys():
@@ -103,12 +106,12 @@ def _read_row(where: str, key: str, row: dict) -> Baseline:
         if required and name not in row:
             raise BaselineError(f"{where}: `{shown}` is missing")
         if name in row and not _is_kind(row[name], name):
-            raise BaselineError(f"{where}: `{shown}` cannot be {row[name]!r}")
+            raise BaselineError(f"{where}: `{shown}` cannot be {reprlib.repr(row[name])}")
     for corpus in (*CORPORA, "note"):
         value = row["saw"].get(corpus)
         if corpus == "note" and not value or corpus != "note" and value not in SEEN:
             allowed = "a text" if corpus == "note" else f'one of {", ".join(SEEN)} (quote "no" in YAML)'
-            raise BaselineError(f"{where}: `saw.{corpus}` must be {allowed}, but is {value!r}")
+            raise BaselineError(f"{where}: `saw.{corpus}` must be {allowed}, but is {reprlib.repr(value)}")
     if row["revision"] is not None and not COMMIT.fullmatch(row["revision"]):
         raise BaselineError(f"{where}: `revision` must be a commit of 40 hexadecimal digits or null")
     if row["model_class"] not in ("remote", "package") and not hasattr(transformers, row["model_class"]):
@@ -117,13 +120,20 @@ def _read_row(where: str, key: str, row: dict) -> Baseline:
         for name in ("runner", "python", "requirements"):
             if not row.get(name):
                 raise BaselineError(f"{where}: `{name}` is missing, which an isolated row needs")
+        if not re.fullmatch(r"\d+(\.\d+)*", row["python"]):
+            raise BaselineError(f"{where}: `python` must be a version such as '3.11', but is {row['python']!r:.80}")
         for requirement in row["requirements"]:
-            if "==" not in requirement and not COMMIT.search(requirement):
+            if requirement.startswith("-") or "==" not in requirement and not COMMIT.search(requirement):
                 raise BaselineError(
                     f"{where}: `requirements`: {requirement!r} is not pinned (name==version, or a commit)"
                 )
-        if (source := row.get("source")) and not (source.get("url") and COMMIT.fullmatch(source.get("commit") or "")):
-            raise BaselineError(f"{where}: `source` needs `url` and `commit`, 40 hexadecimal digits")
+        if source := row.get("source"):  # git knows addresses that run programs (ext::)
+            url, commit = (str(source.get(key)) for key in ("url", "commit"))
+            if not url.startswith(SOURCES) or not COMMIT.fullmatch(commit):
+                raise BaselineError(
+                    f"{where}: `source` needs `url`, beginning with {' or '.join(SOURCES)}, and `commit`, 40"
+                    " hexadecimal digits"
+                )
     return Baseline(**row)
 
 
@@ -204,7 +214,11 @@ def check_remote_code(name: str, revision: str | None, row: Baseline | None, tru
             path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         except OSError as error:
             raise BaselineError(f"{name}: {str(error).strip().splitlines()[0]}") from error
-        references = json.loads(Path(path).read_text(encoding="utf-8")).get("auto_map") if path else None
+        try:
+            document = parse_json(Path(path).read_bytes()) if path else {}
+        except ValueError as error:
+            raise BaselineError(f"{file} of {name} cannot be read: {error}") from error
+        references = document.get("auto_map") if isinstance(document, dict) else None
         elsewhere = [text for text in _strings(references) if "--" in text]
         if elsewhere:
             raise BaselineError(

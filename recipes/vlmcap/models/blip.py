@@ -18,19 +18,21 @@ import unicodedata
 from dataclasses import dataclass, field
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoProcessor,
+    BlipConfig,
     BlipForConditionalGeneration,
     BlipProcessor,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from vlmcap.models.load import ModelError, compute_dtype, loading, local_device
+from vlmcap.models.load import compute_dtype, local_device
+from vlmcap.models.weights import ModelError, check_adapter, load_weights, loading, read_adapter
 
 # The tokens that begin a caption and a text to be encoded. BLIP was trained with them behind BERT's 30,522 pieces; the
 # published tokenizer lacks them (github.com/salesforce/BLIP, models/blip.py, init_tokenizer).
@@ -53,7 +55,7 @@ class BlipArguments:
     )
     model_revision: str | None = field(
         default=None,
-        metadata={"help": "Revision of the base model on the Hub, one with safetensors."},
+        metadata={"help": "Revision of the base model on the Hub, one with safetensors; a commit pins it."},
     )
     new_pieces: int = field(
         default=500,
@@ -74,24 +76,17 @@ class BlipArguments:
 def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
     """BLIP as published, on this process's device, in `compute_dtype()`; its tokenizer completed by [DEC] and [ENC].
 
-    Safetensors alone are loaded. The main branch of Salesforce/blip-image-captioning-base may have none: without a
-    revision, transformers then takes the conversion that the Hub's bot keeps in a pull request.
+    Safetensors alone are loaded. The main branch of Salesforce/blip-image-captioning-base may have none: the error
+    then says how to find the conversion that the Hub's bot keeps in a pull request.
 
     Raises:
         ModelError: there is no such model, it is no BLIP captioner, or its tokenizer does not fit its embeddings.
     """
+    _blip_config(name, revision)
     with loading(name):
-        architectures = AutoConfig.from_pretrained(name, revision=revision).architectures
-        if architectures != ["BlipForConditionalGeneration"]:
-            raise ModelError(f"{name} is a {architectures}; choose a BLIP captioner (BlipForConditionalGeneration)")
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
-        model = BlipForConditionalGeneration.from_pretrained(
-            name,
-            revision=revision or "main",  # by this name alone a conversion is looked for
-            dtype=compute_dtype(),
-            use_safetensors=True,
-            device_map={"": local_device()},
-        )
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
+    options = {"dtype": compute_dtype(), "device_map": {"": local_device()}}
+    model = load_weights(BlipForConditionalGeneration, name, revision, **options)
     tokenizer, config = processor.tokenizer, model.config.text_config
     tokenizer.add_special_tokens({"bos_token": START})
     tokenizer.add_special_tokens({"eos_token": tokenizer.sep_token, "additional_special_tokens": [ENCODE]})
@@ -104,6 +99,14 @@ def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditiona
             " config.json. They must be the same: choose a BLIP captioner with its own tokenizer."
         )
     return model, processor
+
+
+def _blip_config(name: str, revision: str | None) -> BlipConfig:
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if config.architectures != ["BlipForConditionalGeneration"]:
+        raise ModelError(f"{name} is a {config.architectures}; choose a BLIP captioner (BlipForConditionalGeneration)")
+    return config
 
 
 def learn_vietnamese(processor: BlipProcessor, captions: list[str], new_pieces: int) -> BlipProcessor:
@@ -210,17 +213,21 @@ def load_blip_adapter(adapter: str, revision: str | None = None) -> tuple[PeftMo
     """A trained model and its processor, for inference, from an adapter's folder or Hub id alone.
 
     Raises:
-        ModelError: as `load_blip`, or `adapter` is none.
+        ModelError: as `load_blip`, `read_adapter` and `check_adapter`.
     """
+    found = read_adapter(adapter, revision)
     with loading(adapter):
-        processor = AutoProcessor.from_pretrained(adapter, revision=revision)
-    try:
-        base = PeftConfig.from_pretrained(adapter, revision=revision)
-    except ValueError as error:
-        raise ModelError(f"{adapter} is no adapter: {error}") from error
-    model, _ = load_blip(base.base_model_name_or_path, base.revision)
+        processor = AutoProcessor.from_pretrained(adapter, revision=found.revision, trust_remote_code=False)
+    base = found.config.base_model_name_or_path, found.config.revision
+    config = _blip_config(*base)
+    with torch.device("meta"):
+        skeleton = BlipForConditionalGeneration(config)
+        _resize(skeleton, processor.tokenizer)
+    check_adapter(found, skeleton, *base)
+    model, _ = load_blip(*base)
     _resize(model, processor.tokenizer)
-    return _keep_head_bias(PeftModel.from_pretrained(model, adapter, revision=revision)).eval(), processor
+    model = PeftModel.from_pretrained(model, str(found.folder), config=found.config)
+    return _keep_head_bias(model).eval(), processor
 
 
 def _resize(model: BlipForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,16 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
-from httpx2 import HTTPError
+from accelerate import PartialState
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import OfflineModeIsEnabled
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
@@ -20,6 +19,7 @@ from transformers import (
     AutoProcessor,
     BitsAndBytesConfig,
     PaliGemmaProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     Qwen2VLImageProcessor,
@@ -27,17 +27,31 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from vlmcap.documents import parse_yaml
+from vlmcap.files import write_atomically
+from vlmcap.models.weights import (
+    COMMIT,
+    PICKLES,
+    Adapter,
+    ModelError,
+    check_adapter,
+    hub_errors,
+    load_weights,
+    loading,
+    only_pickles,
+    read_adapter,
+    skeleton,
+)
+
 # Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
 # `lm_head` shares the embedding matrix.
 VISION_TOWERS = ["model.visual", "model.vision_tower", "model.vision_model"]
 PROJECTOR = re.compile(r"model\.(visual\.(merger|deepstack_merger_list\.\d+)|multi_modal_projector|connector)")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+# Of YAML files: a model's name, and a revision that is not pinned.
+MODEL_LINE = re.compile(r"( *)(?:(\w+)_name_or_path|id): *([^\s#]+)")
+REVISION_LINE = re.compile(r"( *)(\w*revision): *null\b(.*)")
 LAYERS_PATTERN = "layers"  # language_model.layers; Qwen's ViT calls its layers `blocks`
 UNQUANTISED = [*VISION_TOWERS, "model.multi_modal_projector", "model.connector", "lm_head"]
-
-
-class ModelError(ValueError):
-    """The model is not what the configuration asks for. The message names the value and the mend."""
 
 
 @dataclass
@@ -112,43 +126,68 @@ def nf4_config(unquantised: list[str] | None = None) -> BitsAndBytesConfig:
 def resolve_revision(name: str, revision: str | None) -> str | None:
     """The commit that a branch, tag or None means on the Hub now; None for a local folder.
 
-    A commit is returned as it is, and without a network (HF_HUB_OFFLINE) so is anything.
+    A commit is returned as it is, and without a network (HF_HUB_OFFLINE) so is anything. When the main branch is
+    looked up, the commit is printed: to load the same again, write it into the configuration.
 
     Raises:
-        ModelError: there is no such model or revision.
+        ModelError: there is no such model or revision, its weights are pickles, or the Hub cannot be reached.
     """
     if Path(name).exists():
         return None
     if COMMIT.fullmatch(revision or ""):
         return revision
-    try:
-        return HfApi().model_info(name, revision=revision).sha
-    except OfflineModeIsEnabled:
-        return revision
-    except (HTTPError, OSError, HFValidationError) as error:
-        raise ModelError(
-            f"{name} is no folder, and the Hub does not have it as a model, or not at revision {revision}"
-            f" ({str(error).strip().splitlines()[0]})"
-        ) from error
+    with hub_errors(name, revision, "a model"):
+        try:
+            info = HfApi().model_info(name, revision=revision)
+        except OfflineModeIsEnabled:
+            return revision
+    files = [file.rfilename for file in info.siblings]
+    if any(file.endswith(PICKLES) for file in files) and not any(file.endswith(".safetensors") for file in files):
+        raise ModelError(only_pickles(name))
+    if revision is None and PartialState().is_main_process:
+        print(f"{name}: no revision is given; the main branch is at {info.sha}", file=sys.stderr, flush=True)
+    return info.sha
 
 
-@contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Turns what transformers raises about a repository into a ModelError that says what to do."""
+def pin_revisions(path: Path) -> list[str]:
+    """Writes commits into a YAML file, where a model is named and its revision below is null.
+
+    That is `id` with `revision` (the table of baselines), or `x_name_or_path` with `x_revision` (recipes). Everything
+    else stays, comments too. A row with `remote_code` is left alone: its commit says that somebody read the code.
+
+    Returns:
+        A line for each such name: the commit of its main branch, or why there is none.
+
+    Raises:
+        ModelError: the file is no YAML.
+    """
     try:
-        yield
-    except OSError as error:
-        raise ModelError(
-            f"{name} cannot be loaded: {str(error).strip().splitlines()[0]} A gated model: accept its licence at"
-            f" https://huggingface.co/{name} and log in with `hf auth login`."
-        ) from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ModelError(
-            f"{name} needs code of its own repository, which is not run: read it, then give --trust_remote_code and"
-            " --model_revision with the commit that you read"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+        document = parse_yaml(text)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as YAML: {error}") from error
+    rows = document.get("models") if isinstance(document, dict) else None
+    rows = [row for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
+    coded = {row.get("id") for row in rows if row.get("remote_code")}
+    lines, named, report = text.split("\n"), {}, []
+    for number, line in enumerate(lines):
+        if found := MODEL_LINE.match(line):
+            indent, part, name = found.groups()
+            named[indent, f"{part}_revision" if part else "revision"] = name.strip("'\"")
+        elif (found := REVISION_LINE.match(line)) and (name := named.get(found.groups()[:2])):
+            if name in coded:
+                report.append(f"{name}: runs its own code; read that of a commit, and write the commit yourself")
+                continue
+            try:
+                commit = resolve_revision(name, "main")
+            except ModelError as error:
+                report.append(f"{name}: {error}")
+                continue
+            if commit and COMMIT.fullmatch(commit):
+                lines[number] = f"{found[1]}{found[2]}: {commit}{found[3]}"
+            report.append(f"{name}: {commit or 'a folder'}")
+    write_atomically(path, "\n".join(lines))
+    return report
 
 
 def load_model(
@@ -161,19 +200,19 @@ def load_model(
     """Loads an image-text-to-text model on this process's device, its language layers in NF4 unless told otherwise.
 
     Raises:
-        ModelError: there is no such model, or it is gated, or it needs code of its repository without
-            `trust_remote_code`; after a 4-bit load, the projector is quantised or a language layer is not.
+        ModelError: as `load_weights`; the model needs code of its repository without `trust_remote_code`; after a
+            4-bit load, the projector is quantised or a language layer is not.
     """
-    with loading(name):
-        model = AutoModelForImageTextToText.from_pretrained(
-            name,
-            revision=revision,
-            dtype=compute_dtype(),
-            quantization_config=nf4_config(UNQUANTISED) if load_in_4bit else None,
-            attn_implementation="sdpa" if attn_implementation == "flex_attention" else attn_implementation,
-            device_map={"": local_device()},
-            trust_remote_code=trust_remote_code,  # left out, transformers would ask at the terminal
-        )
+    model = load_weights(
+        AutoModelForImageTextToText,
+        name,
+        revision,
+        dtype=compute_dtype(),
+        quantization_config=nf4_config(UNQUANTISED) if load_in_4bit else None,
+        attn_implementation="sdpa" if attn_implementation == "flex_attention" else attn_implementation,
+        device_map={"": local_device()},
+        trust_remote_code=trust_remote_code,  # left out, transformers would ask at the terminal
+    )
     if attn_implementation == "flex_attention":
         # transformers does not offer it for this family, but its attention takes any implementation with its mask. The
         # vision tower stays with sdpa: it has no mask.
@@ -186,31 +225,33 @@ def load_model(
 def load_part(
     kind: type[PreTrainedModel], model_type: str, name: str, revision: str | None, new: str = "", **options
 ) -> PreTrainedModel:
-    """`kind.from_pretrained` for a part of a model that is put together here, from safetensors alone.
+    """`load_weights` for a part of a model that is put together here.
 
     Args:
         model_type: of the configuration that must lie there.
         new: what marks the names of weights that are new, and so in no checkpoint.
 
     Raises:
-        ModelError: there is no such model, it is of another architecture, or it has no weights for what is not new.
+        ModelError: as `load_weights`, or the model is of another architecture.
     """
+    part_config(model_type, name, revision)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would report unused weights, such as a ViT's pooler, and what is new
+    try:
+        return load_weights(kind, name, revision, new=new, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def part_config(model_type: str, name: str, revision: str | None) -> PreTrainedConfig:
+    """The configuration of a model of this type; ModelError when there is none or it is of another type."""
     with loading(name):
-        found = AutoConfig.from_pretrained(name, revision=revision).model_type
-        if found != model_type:
-            raise ModelError(f"{name} is a model of type {found!r}, where one of type {model_type!r} is needed")
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it would report unused weights, such as a ViT's pooler, and what is new
-        try:
-            model, report = kind.from_pretrained(
-                name, revision=revision, use_safetensors=True, output_loading_info=True, **options
-            )
-        finally:
-            logging.set_verbosity(verbosity)
-    missing = sorted(key for key in report["missing_keys"] if not new or new not in key)
-    if missing:
-        raise ModelError(f"{name} has no weights for {missing[0]} of a {kind.__name__}")
-    return model
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if config.model_type != model_type:
+        raise ModelError(
+            f"{name} is a model of type {config.model_type!r}, where one of type {model_type!r} is needed"
+        )
+    return config
 
 
 def check_quantisation(model: PreTrainedModel) -> None:
@@ -278,19 +319,50 @@ def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
     PaliGemma has no turns: its text is the image and a task prefix such as `caption ja`.
 
     Raises:
-        ModelError: another processor has no chat template.
+        ModelError: another processor has no chat template; the prompt holds a special token of the model, which would
+            end the turn or stand for an image.
     """
-    if isinstance(processor, PaliGemmaProcessor):
-        return processor.image_token + prompt
     if not takes_prompt(processor):
         raise ModelError(f"{type(processor).__name__} has no chat template: this model cannot be given a prompt")
+    specials = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    held = sorted(token for token in specials | {processor.image_token} if token in prompt)
+    if held:
+        raise ModelError(f"the prompt holds {held[0]}, a special token of this model: write it without")
+    if isinstance(processor, PaliGemmaProcessor):
+        return processor.image_token + prompt
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
-def load_adapter(model: PreTrainedModel, adapter: str, revision: str | None = None) -> PeftModel:
-    """Puts a trained adapter on a base model, for inference."""
-    return PeftModel.from_pretrained(model, adapter, revision=revision).eval()
+def load_adapter(
+    model: PreTrainedModel, adapter: str, revision: str | None = None, base_revision: str | None = None
+) -> PeftModel:
+    """Puts a trained adapter on a base model, for inference, once `check_adapter` has found that it fits.
+
+    Args:
+        base_revision: the commit that the model was loaded from, where it is known.
+
+    Raises:
+        ModelError: as `read_adapter` and `check_adapter`.
+    """
+    found = read_adapter(adapter, revision)
+    check_adapter(found, skeleton(model), model.name_or_path, base_revision)
+    return PeftModel.from_pretrained(model, str(found.folder), config=found.config).eval()
+
+
+def check_adapter_of(found: Adapter, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """`check_adapter` with a base that is not loaded: its configuration alone is read.
+
+    Raises:
+        ModelError: as `check_adapter`, or there is no such base.
+    """
+    with loading(name):
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            base = AutoModelForImageTextToText.from_config(
+                config, attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    check_adapter(found, base, name, revision)
 
 
 def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:
@@ -327,6 +399,7 @@ def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:
         if args.train_projector
         else None,
         task_type="CAUSAL_LM",
+        revision=args.model_revision,
     )
 
 

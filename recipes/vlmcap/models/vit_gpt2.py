@@ -26,7 +26,8 @@ from transformers import (
     ViTModel,
 )
 
-from vlmcap.models.load import ModelError, load_part, loading
+from vlmcap.models.load import load_part
+from vlmcap.models.weights import ModelError, load_weights, loading
 from vlmcap.provenance import public_name
 
 
@@ -86,9 +87,9 @@ def build_vit_gpt2(args: VitGpt2Arguments, seed: int) -> tuple[VisionEncoderDeco
     vit = load_part(ViTModel, "vit", *encoder, dtype=torch.float32, add_pooling_layer=False)
     gpt2 = load_part(GPT2LMHeadModel, "gpt2", *decoder, new="cross", dtype=torch.float32, add_cross_attention=True)
     with loading(encoder[0]):
-        image_processor = AutoImageProcessor.from_pretrained(encoder[0], revision=encoder[1])
+        image_processor = AutoImageProcessor.from_pretrained(encoder[0], revision=encoder[1], trust_remote_code=False)
     with loading(decoder[0]):
-        tokenizer = AutoTokenizer.from_pretrained(decoder[0], revision=decoder[1])
+        tokenizer = AutoTokenizer.from_pretrained(decoder[0], revision=decoder[1], trust_remote_code=False)
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
     tokenizer.clean_up_tokenization_spaces = False  # " ," and " 's" of a caption are its own
     model = VisionEncoderDecoderModel(encoder=vit, decoder=gpt2)
@@ -111,18 +112,16 @@ def load_vit_gpt2(
         ModelError: there is no such model, or it is no ViT with GPT-2.
     """
     with loading(name):
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     parts = [getattr(config, part, config).model_type for part in ("encoder", "decoder")]
     if parts != ["vit", "gpt2"]:
         raise ModelError(f"{name} is made of {' and '.join(parts)}; choose a model trained by sft_vit_gpt2_food.py")
     config.decoder.pad_token_id = None  # or GPT-2 takes the start of a caption for padding, and warns
+    # Left to itself, transformers gives the encoder a pooler, which nothing uses and no checkpoint holds.
+    encoder = ViTModel(config.encoder, add_pooling_layer=False)
+    model = load_weights(VisionEncoderDecoderModel, name, revision, encoder, config=config, dtype=torch.float32)
     with loading(name):
-        # Left to itself, transformers gives the encoder a pooler, which nothing uses and no checkpoint holds.
-        encoder = ViTModel(config.encoder, add_pooling_layer=False)
-        model = VisionEncoderDecoderModel.from_pretrained(
-            name, encoder, config=config, revision=revision, dtype=torch.float32, use_safetensors=True
-        )
-        processor = AutoProcessor.from_pretrained(name, revision=revision)
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
     return model.to(PartialState().device).eval(), processor
 
 

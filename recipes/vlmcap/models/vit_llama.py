@@ -28,15 +28,15 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from vlmcap.models.load import (
-    ModelError,
     check_quantisation,
     compute_dtype,
     load_part,
-    loading,
     local_device,
     nf4_config,
+    part_config,
     resolve_revision,
 )
+from vlmcap.models.weights import ModelError, check_adapter, loading, read_adapter
 
 # Llama 3.1 and 3.2 reserve it for padding (id 128004) and were never trained on it, but name no pad token.
 PAD_TOKEN = "<|finetune_right_pad_id|>"
@@ -224,9 +224,13 @@ def build_vit_llama(args: VitLlamaArguments, seed: int) -> tuple[VitLlama, Proce
             pad with; after a 4-bit load, a layer of the Llama is not quantised.
     """
     with loading(args.encoder_name_or_path):
-        image_processor = AutoImageProcessor.from_pretrained(args.encoder_name_or_path, revision=args.encoder_revision)
+        image_processor = AutoImageProcessor.from_pretrained(
+            args.encoder_name_or_path, revision=args.encoder_revision, trust_remote_code=False
+        )
     with loading(args.decoder_name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(args.decoder_name_or_path, revision=args.decoder_revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.decoder_name_or_path, revision=args.decoder_revision, trust_remote_code=False
+        )
     _complete_tokenizer(tokenizer, args.decoder_name_or_path)
     processor = TrOCRProcessor(image_processor, tokenizer)  # transformers' pair of any image processor and tokenizer
     config = VitLlamaConfig(
@@ -264,6 +268,7 @@ def add_lora(model: VitLlama, args: VitLlamaArguments) -> VitLlamaAdapter:
         exclude_modules=r"encoder\..*",  # the ViT's attention has a q_proj and a v_proj as well
         modules_to_save=[PROJECTION],
         base_model_name_or_path=args.decoder_name_or_path,
+        revision=model.config.decoder_revision,
     )
     adapted = VitLlamaAdapter(model, peft_config)
     stray = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith("encoder.")]
@@ -276,16 +281,24 @@ def load_vit_llama(adapter: str, revision: str | None = None) -> tuple[VitLlamaA
     """A trained model and its processor, for inference, from an adapter's folder or Hub id alone.
 
     Raises:
-        ModelError: as `build_vit_llama`, or `adapter` is none of a VitLlama.
+        ModelError: as `build_vit_llama`, `read_adapter` and `check_adapter`, or `adapter` is none of a VitLlama.
     """
+    found = read_adapter(adapter, revision)
     with loading(adapter):
-        config = VitLlamaConfig.from_pretrained(adapter, revision=revision)
-        processor = AutoProcessor.from_pretrained(adapter, revision=revision)
-    if config.decoder_name_or_path is None:
-        raise ModelError(f"{adapter} is no adapter of a ViT and a Llama: its config.json names no decoder")
+        config = VitLlamaConfig.from_pretrained(adapter, revision=found.revision)
+        processor = AutoProcessor.from_pretrained(adapter, revision=found.revision, trust_remote_code=False)
+    encoder = (config.encoder_name_or_path, config.encoder_revision)
+    decoder = (config.decoder_name_or_path, config.decoder_revision)
+    if not (isinstance(encoder[0], str) and isinstance(decoder[0], str)):
+        raise ModelError(f"{adapter} is no adapter of a ViT and a Llama: its config.json does not name both")
+    if config.image_prefix not in ("pooled", "patches"):
+        raise ModelError(f"{adapter}: image_prefix in its config.json is {config.image_prefix!r:.80}")
+    with torch.device("meta"):
+        vit = ViTModel(part_config("vit", *encoder), add_pooling_layer=False)
+        skeleton = VitLlama(config, vit, LlamaForCausalLM(part_config("llama", *decoder)))
+    check_adapter(found, skeleton, *decoder)
     model = _load_parts(config, processor)
-    with loading(adapter):
-        return VitLlamaAdapter.from_pretrained(model, adapter, revision=revision).eval(), processor
+    return VitLlamaAdapter.from_pretrained(model, str(found.folder), config=found.config).eval(), processor
 
 
 def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin) -> VitLlama:

@@ -14,7 +14,8 @@ def load(header):
 
     pinned = {"revision": header["revision"], "trust_remote_code": header["trust_remote_code"]}
     device, dtype = device_and_dtype()
-    model = AutoModel.from_pretrained(header["model"], torch_dtype=dtype, device_map=device, **pinned).eval()
+    options = {"torch_dtype": dtype, "device_map": device}
+    model = AutoModel.from_pretrained(header["model"], use_safetensors=True, **options, **pinned).eval()
     config = GenerationConfig(**search_settings(header["decoding"]))
 
     @torch.inference_mode()

@@ -22,7 +22,8 @@ def load(header):
     device, dtype = device_and_dtype()
     pictures = AutoImageProcessor.from_pretrained(name, **pinned)
     tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
-    model = AutoModelForVision2Seq.from_pretrained(name, torch_dtype=dtype, **pinned).to(device).eval()
+    model = AutoModelForVision2Seq.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, **pinned)
+    model = model.to(device).eval()
 
     @torch.inference_mode()
     def caption(png, prompt):

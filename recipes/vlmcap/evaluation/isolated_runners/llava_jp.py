@@ -20,7 +20,9 @@ def load(header):
     device, dtype = device_and_dtype()
     model = LlavaGpt2ForCausalLM.from_pretrained(name, revision=revision, torch_dtype=dtype, use_safetensors=True)
     model = model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, model_max_length=1024, use_fast=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, revision=revision, model_max_length=1024, use_fast=False, trust_remote_code=False
+    )
     pictures = model.get_model().vision_tower.image_processor
 
     @torch.inference_mode()

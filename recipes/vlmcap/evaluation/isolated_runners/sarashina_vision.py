@@ -14,7 +14,8 @@ def load(header):
     pinned = {"revision": header["revision"], "trust_remote_code": header["trust_remote_code"]}
     device, dtype = device_and_dtype()
     processor = AutoProcessor.from_pretrained(header["model"], **pinned)
-    model = AutoModelForCausalLM.from_pretrained(header["model"], torch_dtype=dtype, **pinned).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(header["model"], torch_dtype=dtype, use_safetensors=True, **pinned)
+    model = model.to(device).eval()
 
     @torch.inference_mode()
     def caption(png, prompt):

@@ -1,0 +1,383 @@
+"""What may be loaded: weights from safetensors alone, and adapters that fit their base.
+
+A pickle can run any program when it is loaded, so none is. An adapter is two files of a stranger: its configuration is
+taken apart key by key, and the header of its weights is compared with what PEFT expects on the base model, which is
+built for that without memory (device "meta"). No weight is read before.
+"""
+
+import copy
+import os
+import re
+import reprlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.utils import cached_file, find_adapter_config_file
+
+from vlmcap.documents import parse_json
+
+# Else transformers asks a Space on the Hub to convert the pickles of a repository's main branch, and takes the answer
+# from a pull request whose author it does not always look at (transformers 5.23, safetensors_conversion.py).
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+MAX_CONFIG_BYTES = 2**20
+MAX_ADAPTER_BYTES = 8 * 2**30  # rank 512 on every layer of a 7B model is 5 GiB in float32
+MAX_RANK = 512
+MAX_NAMES = 1024
+NAME = r"[\w-]+(\.[\w-]+)*"
+# A regular expression of a stranger can take exponential time. These are alternatives of a name with .* at its ends.
+SIMPLE = re.compile(r"(\.\*)?[\w-]+(\\?\.[\w-]+)*(\\?\.\.\*)?")
+DTYPES = ("F32", "F16", "BF16")
+DESCRIPTIVE = {"peft_type", "peft_version", "auto_mapping", "inference_mode", "megatron_core", "qalora_group_size"}
+
+
+class ModelError(ValueError):
+    """The model is not what the configuration asks for. The message names the value and the mend."""
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turns what transformers raises about a repository or folder into a ModelError that says what to do."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, HTTPError) as error:
+        if "safetensors" in str(error):
+            raise ModelError(only_pickles(name)) from error
+        raise ModelError(
+            f"{name} cannot be loaded: {_first_line(error)} A gated model: accept its licence at"
+            f" https://huggingface.co/{name} and log in with `hf auth login`."
+        ) from error
+    except (ValueError, KeyError, SafetensorError) as error:
+        if "trust_remote_code" not in str(error):
+            raise ModelError(f"{name} cannot be loaded ({type(error).__name__}): {_first_line(error)}") from error
+        raise ModelError(
+            f"{name} needs code of its own repository, which is not run: read it, then give --trust_remote_code and"
+            " --model_revision with the commit that you read"
+        ) from error
+
+
+def only_pickles(name: str) -> str:
+    """What is said of a repository or folder without safetensors."""
+    return (
+        f"{name} has no weights in safetensors, and others are not loaded: a pickle (.bin, .pt) can run any program."
+        " On the Hub, look among its pull requests for the conversion by SFconvertbot and give refs/pr/NUMBER as the"
+        " revision; or, if you trust the file, load it once with `use_safetensors=False` where it can do no harm, call"
+        " `save_pretrained(FOLDER)`, and give FOLDER instead."
+    )
+
+
+def load_weights(kind: type, name: str, revision: str | None, *args, new: str = "", **options) -> PreTrainedModel:
+    """`kind.from_pretrained` from safetensors alone, with a weight for every parameter.
+
+    Left to itself, transformers takes pickles where an index of safetensors names them, puts an adapter on the model
+    when there is an `adapter_config.json`, loading another base and perhaps pickles for it, and draws weights that are
+    missing at random.
+
+    Args:
+        kind: a model class, or an Auto class.
+        args: positional arguments of its `from_pretrained` behind the name.
+        new: what marks the names of weights that are new, and so in no checkpoint.
+
+    Raises:
+        ModelError: there is no such model, its weights are no safetensors or not whole, or it is an adapter.
+    """
+    with loading(name):
+        if find_adapter_config_file(name, revision=revision):
+            raise ModelError(
+                f"{name} is an adapter (it has an {ADAPTER_CONFIG}): give its base as the model, and it as --adapter"
+            )
+        check_index(name, revision)
+        model, report = kind.from_pretrained(
+            name, *args, revision=revision, use_safetensors=True, output_loading_info=True, **options
+        )
+    missing = sorted(key for key in report["missing_keys"] if not new or new not in key)
+    if missing:
+        raise ModelError(f"{name} has no weights for {missing[0]} of a {type(model).__name__}")
+    return model
+
+
+def check_index(name: str, revision: str | None) -> None:
+    """An index of sharded weights names files beside it, safetensors alone; else ModelError."""
+    path = cached_file(name, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return
+    shards = _read_json(Path(path), f"{INDEX} of {name}").get("weight_map")
+    if not isinstance(shards, dict):
+        raise ModelError(f"{INDEX} of {name} has no weight_map")
+    for key, shard in shards.items():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise ModelError(
+                f"{INDEX} of {name}: {key} lies in {reprlib.repr(shard)}, and must in a .safetensors file beside it"
+            )
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is known of an adapter before its weights are read.
+
+    Attributes:
+        name: as it was asked for.
+        revision: the commit on the Hub; None for a folder.
+        folder: where its configuration and its weights lie.
+        config: made of those keys that are understood.
+        tensors: name -> shape, from the header.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+    config: LoraConfig
+    tensors: dict[str, tuple[int, ...]]
+
+
+def read_adapter(name: str, revision: str | None = None) -> Adapter:
+    """An adapter's configuration and the header of its weights, from a folder or from the Hub.
+
+    Raises:
+        ModelError: there is no such adapter, its weights are a pickle, malformed or too large, or its configuration
+            asks for what is not accepted; the message names file and key.
+    """
+    if Path(name).exists():
+        folder, files, commit = Path(name), {p.name: p.stat().st_size for p in Path(name).glob("*")}, None
+    else:
+        folder, files, commit = None, *_list_files(name, revision)
+    if files is not None:
+        for file, limit in ((ADAPTER_CONFIG, MAX_CONFIG_BYTES), (ADAPTER_WEIGHTS, MAX_ADAPTER_BYTES)):
+            if file not in files and file == ADAPTER_WEIGHTS and any(f.endswith(PICKLES) for f in files):
+                raise ModelError(only_pickles(name))
+            if file not in files:
+                raise ModelError(f"{name} is no adapter: it has no {file}")
+            if (files[file] or 0) > limit:
+                raise ModelError(f"{file} of {name} has {files[file]:,} bytes; at most {limit:,} are read")
+    paths = {}
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):  # nothing of the weights comes before the configuration is read
+        with loading(name):
+            paths[file] = folder / file if folder else Path(hf_hub_download(name, file, revision=commit))
+        if file == ADAPTER_CONFIG:
+            config = read_lora_config(paths[file], name)
+    return Adapter(name, commit, paths[ADAPTER_CONFIG].parent, config, read_header(paths[ADAPTER_WEIGHTS], name))
+
+
+def _list_files(name: str, revision: str | None) -> tuple[dict[str, int] | None, str | None]:
+    """Sizes of the files of a repository and its commit; None and the revision as it is without a network."""
+    with hub_errors(name, revision, "an adapter"):
+        try:
+            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        except OfflineModeIsEnabled:
+            return None, revision
+    return {file.rfilename: file.size for file in info.siblings}, info.sha
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None, what: str) -> Iterator[None]:
+    """Turns what asking the Hub about a repository raises into a ModelError: not there, or not to be reached."""
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise
+    except (HTTPError, OSError, HFValidationError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, HFValidationError | RepositoryNotFoundError) or (status and status < 500 != 429):
+            raise ModelError(
+                f"{name} is no folder, and the Hub does not have it as {what}, or not at revision {revision}, or not"
+                f" for you ({_first_line(error)})"
+            ) from error
+        raise ModelError(
+            f"{name} is no folder, and {constants.ENDPOINT} could not be asked for it ({_first_line(error)}): try"
+            " again later, or give a local folder; what is in the cache is found with HF_HUB_OFFLINE=1"
+        ) from error
+
+
+def read_lora_config(path: Path, name: str) -> LoraConfig:
+    """The LoRA configuration of an adapter, made anew of the keys that are understood.
+
+    Accepted are LoRA's rank, scale, dropout and rsLoRA; target, excluded and fully trained modules by name; layers by
+    number; ranks and scales by name; trained rows of embeddings. Refused is what holds anything else: other kinds of
+    adapter, DoRA, biases, layer replication, Megatron (PEFT would import a module that the file names), PiSSA and its
+    like (PEFT would rewrite the base), regular expressions.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    where = f"{ADAPTER_CONFIG} of {name}"
+    found = _read_json(path, where)
+
+    def names(value) -> bool:
+        values = [value] if isinstance(value, str) else value
+        return _is_list(values, lambda item: isinstance(item, str) and re.fullmatch(NAME, item))
+
+    def excluded(value) -> bool:
+        is_pattern = isinstance(value, str) and len(value) <= 1000
+        return all(map(SIMPLE.fullmatch, value.split("|"))) if is_pattern else _is_list(value) and names(value)
+
+    def whole(value, low=0, high=2**31) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    def number(value) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6
+
+    def rows(value) -> bool:
+        return isinstance(value, list) and all(map(whole, value))
+
+    def by_name(value, fits) -> bool:
+        return isinstance(value, dict) and names([*value]) and all(map(fits, value.values()))
+
+    accepted = {
+        "r": (lambda v: whole(v, 1, MAX_RANK), f"a whole number from 1 to {MAX_RANK}"),
+        "lora_alpha": (number, "a number"),
+        "lora_dropout": (lambda v: number(v) and v <= 1, "a number from 0 to 1"),
+        "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+        "target_modules": (lambda v: _is_list(v) and v and names(v), "a list of names, no regular expression"),
+        "exclude_modules": (excluded, "a list of names, or names with .* at their ends joined by |"),
+        "modules_to_save": (lambda v: _is_list(v) and names(v), "a list of names"),
+        "layers_to_transform": (lambda v: whole(v) or _is_list(v, whole), "numbers of layers"),
+        "layers_pattern": (names, "names"),
+        "rank_pattern": (lambda v: by_name(v, lambda r: whole(r, 1, MAX_RANK)), f"names with ranks to {MAX_RANK}"),
+        "alpha_pattern": (lambda v: by_name(v, number), "names with numbers"),
+        "trainable_token_indices": (lambda v: rows(v) or by_name(v, rows), "numbers of rows, or names with those"),
+        "init_lora_weights": (lambda v: v is True or v == "gaussian", "true, false or gaussian"),
+        "bias": (lambda v: v == "none", "none"),
+        "task_type": (lambda v: v == "CAUSAL_LM", "CAUSAL_LM or null"),
+        "base_model_name_or_path": (lambda v: isinstance(v, str), "a text"),
+        "revision": (lambda v: isinstance(v, str), "a text"),
+    }
+    if found.get("peft_type") != "LORA":
+        raise ModelError(f"{where}: peft_type is {reprlib.repr(found.get('peft_type'))}, and only LORA is loaded")
+    kept = {}
+    for key, value in found.items():
+        if key in DESCRIPTIVE or value is None or value is False or value in ("", {}, []):
+            continue
+        if key not in accepted:
+            raise ModelError(
+                f"{where}: {key} is {reprlib.repr(value)}, which is not supported: only LoRA without it is loaded"
+            )
+        fits, wanted = accepted[key]
+        if not fits(value):
+            raise ModelError(f"{where}: {key} must be {wanted}, but is {reprlib.repr(value)}")
+        kept[key] = value
+    for key in ("r", "target_modules", "base_model_name_or_path"):
+        if key not in kept:
+            raise ModelError(f"{where}: {key} is {found.get(key)!r}, but must be {accepted[key][1]}")
+    try:
+        return LoraConfig(**kept, inference_mode=True)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{where}: {_first_line(error)}") from error
+
+
+def _is_list(value, fits=lambda item: True) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_NAMES and all(map(fits, value))
+
+
+def read_header(path: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a safetensors file, whose header alone is read.
+
+    The library checks that offsets lie in the file, cover it and do not overlap.
+
+    Raises:
+        ModelError: the file is malformed, or a tensor is of a type other than float32, float16 and bfloat16.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+            dtypes = {key: piece.get_dtype() for key, piece in slices.items()}
+            shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path.name} of {name} is damaged or no safetensors file: {_first_line(error)}") from error
+    for key, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise ModelError(f"{path.name} of {name}: {key} is {dtype}, and must be one of {', '.join(DTYPES)}")
+    return shapes
+
+
+def skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without weights (device "meta"), with the modules of the one given before any quantisation."""
+    with torch.device("meta"):
+        return type(model)._from_config(model.config, attn_implementation="eager")
+
+
+def check_adapter(adapter: Adapter, base: PreTrainedModel, name: str, revision: str | None) -> None:
+    """The adapter was trained on this model, and its tensors are those that PEFT expects there, in their shapes.
+
+    Args:
+        base: on device "meta"; adapted in place.
+        name: Hub id or folder of the model. A folder may hold anything: then only the tensors are compared, and a
+            warning says so when it has another name than the one the adapter was trained on.
+        revision: commit of the model, None for a folder. It is compared when the adapter names one too.
+
+    Raises:
+        ModelError: naming the key of the configuration or the tensor.
+    """
+    where, config = f"adapter {adapter.name}", adapter.config
+    stated = config.base_model_name_or_path
+    if not Path(name).exists():
+        if stated.lower() != name.lower():
+            raise ModelError(f"{where} was trained on {stated}, and not on {name}: give that as the model")
+        if (
+            all(COMMIT.fullmatch(commit or "") for commit in (revision, config.revision))
+            and revision != config.revision
+        ):
+            raise ModelError(
+                f"{where} was trained on commit {config.revision} of {name}, and not on {revision}: give"
+                f" --model_revision {config.revision}"
+            )
+    elif Path(stated).name != Path(name).name:
+        warnings.warn(
+            f"{where} was trained on {stated}; whether {name} is that model, its tensors' shapes alone can tell",
+            stacklevel=2,
+        )
+    expected = expected_tensors(base, config, where)
+    for key in sorted(expected.keys() - adapter.tensors.keys()):
+        raise ModelError(f"{where} does not fit {name}: it has no tensor {key}")
+    for key in sorted(adapter.tensors.keys() - expected.keys()):
+        raise ModelError(f"{where} does not fit {name}: its tensor {key} belongs nowhere")
+    for key, shape in expected.items():
+        if adapter.tensors[key] != shape:
+            raise ModelError(f"{where} does not fit {name}: {key} is {adapter.tensors[key]}, but {shape} is needed")
+
+
+def expected_tensors(base: PreTrainedModel, config: LoraConfig, where: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what PEFT saves of an adapter with this configuration on this model."""
+    layers = [layer for layer, _ in base.named_modules()]
+    for key in ("target_modules", "modules_to_save"):
+        for target in getattr(config, key) or []:
+            if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+                raise ModelError(f"{where}: {key} names {target}, which a {type(base).__name__} does not have")
+    try:
+        with torch.device("meta"):
+            model = PeftModel(base, copy.deepcopy(config))
+    except (ValueError, IndexError, AttributeError, TypeError, KeyError) as error:
+        raise ModelError(f"{where} does not fit a {type(base).__name__}: {_first_line(error)}") from error
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {key: tuple(tensor.shape) for key, tensor in expected.items()}
+
+
+def _read_json(path: Path, where: str) -> dict:
+    try:
+        document = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{where} cannot be read: {_first_line(error)}") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{where} must be a JSON object, but is {reprlib.repr(document)}")
+    return document
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
