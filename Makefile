@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 # machine; without any (OMP_WAIT_POLICY = PASSIVE) it is twice as slow on every one.
 export GOMP_SPINCOUNT = 20000
 
-.PHONY: setup test lint demo demo-family ablation miniature clean
+.PHONY: setup test lint fuzz demo demo-family ablation miniature clean
 
 setup: .venv/.ready
 
@@ -28,6 +28,11 @@ test: setup lint
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+# Ten minutes of damaged and hostile input for every reader, metric, card and page; failures go to outputs/fuzz.
+fuzz: setup
+	$(UV) pip install --quiet --python $(PYTHON) "atheris==3.0.0" || echo "atheris does not install here: hypothesis alone"
+	$(PYTHON) -m tests.fuzz --seconds 600
 
 # Drawn scenes -> published dataset -> QLoRA of the miniature -> scores, audit, model card, comparison. Offline.
 demo: export HF_HUB_OFFLINE = 1

@@ -50,6 +50,7 @@ from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
 from vlmcap.models.load import (
     ModelArguments,
     ModelError,
+    chat_prompt,
     load_adapter,
     load_model,
     load_processor,
@@ -145,6 +146,7 @@ def main(
     model_args = replace(model_args, model_revision=resolve_revision(name, revision))
     names = (name, model_args.model_revision)
     processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
+    chat_prompt(processor, generation_args.prompt)  # refuses one that would end the turn
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
     features = validation_features = validation = None
     if training_args.cache_image_features:

@@ -1,5 +1,6 @@
 """Command lines: the manual as help, and mistakes that end in a message."""
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +12,9 @@ from vlmcap.arguments import parse
 class Arguments:
     output_dir: str = field(metadata={"help": "Folder to write."})
     steps: int = field(default=3, metadata={"help": "How many."})
+    rate: float | None = field(default=None, metadata={"help": "How fast."})
+    names: list[str] = field(default_factory=list, metadata={"help": "What of."})
+    careful: bool = field(default=False, metadata={"help": "Whether to be."})
 
 
 MANUAL = "Does a thing.\n\n    python scripts/thing.py --output_dir x\n"
@@ -29,10 +33,47 @@ def test_config_and_command_line(tmp_path):
     assert (arguments.output_dir, arguments.steps) == ("a", 7)
 
 
-@pytest.mark.parametrize(("text", "message"), [("stepz: 5", "stepz"), ("- 5", "mapping"), (None, "thing.yaml")])
-def test_config_mistakes_are_named(tmp_path, text, message):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 5", "there is no setting 'stepz'"),
+        ("- 5", "mapping"),
+        (None, ""),
+        ("steps: five", None),  # argparse says so
+        ("steps: 3.5", "steps must be int, but is 3.5"),
+        ("steps: true", "steps must be int, but is True"),
+        ("steps: [3]", r"steps must be int, but is \[3\]"),
+        ("output_dir: 5", "output_dir must be str, but is 5"),
+        ("names: ab", r"names must be list\[str\], but is 'ab'"),
+        ("names: [1]", r"names must be list\[str\], but is \[1\]"),
+        ("rate: {a: 1}", r"rate must be float \| None, but is {'a': 1}"),
+        ("careful: 2", "careful must be bool, but is 2"),
+        ("env: {PATH: x}", "`env` would set environment variables"),
+        ("steps: 1\nsteps: 2", "the key 'steps' stands twice"),
+        ("steps: &a [*a]", "alias"),
+        ("steps: !!int ''", "not YAML"),
+        ("steps: [", "not YAML"),
+    ],
+)
+def test_config_mistakes_are_named(tmp_path, monkeypatch, capsys, text, message):
     path = tmp_path / "thing.yaml"
     if text:
         path.write_text(text)
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+    with pytest.raises(SystemExit) as refused:
         parse(MANUAL, Arguments, command_line=["--config", str(path), "--output_dir", "a"])
+    if message is not None:
+        assert re.match(f"error: .*thing.yaml.*{message}", str(refused.value), re.S)
+    else:
+        assert "--steps: invalid int value: 'five'" in capsys.readouterr().err
+
+
+def test_config_without_a_file():
+    with pytest.raises(SystemExit, match="error: --config needs a file"):
+        parse(MANUAL, Arguments, command_line=["--output_dir", "a", "--config"])
+
+
+def test_numbers_may_be_texts_and_null_is_the_default(tmp_path):
+    path = tmp_path / "thing.yaml"
+    path.write_text("output_dir: a\nrate: 1e-4\nsteps: '4'\nnames: [x, y]\ncareful: true\n")
+    (arguments,) = parse(MANUAL, Arguments, command_line=["--config", str(path)])
+    assert arguments == Arguments("a", 4, 1e-4, ["x", "y"], True)

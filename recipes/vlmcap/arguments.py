@@ -2,8 +2,14 @@
 
 import argparse
 import sys
+import types
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
+
+from vlmcap.credentials import redact, refuse_credentials
+from vlmcap.documents import parse_yaml, shown
 
 
 class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -13,11 +19,55 @@ class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescri
 def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None) -> tuple:
     """Instances of the dataclasses, from the command line over `--config` over the fields' defaults.
 
-    `--help` begins with `manual`, the docstring of the script. A configuration file that is missing, is no mapping or
-    holds an unknown key ends the program with a message that names it.
+    `--help` begins with `manual`, the docstring of the script. A configuration file that is missing, is no mapping,
+    holds an unknown key or a value of another type than its field ends the program with a message that names it. So
+    does a token or a password in a setting.
     """
     parser = TrlParser(dataclasses, description=manual, formatter_class=ManualFormatter)
+    words = sys.argv[1:] if command_line is None else command_line
     try:
-        return parser.parse_args_and_config(command_line)
+        if "--config" in words:
+            _check_config(words, dataclasses)
+        arguments = parser.parse_args_and_config(words)
+        refuse_credentials(*arguments)
+        return arguments
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {redact(str(error))}")
+
+
+def _check_config(words: list[str], dataclasses: tuple[type, ...]) -> None:
+    """What TrlParser takes on trust: that the file is YAML of plain types, and that values fit their fields."""
+    if words[-1] == "--config":
+        raise ValueError("--config needs a file")
+    path = words[words.index("--config") + 1]
+    try:
+        config = parse_yaml(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not YAML ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a YAML mapping of settings is needed, but this is {shown(config)}")
+    if "env" in config:
+        raise ValueError(f"{path}: `env` would set environment variables from a file; set them in the shell instead")
+    hints = {name: hint for dataclass in dataclasses for name, hint in get_type_hints(dataclass).items()}
+    for key, value in config.items():
+        if key not in hints:
+            raise ValueError(f"{path}: there is no setting {shown(key)}; --help lists them")
+        if not _fits(value, hints[key]):
+            raise ValueError(f"{path}: {key} must be {_said(hints[key])}, but is {shown(value)}")
+
+
+def _fits(value: object, hint: object) -> bool:
+    origin, parts = get_origin(hint), get_args(hint)
+    if value is None or origin is Literal:  # null leaves the default of the field; argparse checks choices
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, part) for part in parts if part is not type(None))
+    if (origin or hint) is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    # A text is converted as on the command line: YAML reads 1e-4 as one.
+    allowed = {bool: (bool, str), int: (int, str), float: (int, float, str), str: (str,)}
+    return hint not in allowed or isinstance(value, allowed[hint]) and (hint is bool or not isinstance(value, bool))
+
+
+def _said(hint: object) -> str:
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")

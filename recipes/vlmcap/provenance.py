@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from vlmcap.credentials import redact
+
 LIBRARIES = (
     "vlmcap torch torchvision transformers trl peft bitsandbytes datasets accelerate huggingface-hub fugashi "
     "unidic-lite sacrebleu"
@@ -59,8 +61,9 @@ def _cpu_name() -> str:
 
 
 def public_name(name: str) -> str:
-    """How a record that may be published names a Hub id or folder: an absolute path by its last part alone."""
-    return Path(name).name if Path(name).is_absolute() else name
+    """How a record that may be published names a Hub id or folder: an absolute path by its last part alone, an address
+    without user and password."""
+    return redact(Path(name).name if Path(name).is_absolute() else name)
 
 
 def now() -> str:

@@ -24,6 +24,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, SpaceInfo
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, parse_ratelimit_headers
 
+from vlmcap.credentials import redact
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -164,7 +166,7 @@ def reason(error: Exception) -> str:
         text = "the Hub's answer is no JSON"
     else:
         text = str(cause)
-    return " ".join(text.split()).rstrip(".")
+    return redact(" ".join(text.split()).rstrip("."))
 
 
 def _cause(error: Exception) -> Exception:

@@ -131,4 +131,4 @@ def test_real_titles(data_dir):
             before, text = text, rule.apply(text)
             changed[rule.name] += text != before
         assert clean_text(text, TEXT_RULES) == text
-    assert changed == {"cp1252": 2, "control": 0, "unicode": 1, "entity": 1, "quotes": 5, "spacing": 2}
+    assert changed == {"cp1252": 2, "control": 0, "unicode": 1, "entity": 1, "markup": 0, "quotes": 5, "spacing": 2}

@@ -72,6 +72,7 @@ def test_real_captions(data_dir):
     assert {rule["name"]: rule["count"] for rule in report["rules"]} == {
         "control": 0,
         "unicode": 0,
+        "markup": 0,
         "spacing": 18_258,
         "capitals": 28,
         "tone_marks": 6,

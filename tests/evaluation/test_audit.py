@@ -1,6 +1,7 @@
 """The audit: lexicons on real captions, hallucination, persons, form, overlap, the review queue."""
 
 import json
+import time
 
 import datasets
 import pytest
@@ -142,6 +143,13 @@ def test_crossmodal_captions_have_few_faults_of_form(data_dir):
         ("categories: {dog: [犬]}\nnone: [犬]", "犬 is a word of dog and of `none`"),
         ("categories: {dog: [犬]}\nnothing: [犬]", "unknown keys.*nothing"),
         ("categories: {dog: [犬", "not YAML"),
+        ("categories: {1: [犬]}", "the category 1 must be a text"),
+        ("categories: {dog: [犬]}\ngroups: [dog]", "groups must be a mapping"),
+        ("categories: {dog: [犬]}\ngroups: {g: [cat]}", "groups: 'g' must be a name with a list of categories"),
+        ("categories: {dog: [犬]}\ngroups: {g: {dog: 1}}", "groups: 'g' must be a name with a list of categories"),
+        ("categories: {dog: [犬]}\n3: [犬]", "unknown keys.*3"),
+        ("categories: {dog: &a [*a]}", "not YAML .*alias"),
+        ("categories: !!int ''", "not YAML"),
     ],
 )
 def test_a_malformed_lexicon_is_named(tmp_path, content, says):
@@ -398,6 +406,61 @@ def test_audits_of_different_things_are_not_compared(tmp_path):
     with pytest.raises(AuditError, match="a and b differ in number of references"):
         audit_table({"a": one, "b": other})
     (tmp_path / "bad.json").write_text("[]")
-    with pytest.raises(AuditError, match="bad.json: not an audit"):
+    with pytest.raises(AuditError, match="bad.json: the audit must be a JSON object"):
         read_audit(tmp_path / "bad.json")
     assert set(FORM) <= one["form"].keys()
+
+
+# What others wrote -------------------------------------------------------------------------------------------------
+def test_a_run_without_a_prompt_is_audited(tmp_path):
+    """BLIP and the like take no prompt, and their run records say null."""
+    predictions = write_predictions(tmp_path, {1: "犬がいる"}, {"prompt": None, "decoding": {"max_new_tokens": 9}})
+    document = write_audit(predictions, None, tmp_path / "audit.json")
+    assert not document["form"]["compared_with_prompt"] and document["prompt"] is None
+
+
+@pytest.mark.parametrize("content", ['{"prompt": 3}', '{"decoding": []}', "[]", "{", "[" * 100_000, '{"a": NaN}'])
+def test_a_run_record_that_is_none_is_named(tmp_path, content):
+    predictions = write_predictions(tmp_path, {1: "犬がいる"})
+    (tmp_path / "predictions.run.json").write_text(content)
+    with pytest.raises(AuditError, match="predictions.run.json: "):
+        write_audit(predictions, None, tmp_path / "audit.json")
+
+
+def test_line_separators_of_unicode_end_no_line_of_predictions(tmp_path):
+    captions = {1: "犬\u2028がいる", 2: "猫\u0085がいる", 3: ""}
+    predictions = write_predictions(tmp_path, captions)
+    audit = write_audit(predictions, None, tmp_path / "audit.json")
+    assert write_review_queue(predictions, audit, tmp_path / "queue", ["empty"]) == (2, 1)
+    lines = (tmp_path / "queue/released.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["caption"] for line in lines] == [captions[1], captions[2]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"counts": {}},
+        {"counts": {"images": "2", "references": 3}},
+        {"settings": {"lexicon": None}},
+        {"form": {"empty": {"rate": 0.5, "interval": None, "count": 1, "of": 2}}},
+        {"form": {"empty": {"rate": 0.5, "interval": [0, 1, 2], "count": 1, "of": 2}}},
+        {"base": []},
+        {"flagged": []},
+    ],
+)
+def test_an_audit_that_is_none_is_named(tmp_path, change):
+    path = tmp_path / "audit.json"
+    write_audit(write_predictions(tmp_path, {1: "犬がいる"}), None, path)
+    audit = json.loads(path.read_text(encoding="utf-8"))
+    assert audit_table({"a": read_audit(path)})
+    path.write_text(json.dumps(audit | change))
+    with pytest.raises(AuditError, match="audit.json: not an audit"):
+        read_audit(path)
+
+
+def test_long_captions_do_not_take_the_square_of_their_length():
+    text = "".join(chr(0x3041 + i * i * 7919 % 80) for i in range(100_000))
+    start = time.monotonic()
+    form_faults(text)
+    assert time.monotonic() - start < 15  # 0.5 seconds on a quiet machine; once 20
+    assert form_faults("長い犬の話" * 80 * 3) >= {"repetition"}

@@ -235,6 +235,9 @@ def test_spice_comes_from_its_service_for_english_only(service):
         ('{"scores": [0.1, null]}', "the score None, which is no number"),
         ('{"scores": [0.1, NaN]}', "the score nan"),
         ('{"scores": [12.5, 0.1]}', "the score 12.5, which is no number from 0 to 1"),
+        ("[" * 100_000, "recursion"),
+        ('{"scores": [0.1, 0.1], "version": "1|nref:5\\n# A heading"}', "must answer a version of letters"),
+        ('{"scores": [0.1, 0.1], "version": {}}', "must answer a version of letters"),
     ],
 )
 def test_a_service_that_fails_is_named(service, answer, message):

@@ -23,6 +23,7 @@ from vlmcap.evaluation.human import (
     draw,
     preference_rows,
     read_answers,
+    read_key,
 )
 from vlmcap.evaluation.human_report import (
     krippendorff_alpha,
@@ -283,6 +284,11 @@ def test_nothing_answered_is_no_figure(key):
         (lambda d, k: d["answers"].update({preference_of(k): {"choice": "a"}}), "must be one of left, right, tie"),
         (lambda d, k: d["answers"].update({preference_of(k): "left"}), "an answer must be an object"),
         (lambda d, k: d["answers"].update({preference_of(k): {"seconds": -1}}), "seconds must be a number from 0"),
+        (
+            lambda d, k: d["answers"].update({preference_of(k): {"seconds": 10**400}}),
+            "seconds must be a number from 0",
+        ),
+        (lambda d, k: d["answers"].update({preference_of(k): {"changed": math.nan}}), "NaN is no finite number"),
     ],
 )
 def test_faults_name_the_file_and_the_item(key, tmp_path, change, message):
@@ -291,6 +297,30 @@ def test_faults_name_the_file_and_the_item(key, tmp_path, change, message):
     path = write(tmp_path / "bad.json", document)
     with pytest.raises(HumanError, match=f"{path}: .*{message}"):
         read_answers([path], key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda k: k.pop("raters"),
+        lambda k: k.update(images=[]),
+        lambda k: k.update(items=[]),
+        lambda k: k["items"][preference_of(k)].update(systems=["system-0", "system-0"]),
+        lambda k: k["items"][preference_of(k)].update(captions=["犬", "猫"]),
+        lambda k: k["items"][rating_of(k)].update(captions=[3]),
+        lambda k: k["items"][rating_of(k)].update(kind="preference"),
+        lambda k: k["items"][rating_of(k)].update(image_id="elsewhere"),
+        lambda k: k["raters"]["1"]["order"].append("i99999"),
+        lambda k: k["raters"]["1"]["left"].update({preference_of(k): "nobody"}),
+        lambda k: k.update(identical=[{"image_id": "1", "systems": ["system-0"]}]),
+    ],
+)
+def test_a_key_that_was_edited_is_refused(key, tmp_path, change):
+    path = write(tmp_path / "key.json", key)
+    assert read_key(path) == key
+    change(key)
+    with pytest.raises(HumanError, match="key.json: the key is damaged or was edited"):
+        read_key(write(path, key))
 
 
 def test_every_fault_of_every_file_is_told_at_once(key, tmp_path):

@@ -12,6 +12,8 @@ from vlmcap.evaluation.scoring import (
     ScoreOptions,
     paired_comparison,
     quick_scores,
+    read_idf,
+    read_predictions,
     score,
     score_table,
     write_metrics,
@@ -183,3 +185,77 @@ def test_what_cannot_be_compared_is_refused(texts, document):
     characters = score(predictions, references, "characters", OPTIONS)
     with pytest.raises(ScoreError, match="bleu_1 was computed in different ways: .*unidic.* and .*characters"):
         paired_comparison(document, characters)
+
+
+# What others wrote -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"image_id": true, "caption": "a"}', "must be an integer or a string, but is True"),
+        (b'{"image_id": NaN, "caption": "a"}', "NaN is no finite number"),
+        (b'{"image_id": 1, "caption": "a", "caption": "b"}', "'caption' stands twice"),
+        (b'{"image_id": 1, "caption": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"image_id": 1, "caption": "\xff"}', "not JSON in UTF-8"),
+        (b"[" * 100_000, "levels of nesting"),
+        (b"[" * 60 + b"]" * 60, "a JSON object is needed"),
+    ],
+)
+def test_hostile_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(b'{"image_id": 7, "caption": "a"}\n' + line)
+    with pytest.raises(ScoreError, match=message) as refused:
+        read_predictions(path)
+    assert f"{path}, line 2: " in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_an_id_as_a_number_and_as_a_text_is_one_id(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text('{"image_id": 1, "caption": "a"}\n{"image_id": "1", "caption": "b"}\n')
+    with pytest.raises(ScoreError, match="line 2: image_id 1 is on line 1 already"):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize("tokenizer", ["unidic-lite", "vietnamese", "none"])
+def test_half_a_surrogate_pair_is_named_with_its_image(tokenizer):
+    for predictions, references in (({"7": "a\ud800"}, {"7": ["a"]}), ({"7": "a"}, {"7": ["a", "\udfffb"]})):
+        with pytest.raises(ScoreError, match="image 7: half of a surrogate pair"):
+            quick_scores(predictions, references, tokenizer)
+
+
+def test_a_run_record_cannot_say_scores(tmp_path):
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text('{"image_id": 1, "caption": "犬"}\n', encoding="utf-8")
+    for content, message in (
+        ('{"scores": {"cider_d": 10}, "counts": {}}', "counts, scores are what the scorer measures"),
+        ('{"seconds": NaN}', "not JSON"),
+        ("[" * 100_000, "levels of nesting"),
+    ):
+        (tmp_path / "p.run.json").write_text(content)
+        with pytest.raises(ScoreError, match=f"p.run.json: .*{message}"):
+            write_metrics(predictions, {"1": ["犬"]}, tmp_path / "m.json", options=OPTIONS)
+        assert not (tmp_path / "m.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"images": 10**400}, "a number above 0"),
+        ({"ngrams": {"犬": 4}}, "said to be in 4 of 3 images"),
+        ({"ngrams": {"犬": True}}, "said to be in True"),
+        ({"tokenizer": [[[[[["x"] * 9] * 9] * 9] * 9] * 9]}, "made with another tokenizer"),
+    ],
+)
+def test_an_idf_file_that_is_none_is_named(tmp_path, document, message):
+    path = tmp_path / "idf.json"
+    good = {"tokenizer": "tok:none|norm:none|punct:keep|case:mixed", "images": 3, "ngrams": {"犬": 2}}
+    path.write_text(json.dumps(good))
+    assert read_idf(path, "none").ngrams == {"犬": 2}
+    path.write_text(json.dumps(good | document))
+    with pytest.raises(ScoreError, match=message) as refused:
+        read_idf(path, "none")
+    assert str(path) in str(refused.value) and len(str(refused.value)) < 1000
+
+
+def test_a_seed_below_zero_is_refused():
+    with pytest.raises(ScoreError, match="seed=-1"):
+        score({"1": "犬"}, {"1": ["犬"]}, options=ScoreOptions(seed=-1, meteor=False))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from huggingface_hub import HfApi
+from markdown_it import MarkdownIt
 
 from vlmcap.data import sources
 from vlmcap.data.build import _visible, build, publish, summary_text
@@ -179,6 +180,6 @@ def test_a_report_that_is_none_is_not_silently_replaced(fault, tmp_path):
 
 @pytest.mark.parametrize("text", ["`", "``", "a```b", "|", "x\ny", "<script>", "`` x ``", "\u202e", "\\", "a`"])
 def test_any_text_keeps_to_its_cell_and_is_no_markup(text):
-    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    markdown = MarkdownIt("commonmark").enable("table")
     html = markdown.render(f"| a | b |\n|---|---|\n| {_visible(text)} | c |\n")
     assert html.count("<td>") == 2 and html.count("<code>") == 1 and "<script>" not in html

@@ -96,7 +96,7 @@ def test_the_card_states_how_the_scores_came_about():
     assert "95% intervals of a bootstrap over images (1,000 resamples, seed 0)" in card
     assert table_cells(card, "revision") == [f"`{SHA}`", "not recorded"]
     assert table_cells(card, "`num_beams`") == ["3"] and table_cells(card, "`max_pixels`") == ["401408"]
-    assert table_cells(card, "`target`") == ['["q_proj", "v_proj"]'] and table_cells(card, "`note`") == ["a\\|b"]
+    assert table_cells(card, "`target`") == ['`["q_proj", "v_proj"]`'] and table_cells(card, "`note`") == ["`a\\|b`"]
     assert "Tesla T4 (14.76 GiB)" in card and "torch 2.15.0" in card and metrics["commit"] in card
     assert "Split of Karpathy, by image." in card
     assert "measured with the base quantised to NF4, as here" in card
@@ -361,7 +361,7 @@ def test_a_card_of_the_family_speaks_of_its_own_model(recipe):
     metrics = family_document(recipe)
     card = render_adapter_card(metrics, "user/Llama-x")
     assert not re.search("Qwen|Japan|SFTTrainer|register|None", card)
-    assert "There is no prompt" in card and table_cells(card, "`image_size`") == ['{"height": 384, "width": 384}']
+    assert "There is no prompt" in card and table_cells(card, "`image_size`") == ['`{"height": 384, "width": 384}`']
     assert all(f"https://huggingface.co/{name}" in card for name in PARTS[recipe].values())
     assert table_cells(card, "revision")[0] == ", ".join([f"`{SHA}`"] * len(PARTS[recipe]))
     assert table_cells(card, "checkpoint") == ["step 1,200, of the best CIDEr-D (0.7312) on split `validation`"]

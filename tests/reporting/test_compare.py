@@ -331,7 +331,7 @@ def test_runs_of_the_family_are_compared_and_shown(runs, tmp_path):
     _, systems = markdown_tables(paths["md"])
     parts = "google/vit-base-patch16-224-in21k@01234567 + meta-llama/Llama-3.2-1B@01234567"
     assert [row["Model"] for row in systems] == [parts, parts]
-    assert [row["Trained weights"] for row in systems] == ["-", "outputs/sft\\_vit\\_llama\\_food/adapter"]
+    assert [row["Trained weights"] for row in systems] == ["-", "outputs/sft_vit_llama_food/adapter"]
     with paths["csv"].open(newline="") as file:
         first, _ = csv.DictReader(file)
     assert first["prompt"] == "" and json.loads(first["decoding"])["image_size"] == {"height": 384, "width": 384}

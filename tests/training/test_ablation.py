@@ -172,6 +172,12 @@ def test_an_interrupted_cell_continues_from_its_checkpoint(grid_file, repo_root)
         ({"scores": ["bleu_9"]}, r"scores must be a list of some of bleu_1, .*, but is \['bleu_9'\]"),
         ({"scores": "bleu_1"}, "scores must be a list of some of bleu_1, .*, but is 'bleu_1'"),
         ({"trained": ["model"]}, r"trained must be the name of a folder, but is \['model'\]"),
+        ({"config": 3}, "config must be the name of a file, but is 3"),
+        ({"output_dir": None}, "output_dir must be the name of a folder, but is None"),
+        ({"scores": [["bleu_1"]]}, r"scores must be a list of some of"),
+        ({"launch": "--cpu"}, "launch must be a list of words, but is '--cpu'"),
+        ({"settings": {3: 4}}, "settings must be a mapping, but is {3: 4}"),
+        ({7: 8}, r"grid.yaml: \[7\] is not known"),
     ],
 )
 def test_a_wrong_grid_is_named(grid_file, change, message):
@@ -194,3 +200,29 @@ def test_the_grids_of_the_project_vary_keys_of_their_config(repo_root, monkeypat
     config = yaml.safe_load(Path(grid.config).read_text(encoding="utf-8"))
     assert set(grid.vary) | set(grid.grid) <= set(config)
     assert len(cells(grid)) == len(grid.grid["seed"]) * (1 + sum(map(len, grid.vary.values())))
+
+
+def test_cells_that_would_share_a_folder_are_refused(grid_file):
+    document = yaml.safe_load(grid_file.read_text())
+    for values in (["a b", "a,b"], [7, 7]):
+        grid_file.write_text(yaml.safe_dump(document | {"vary": {"note": values}}))
+        with pytest.raises(AblationError, match="would share .*note=.*run them in grids of their own"):
+            cells(read_grid(grid_file))
+
+
+def test_a_long_value_gives_a_folder_that_can_be_made(grid_file):
+    document = yaml.safe_load(grid_file.read_text()) | {"vary": {"note": ["犬" * 300, "猫" * 300]}}
+    grid_file.write_text(yaml.safe_dump(document))
+    folders = [cell.folder for cell in cells(read_grid(grid_file))]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert len(set(folders)) == 6
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"status": "finished"}'])
+def test_a_damaged_state_of_a_cell_is_named(grid_file, content):
+    cell = cells(read_grid(grid_file))[0]
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "cell.json").write_text(content)
+    with pytest.raises(AblationError, match="cell.json.*Delete .* to run the cell anew"):
+        run_grid(read_grid(grid_file))

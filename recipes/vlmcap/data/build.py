@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import time
@@ -32,6 +31,7 @@ from vlmcap.data.lengths import caption_lengths, token_limit
 from vlmcap.data.sources import DataError, SourceFile
 from vlmcap.data.titles import word_counts, write_word_cloud
 from vlmcap.documents import parse_json
+from vlmcap.markdown import code_span, escape_unseen, prose
 from vlmcap.upload import PushError, push_folder
 
 CARDS = Path(__file__).resolve().parents[3] / "dataset_cards"
@@ -411,7 +411,8 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"change": _change_text, "thousands": "{:,}".format, "visible": _visible, "cell": _cell}
+    environment.filters |= {"change": _change_text, "thousands": "{:,}".format}
+    environment.filters |= {"visible": _visible, "cell": _cell, "prose": prose}
     return environment.get_template(f"{args.card or args.source}_captions.md.j2").render(
         summary,
         metadata=metadata.to_yaml(),
@@ -435,13 +436,8 @@ def _size_category(images: int) -> str:
 
 
 def _visible(text: str) -> str:
-    """A text of others as a code span in a Markdown table cell, where nothing in it is Markdown or HTML; characters
-    that cannot be seen become \\u escapes."""
-    if not text:
-        return "nothing"
-    shown = "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
-    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
-    return _cell(f"{fence} {shown} {fence}" if "`" in shown else f"`{shown}`")
+    """A text of others in a Markdown table's cell, as a code span."""
+    return code_span(escape_unseen(text)).replace("|", "\\|") if text else "nothing"
 
 
 def _cell(text: str) -> str:

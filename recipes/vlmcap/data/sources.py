@@ -21,7 +21,7 @@ from datasets import DownloadConfig, DownloadManager
 from tqdm.auto import tqdm
 
 from vlmcap.data.images import is_plain_path
-from vlmcap.documents import parse_json
+from vlmcap.documents import parse_json, shown
 
 # Official releases, both CC BY 4.0: github.com/STAIR-Lab-CIT/STAIR-captions and github.com/yahoojapan/YJCaptions.
 ARCHIVES = {
@@ -339,7 +339,7 @@ def _field(entry: dict, key: str, kind: type, name: str, place: str, index: int)
     try:
         value = entry[key]
     except (KeyError, TypeError) as error:
-        found = f"has the keys {sorted(entry)}" if isinstance(entry, dict) else f"is {_kind(entry)}"
+        found = f"has the keys {shown(sorted(entry))}" if isinstance(entry, dict) else f"is {_kind(entry)}"
         raise DataError(f"{name}: {place}[{index}] {found}, the key {key!r} is missing.") from error
     if type(value) is not kind:
         wanted = {int: "a whole number", str: "a text"}[kind]

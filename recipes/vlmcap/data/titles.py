@@ -18,7 +18,7 @@ import matplotlib
 import regex
 from wordcloud import WordCloud
 
-from vlmcap.data.clean import TextRule, drop_control
+from vlmcap.data.clean import MARKUP, TextRule, drop_control
 from vlmcap.data.images import is_plain_path
 from vlmcap.data.sources import DataError, SourceFile, read_source
 
@@ -62,6 +62,7 @@ TEXT_RULES = (
     TextRule("control", "other control, zero-width and broken characters removed", drop_control),
     TextRule("unicode", "letters and accents composed (NFC)", lambda text: unicodedata.normalize("NFC", text)),
     TextRule("entity", "HTML entities decoded, the ; of a seeming one (PB&J;) removed", _unescape),
+    MARKUP,
     TextRule(
         "quotes", "curly quotation marks become straight", lambda text: text.translate(str.maketrans("‘’“”", "''\"\""))
     ),

@@ -10,7 +10,7 @@ import unicodedata
 
 import regex
 
-from vlmcap.data.clean import TextRule, drop_control
+from vlmcap.data.clean import MARKUP, TextRule, drop_control
 
 _WORD = r"[\p{L}\p{M}]"
 
@@ -148,6 +148,7 @@ _FRAGMENT = regex.compile(rf"\W*{_WORD}*\W*")
 TEXT_RULES = (
     TextRule("control", "control, zero-width, private-use and broken characters removed", drop_control),
     TextRule("unicode", "letters and tone marks composed (NFC)", lambda text: unicodedata.normalize("NFC", text)),
+    MARKUP,
     TextRule("spacing", "one space between words, none before . , ; : ! ? or at the ends (also tabs)", _space),
     TextRule("capitals", "capitals of a Shift key held too long (MỘt, nGười) become small", _mend_capitals),
     TextRule(

@@ -30,10 +30,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from vlmcap import provenance
+from vlmcap.documents import parse_json, shown
 from vlmcap.evaluation.bootstrap import LEVEL, interval, resampled_scores
 from vlmcap.evaluation.constraints import japanese_characters
 from vlmcap.evaluation.lexicon import Lexicon, analyse
-from vlmcap.evaluation.scoring import read_predictions
+from vlmcap.evaluation.scoring import read_jsonl, read_predictions
+from vlmcap.files import write_atomically
 
 RESAMPLES, SEED = 1000, 0
 # A caption repeats when this many words come twice, in this order.
@@ -42,8 +44,9 @@ REPEATED_WORDS = 5
 COPIED_CHARACTERS = 15
 # Kanji alone, without any kana, are Chinese when there are so many. Human captions have up to five.
 KANJI_ALONE = 8
-# One character five times in a row, or anything longer three times.
-LOOP = re.compile(r"(.)\1{4}|(.{2,})\2\2", re.S)
+# One character five times in a row, or anything longer three times. Without the bound, which is longer than captions
+# are, the search takes the square of the length of a text.
+LOOP = re.compile(r"(.)\1{4}|(.{2,400})\2\2", re.S)
 MARKUP = re.compile(
     r"<\|[^|>]{1,40}\|>|</?(?:s|unk|pad|bos|eos|image|img|start_of_turn|end_of_turn|end_of_utterance)>|\[/?INST\]"
     r"|^\s*(?:assistant|user|system|ユーザー|アシスタント)\s*[:：\n]|###|USER:|ASSISTANT:",
@@ -99,7 +102,9 @@ def write_audit(
     if not predictions:
         raise AuditError(f"{predictions_path}: holds no caption")
     record_path = Path(predictions_path).with_suffix(".run.json")
-    record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else {}
+    record = _read_object(record_path, "the run record") if record_path.exists() else {}
+    if not isinstance(record.get("prompt"), str | None) or not isinstance(record.get("decoding", {}), dict):
+        raise AuditError(f"{record_path}: no run record, whose prompt is a text or null and whose decoding an object")
     if references is not None:
         missing = [image_id for image_id in predictions if not references.get(image_id)]
         if missing:
@@ -145,7 +150,7 @@ def write_audit(
             document["base"]["hallucination"] = things_said
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_atomically(output, json.dumps(document, ensure_ascii=False, indent=2) + "\n")
     return document
 
 
@@ -208,14 +213,12 @@ def read_instances(paths: Iterable[str | Path], lexicon: Lexicon, image_ids: Ite
 
 def _annotated(path: Path) -> tuple[set[str], dict[str, set[str]]]:
     """Names of the categories, and image id -> categories of its annotations, of one file."""
-    try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise AuditError(f"{path}: the annotations cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise AuditError(f"{path}: not JSON ({error}). The file may be cut off; fetch it again.") from error
+    document = _read_object(path, "the annotations")
     try:
         names = {category["id"]: category["name"] for category in document["categories"]}
+        for name in names.values():
+            if not isinstance(name, str):
+                raise TypeError(f"a category is named {shown(name)}")
         listed: dict[str, set[str]] = {str(image["id"]): set() for image in document["images"]}
         for annotation in document["annotations"]:
             listed[str(annotation["image_id"])].add(names[annotation["category_id"]])
@@ -418,11 +421,11 @@ def _shares(text: str, prompt: str, length: int) -> bool:
 def _form(
     predictions: dict[str, str], record: dict, count_tokens: Callable[[str], int] | None, flagged: dict[str, list[str]]
 ) -> dict:
-    limit = record.get("decoding", {}).get("max_new_tokens")
+    limit, prompt = record.get("decoding", {}).get("max_new_tokens"), record.get("prompt") or ""
     found = []
     for image_id, caption in predictions.items():
         tokens = count_tokens(caption) if count_tokens else None
-        faults = form_faults(caption, record.get("prompt", ""), tokens, limit)
+        faults = form_faults(caption, prompt, tokens, limit)
         flagged[image_id].extend(fault for fault in FORM if fault in faults)
         found.append(faults)
     every = np.ones(len(found))
@@ -435,7 +438,7 @@ def _form(
         )
     return rates | {
         "compared_with_max_new_tokens": bool(count_tokens and limit),
-        "compared_with_prompt": "prompt" in record,
+        "compared_with_prompt": bool(prompt),
     }
 
 
@@ -498,7 +501,7 @@ def write_review_queue(
 
     Every line of the predictions is in exactly one of them, as it was. Returns how many are in each.
 
-    Raises AuditError on a reason that no audit gives.
+    Raises AuditError on a reason that no audit gives, ScoreError on predictions that cannot be read.
     """
     hold_back = list(hold_back)
     reasons = {
@@ -512,27 +515,48 @@ def write_review_queue(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     released, held = [], []
-    for text in Path(predictions_path).read_text(encoding="utf-8").splitlines():
-        if text.strip():
-            line = json.loads(text)
-            why = [reason for reason in audit["flagged"].get(str(line["image_id"]), []) if reason in hold_back]
-            (held if why else released).append(line | ({"reasons": why} if why else {}))
+    for _, image_id, line in read_jsonl(predictions_path):
+        why = [reason for reason in audit["flagged"].get(image_id, []) if reason in hold_back]
+        (held if why else released).append(line | ({"reasons": why} if why else {}))
     for name, lines in (("released", released), ("held_back", held)):
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (directory / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_atomically(directory / f"{name}.jsonl", text)
     return len(released), len(held)
 
 
 def read_audit(path: str | Path) -> dict:
     """An audit.json. Raises AuditError when the file is none."""
+    document = _read_object(path, "the audit")
     try:
-        document = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise AuditError(f"{path}: the audit cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise AuditError(f"{path}: not JSON ({error})") from error
-    if not isinstance(document, dict) or not {"counts", "form", "flagged", "settings"} <= document.keys():
+        whole = all(map(_is_audit, [document, document.get("base", document)]))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        whole = False
+    if not whole or not isinstance(document.get("flagged"), dict):
         raise AuditError(f"{path}: not an audit, as scripts/audit_captions.py writes it")
+    return document
+
+
+def _is_audit(document: dict) -> bool:
+    """Whether counts, settings and rates are there and of their kinds; what is no audit may raise instead."""
+    numbers = [document["counts"]["images"], document["counts"]["references"]]
+    texts = [document["settings"][name]["sha256"] for name in ("lexicon", "persons")]
+    for rate in audit_rates({"form": document["form"]} | document).values():
+        numbers += [rate["count"], rate["of"]]
+        if rate["rate"] is not None:
+            low, high = rate["interval"]
+            numbers += [rate["rate"], low, high]
+    return all(type(number) in (int, float) for number in numbers) and all(isinstance(text, str) for text in texts)
+
+
+def _read_object(path: str | Path, what: str) -> dict:
+    try:
+        document = parse_json(Path(path).read_bytes())
+    except OSError as error:
+        raise AuditError(f"{path}: {what} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise AuditError(f"{path}: not JSON ({error}). The file may be cut off; fetch or make it again.") from error
+    if not isinstance(document, dict):
+        raise AuditError(f"{path}: {what} must be a JSON object, but is {shown(document)}")
     return document
 
 

@@ -13,6 +13,7 @@ another one on port 2115; a few lines around `jaspice.api.JaSPICE` make it a ser
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +32,7 @@ METEOR_JAR_VARIABLE = "VLMCAP_METEOR_JAR"
 METEOR_PARAMETERS = (0.85, 0.2, 0.6, 0.75)
 METEOR_STAGES = (1.0, 0.6, 0.8, 0.6)
 METEOR_NUMBERS = 23
+VERSION = re.compile(r"[\w.+-]{1,64}", re.ASCII)
 SPICE_JAR = "spice-1.0.jar"
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
@@ -164,7 +166,7 @@ def service_scores(url: str, items: list[dict], timeout: float) -> tuple[np.ndar
         answer = requests.post(url, json={"items": items}, timeout=timeout)
         answer.raise_for_status()
         body = answer.json()
-    except (requests.RequestException, ValueError) as error:
+    except (requests.RequestException, ValueError, RecursionError) as error:
         reason = str(error)
         for secret in filter(None, (user + at, parts.query and f"?{parts.query}")):
             reason = reason.replace(secret, "")
@@ -177,7 +179,10 @@ def service_scores(url: str, items: list[dict], timeout: float) -> tuple[np.ndar
     wrong = [score for score in scores if type(score) not in (int, float) or not 0 <= score <= 1]
     if wrong:
         raise ScorerUnavailable(f"{shown} answered the score {wrong[0]!r}, which is no number from 0 to 1")
-    return np.array(scores, dtype=np.float64), str(body.get("version", "unknown"))
+    version = str(body.get("version", "unknown"))
+    if not VERSION.fullmatch(version):  # it becomes a part of the signature
+        raise ScorerUnavailable(f"{shown} must answer a version of letters, digits and . _ + -, not {version!r:.80}")
+    return np.array(scores, dtype=np.float64), version
 
 
 def local_spice_scores(folder: str | Path, items: list[dict], timeout: float) -> np.ndarray:

@@ -17,16 +17,18 @@ stood; a rater's page is made from `blinded_items` alone.
 import hashlib
 import itertools
 import json
-import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmcap.documents import parse_json, shown
+
 KEY_FORMAT = "vlmcap-human-key/1"
 ANSWERS_FORMAT = "vlmcap-human-answers/1"
 CHOICES = ("left", "right", "tie")
 QUESTIONS = {"fluency": (1, 2, 3, 4, 5), "adequacy": (1, 2, 3, 4, 5), "hallucination": ("no", "yes")}
+LATEST = 1e15  # ms since 1970, the year 33658: no time on a page is later
 
 
 class HumanError(ValueError):
@@ -134,9 +136,14 @@ def draw(
             order += rng.sample(block, len(block))
         key["raters"][str(rater + 1)] = {"fingerprint": "", "order": order, "left": {i: left[i] for i in sorted(left)}}
     for rater, entry in key["raters"].items():
-        content = json.dumps([rater, blinded_items(key, rater)[0]])
-        entry["fingerprint"] = hashlib.sha256(content.encode()).hexdigest()[:16]
+        entry["fingerprint"] = _fingerprint(key, rater)
     return key
+
+
+def _fingerprint(key: dict, rater: str) -> str:
+    """Sixteen hexadecimal digits of what the rater sees."""
+    content = json.dumps([rater, blinded_items(key, rater)[0]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def blinded_items(key: dict, rater: str) -> tuple[list[dict], list[str]]:
@@ -157,8 +164,39 @@ def blinded_items(key: dict, rater: str) -> tuple[list[dict], list[str]]:
 
 
 def read_key(path: str | Path) -> dict:
-    """The key of an export. Raises HumanError when the file is something else."""
-    return _read_object(path, KEY_FORMAT, "key.json of an export")
+    """The key of an export. Raises HumanError when the file is something else, or was changed since."""
+    key = _read_object(path, KEY_FORMAT, "key.json of an export")
+    try:
+        whole = _is_whole(key)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        whole = False
+    if not whole:
+        raise HumanError(f"{path}: the key is damaged or was edited, so answers cannot be counted by it. Take a copy.")
+    return key
+
+
+def _is_whole(key: dict) -> bool:
+    """Whether items, pages and images fit together; a key that is no key may raise instead."""
+    systems, images = set(key["systems"]), set(key["images"])
+    texts = [*systems, *images, *(caption for item in key["items"].values() for caption in item["captions"])]
+    items = [
+        item["image_id"] in images
+        and systems.issuperset(item["systems"])
+        and (len(item["systems"]) == len(item["captions"]) == len(set(item["systems"])) == 2
+             if item["kind"] == "preference"
+             else item["kind"] == "rating" and bool(item["systems"]) and len(item["captions"]) == 1)
+        for item in key["items"].values()
+    ]  # fmt: skip
+    identical = [
+        entry["image_id"] in images and len(entry["systems"]) == len(systems.intersection(entry["systems"])) == 2
+        for entry in key["identical"]
+    ]
+    pages = [
+        _fingerprint(key, rater) == entry["fingerprint"]
+        and all(left in key["items"][name]["systems"] for name, left in entry["left"].items())
+        for rater, entry in key["raters"].items()
+    ]
+    return all(isinstance(text, str) for text in texts) and all([*items, *identical, *pages, images])
 
 
 def read_answers(paths: Sequence[str | Path], key: dict) -> tuple[dict[str, dict[str, dict]], list[str]]:
@@ -214,29 +252,32 @@ def _check_answers(path: str | Path, document: dict, key: dict) -> list[str]:
     entry = key["raters"].get(str(document.get("rater")))
     if entry is None or document.get("fingerprint") != entry["fingerprint"]:
         return [
-            f"{path}: rater {document.get('rater')!r} with fingerprint {document.get('fingerprint')!r} belongs to"
+            f"{path}: rater {shown(document.get('rater'))} with fingerprint"
+            f" {shown(document.get('fingerprint'))} belongs to"
             " another export than the key. Give the key.json that was written together with that page."
         ]
     if not isinstance(document.get("answers"), dict):
-        return [f'{path}: "answers" must be an object, but is {document.get("answers")!r:.80}']
+        return [f'{path}: "answers" must be an object, but is {shown(document.get("answers"))}']
     faults, asked = [], set(entry["order"])
     for name, answer in document["answers"].items():
         if name not in asked:
             faults.append(f"{path}: item {name} is not on the page of rater {document['rater']}")
             continue
         if not isinstance(answer, dict):
-            faults.append(f"{path}: item {name}: an answer must be an object, but is {answer!r:.80}")
+            faults.append(f"{path}: item {name}: an answer must be an object, but is {shown(answer)}")
             continue
         allowed = questions_of(key["items"][name]["kind"])
         for question, value in answer.items():
             if question in ("seconds", "changed"):
-                if type(value) not in (int, float) or not 0 <= value < math.inf:
-                    faults.append(f"{path}: item {name}: {question} must be a number from 0, but is {value!r}")
+                if type(value) not in (int, float) or not 0 <= value < LATEST:
+                    found = shown(value)
+                    faults.append(f"{path}: item {name}: {question} must be a number from 0, but is {found}")
             elif question not in allowed:
                 faults.append(f"{path}: item {name}: unknown question {question!r}, must be one of {list(allowed)}")
             elif type(value) not in (int, str) or value not in allowed[question]:
                 values = ", ".join(map(str, allowed[question]))
-                faults.append(f"{path}: item {name}: {question} must be one of {values}, but is {value!r}")
+                found = shown(value)
+                faults.append(f"{path}: item {name}: {question} must be one of {values}, but is {found}")
     return faults
 
 
@@ -379,12 +420,12 @@ def _assistant(text: str) -> dict:
 
 def _read_object(path: str | Path, expected: str, what: str) -> dict:
     try:
-        document = json.loads(Path(path).read_bytes())
+        document = parse_json(Path(path).read_bytes())
     except ValueError as error:
         raise HumanError(f"{path}: not JSON in UTF-8 ({error}); a {what} is needed") from error
     found = document.get("format") if isinstance(document, dict) else None
     if found != expected:
-        raise HumanError(f"{path}: this is no {what} (format {found!r}, not {expected!r})")
+        raise HumanError(f"{path}: this is no {what} (format {shown(found)}, not {expected!r})")
     return document
 
 

@@ -335,6 +335,6 @@ def _cell(entry: dict, shape: str) -> str:
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [header, *rows]]
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [header, *rows]]
     lines = ["| " + " | ".join(row) + " |" for row in escaped]
     return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])

@@ -10,8 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
+from vlmcap.documents import parse_yaml, shown
 from vlmcap.evaluation.tokenise import tagger
 
 LEXICONS = Path(__file__).parent / "lexicons"
@@ -74,16 +73,17 @@ class Lexicon:
             raise LexiconError(f"there is no lexicon {name_or_path}: name a YAML file or one of {names}")
         content = path.read_bytes()
         try:
-            document = yaml.safe_load(content)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            document = parse_yaml(content)
+        except ValueError as error:
             raise LexiconError(f"{path}: not YAML ({error})") from error
         if not isinstance(document, dict) or not isinstance(document.get("categories"), dict):
             raise LexiconError(f"{path}: a mapping with the key `categories` is needed (category -> list of words)")
         unknown = document.keys() - {"categories", "groups", "none", "depictions"}
         if unknown:
             raise LexiconError(
-                f"{path}: unknown keys {sorted(unknown)}; there are categories, groups, none, depictions"
+                f"{path}: unknown keys {sorted(map(str, unknown))}; there are categories, groups, none, depictions"
             )
+        _check_categories(path, document["categories"], document.get("groups") or {})
 
         self.name, self.sha256 = path.name, hashlib.sha256(content).hexdigest()
         self.categories = tuple(document["categories"])
@@ -167,7 +167,22 @@ class Lexicon:
         return end < len(tokens) and not self._depictions.isdisjoint(tokens[end][:2])
 
 
+def _check_categories(path: Path, categories: dict, groups: object) -> None:
+    for name in categories:
+        if not isinstance(name, str):
+            raise LexiconError(f"{path}: the category {shown(name)} must be a text; put it in quotes")
+    if not isinstance(groups, dict):
+        raise LexiconError(f"{path}: groups must be a mapping (group -> categories), but is {shown(groups)}")
+    for group, members in groups.items():
+        known = isinstance(members, list) and all(isinstance(name, str) and name in categories for name in members)
+        if not isinstance(group, str) or not known:
+            raise LexiconError(
+                f"{path}: groups: {shown(group)} must be a name with a list of categories of this file, but has"
+                f" {shown(members)}"
+            )
+
+
 def _words(path: Path, place: str, words: object) -> list[str]:
     if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words):
-        raise LexiconError(f"{path}: {place} must be a list of words, but is {words!r:.80}")
+        raise LexiconError(f"{path}: {place} must be a list of words, but is {shown(words)}")
     return words

@@ -57,12 +57,13 @@ def to_plain(text: str) -> str:
 
 def _rewritten(text: str) -> str:
     words = tagger()(text.replace("\0", " "))
-    plain, i, kept_to = [], 0, 0
+    plain, i, kept_to, counted_to, depth = [], 0, 0, 0, 0
     ends = _ends(text, words)
     while i < len(words):
         start = ends[i] - len(words[i].surface)
-        quoted = len(OPENING.findall(text, 0, start)) > len(CLOSING.findall(text, 0, start))
-        taken, replacement = (0, "") if quoted else _rewrite(words, i)
+        depth += len(OPENING.findall(text, counted_to, start)) - len(CLOSING.findall(text, counted_to, start))
+        counted_to = start
+        taken, replacement = (0, "") if depth > 0 else _rewrite(words, i)
         if taken:
             plain += [text[kept_to:start], replacement]
             kept_to = ends[i + taken - 1]

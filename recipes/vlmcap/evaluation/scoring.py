@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmcap.documents import parse_json, shown
 from vlmcap.evaluation import external
 from vlmcap.evaluation.bootstrap import LEVEL, interval, p_value, resampled_scores, scores_of
 from vlmcap.evaluation.metrics import (
@@ -32,6 +33,7 @@ from vlmcap.evaluation.metrics import (
 )
 from vlmcap.evaluation.register import to_plain
 from vlmcap.evaluation.tokenise import JAPANESE_TOKENIZERS, tokenise, tokenizer_signature
+from vlmcap.files import write_atomically
 
 # How people read the names of scores, in every table and plot.
 SCORE_LABELS = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {
@@ -133,6 +135,8 @@ def score(
     options = options or ScoreOptions()
     if options.resamples < 0:
         raise ScoreError(f"resamples={options.resamples}: choose 0 for no intervals, or a number above it")
+    if options.seed < 0:
+        raise ScoreError(f"seed={options.seed}: choose a number from 0")
     hypotheses, reference_tokens = _tokens(predictions, references, tokenizer)
     idf = read_idf(options.idf, tokenizer) if options.idf else None
     variants = {"": (predictions, references)}
@@ -181,6 +185,7 @@ def _tokens(
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
     """Tokens of hypothesis and references of each image, in the order of `references`, checked."""
     _check_same_images(predictions, references)
+    _check_text(predictions, references)
     hypotheses = tokenise([predictions[image_id] for image_id in references], tokenizer)
     flat = iter(tokenise(chain.from_iterable(references.values()), tokenizer))
     reference_tokens = [[next(flat) for _ in captions] for captions in references.values()]
@@ -405,7 +410,7 @@ def write_idf(
         "ngrams": frequencies.ngrams,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(document, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    write_atomically(Path(path), json.dumps(document, ensure_ascii=False, indent=0) + "\n")
     return frequencies
 
 
@@ -416,14 +421,14 @@ def read_idf(path: str | Path, tokenizer: str) -> DocumentFrequencies:
     """
     document = _parse_object(Path(path).read_bytes(), str(path))
     images, ngrams = document.get("images"), document.get("ngrams")
-    if type(images) is not int or images < 1 or not isinstance(ngrams, dict):
+    if type(images) is not int or not 1 <= images < 2**53 or not isinstance(ngrams, dict):
         raise ScoreError(f'{path} is no idf file: it needs "images", a number above 0, and "ngrams", an object')
     for ngram, count in ngrams.items():
         if type(count) is not int or not 1 <= count <= images:
-            raise ScoreError(f"{path}: {ngram!r} is said to be in {count!r} of {images:,} images")
+            raise ScoreError(f"{path}: {ngram!r:.80} is said to be in {shown(count)} of {images:,} images")
     if document.get("tokenizer") != tokenizer_signature(tokenizer):
         raise ScoreError(
-            f"{path} was made with another tokenizer: {document.get('tokenizer')!r} instead of "
+            f"{path} was made with another tokenizer: {shown(document.get('tokenizer'))} instead of "
             f"{tokenizer_signature(tokenizer)!r}. Make it again with --write_idf and --tokenizer {tokenizer}"
         )
     return DocumentFrequencies(images, ngrams)
@@ -449,6 +454,19 @@ def _check_same_images(predictions: dict, references: dict) -> None:
         )
 
 
+def _check_text(predictions: dict[str, str], references: dict[str, list[str]]) -> None:
+    """Half of a surrogate pair is no character: tokenizers cannot take it and no file of UTF-8 can hold it."""
+    for image_id, captions in references.items():
+        for text in (predictions[image_id], *captions):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ScoreError(
+                    f"image {image_id}: half of a surrogate pair, {text[error.start]!a}, in {text!a:.80}. Decode the"
+                    " caption anew, or replace what cannot be decoded by U+FFFD"
+                ) from error
+
+
 def _check_references(ids: list, reference_tokens: list[list[list[str]]], tokenizer: str) -> None:
     without = [image_id for image_id, refs in zip(ids, reference_tokens, strict=True) if not refs]
     if without:
@@ -471,9 +489,9 @@ def read_predictions(path: str | Path) -> dict[str, str]:
     Raises ScoreError, naming file and line, on a line that is no such object and on an id that comes twice.
     """
     predictions = {}
-    for where, image_id, line in _read_jsonl(path):
+    for where, image_id, line in read_jsonl(path):
         if not isinstance(line.get("caption"), str):
-            raise ScoreError(f'{where}: "caption" must be a string, but is {line.get("caption")!r}')
+            raise ScoreError(f'{where}: "caption" must be a string, but is {shown(line.get("caption"))}')
         predictions[image_id] = line["caption"]
     return predictions
 
@@ -484,10 +502,10 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
     Raises ScoreError, naming file and line, on a line that is no such object and on an id that comes twice.
     """
     references = {}
-    for where, image_id, line in _read_jsonl(path):
+    for where, image_id, line in read_jsonl(path):
         captions = line.get("captions")
         if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
-            raise ScoreError(f'{where}: "captions" must be a list of strings, but is {captions!r}')
+            raise ScoreError(f'{where}: "captions" must be a list of strings, but is {shown(captions)}')
         references[image_id] = captions
     return references
 
@@ -530,10 +548,13 @@ def write_metrics(
     metrics = score(read_predictions(predictions_path), references, tokenizer, options)
     record = predictions_path.with_suffix(".run.json")
     if record.exists():
-        metrics |= _parse_object(record.read_bytes(), str(record))
+        made = _parse_object(record.read_bytes(), str(record))
+        if both := sorted(metrics.keys() & made.keys()):
+            raise ScoreError(f"{record}: {', '.join(both)} are what the scorer measures and no run record says")
+        metrics |= made
     metrics |= more or {}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_metrics_text(metrics), encoding="utf-8")
+    write_atomically(output, _metrics_text(metrics))
     return metrics
 
 
@@ -583,8 +604,11 @@ def _score_lines(scored: dict) -> list[str]:
     return lines
 
 
-def _read_jsonl(path: str | Path) -> Iterator[tuple[str, str, dict]]:
-    """`file, line n`, the image id and the object of every line that is not blank."""
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, str, dict]]:
+    """`file, line n`, the image id and the object of every line that is not blank.
+
+    Raises ScoreError, naming file and line, on a line that is no object with an image id and on an id that is not new.
+    """
     seen = {}
     with open(path, "rb") as lines:
         for number, text in enumerate(lines, 1):
@@ -593,8 +617,8 @@ def _read_jsonl(path: str | Path) -> Iterator[tuple[str, str, dict]]:
             where = f"{path}, line {number}"
             line = _parse_object(text, where)
             image_id = line.get("image_id")
-            if not isinstance(image_id, int | str):
-                raise ScoreError(f'{where}: "image_id" must be an integer or a string, but is {image_id!r}')
+            if type(image_id) not in (int, str):
+                raise ScoreError(f'{where}: "image_id" must be an integer or a string, but is {shown(image_id)}')
             image_id = str(image_id)
             if image_id in seen:
                 raise ScoreError(f"{where}: image_id {image_id} is on line {seen[image_id]} already")
@@ -604,9 +628,9 @@ def _read_jsonl(path: str | Path) -> Iterator[tuple[str, str, dict]]:
 
 def _parse_object(text: bytes, where: str) -> dict:
     try:
-        parsed = json.loads(text)
+        parsed = parse_json(text)
     except ValueError as error:
         raise ScoreError(f"{where}: not JSON in UTF-8 ({error})") from error
     if not isinstance(parsed, dict):
-        raise ScoreError(f"{where}: a JSON object is needed, but this is {parsed!r:.80}")
+        raise ScoreError(f"{where}: a JSON object is needed, but this is {shown(parsed)}")
     return parsed

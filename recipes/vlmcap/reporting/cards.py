@@ -4,16 +4,22 @@ The words are in model_cards/: captioner.md.j2 is what all cards share, <recipe>
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jinja2
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
+from markupsafe import Markup
 
+from vlmcap.credentials import redact
 from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
+from vlmcap.files import write_atomically
+from vlmcap.markdown import code_span, escape_unseen, fenced, prose, visible
 
 REPOSITORY = Path(__file__).parents[3]
 TEMPLATES = REPOSITORY / "model_cards"
@@ -50,7 +56,7 @@ AUDITED = {
 }
 # Counts that speak of the references alone, and so are the same for base and adapter.
 OF_REFERENCES = ("references", "mean_reference_tokens", "reference_type_token_ratio")
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -164,14 +170,19 @@ def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> P
         card = render_adapter_card(metrics, repo_id, audit)
     except ValueError as error:
         raise ValueError(f"{adapter_dir / 'metrics.json'}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, jinja2.UndefinedError) as error:
+        raise ValueError(
+            f"{adapter_dir / 'metrics.json'} is not as the recipe writes it ({type(error).__name__}: {error}): score"
+            " again"
+        ) from error
     readme = adapter_dir / "README.md"
-    readme.write_text(card, encoding="utf-8")
+    write_atomically(readme, card)
 
     results = adapter_dir / EVAL_RESULTS
     entries = eval_result_entries(metrics, repo_id)
     if entries:
         results.parent.mkdir(exist_ok=True)
-        results.write_text(yaml_dump(eval_result_entries_to_yaml(entries)), encoding="utf-8")
+        write_atomically(results, yaml_dump(eval_result_entries_to_yaml(entries)))
     else:
         results.unlink(missing_ok=True)
     return readme
@@ -187,7 +198,7 @@ def read_metrics(adapter_dir: str | Path) -> dict:
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
@@ -212,65 +223,97 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
     parts = model_parts(metrics["model"])
     adapter_name = repo_id or local_name(metrics["model"]["adapter"] or ".")
     best = training.get("best")
+    text = (
+        _environment()
+        .get_template(f"{_recipe_name(metrics)}.md.j2")
+        .render(
+            m=metrics,
+            recipe=recipe_of(metrics),
+            base=base,
+            training=training,
+            title=_title(metrics),
+            miniature=is_miniature(metrics),
+            built_with_llama=built_with_llama(metrics),
+            base_on_hub=_on_hub(metrics),
+            base_name=" + ".join(_name(part["id"]) for part in parts.values()),
+            base_link=Markup(" with ".join(_link(part["id"]) for part in parts.values())),
+            base_revisions=[part["revision"] for part in model_parts(base["model"]).values()],
+            parts={place: {"link": _link(part["id"])} for place, part in parts.items()},
+            best_label=_label(best["metric"].removeprefix("eval_")) if best else None,
+            adapter_name=adapter_name,
+            dataset_link=_link(metrics["dataset"]["id"], "datasets/"),
+            training_dataset_link=_link(training["dataset"]["id"], "datasets/"),
+            scores=[
+                {
+                    "label": _label(name),
+                    "base": _score(base, name),
+                    "adapter": _score(metrics, name, bold=True),
+                    "signature": metrics["signatures"][name],
+                }
+                for name in metrics["scores"]
+            ],
+            normalised=[
+                {
+                    "label": _label(name),
+                    "base": _score(base["register_normalised"], name),
+                    "adapter": _score(metrics["register_normalised"], name),
+                }
+                for name in metrics.get("register_normalised", {}).get("scores", {})
+            ],
+            audit=audit,
+            audited=_audited(audit) if audit else [],
+            constraints=[
+                key for key in ("japanese_only", "no_repeat_ngram_size", "avoid_words") if key in metrics["decoding"]
+            ],
+            quick_start=Markup(quick_start(metrics, adapter_name)),
+        )
+    )
+    metadata = _metadata(metrics, repo_id).to_yaml()
+    return redact(f"---\n{metadata}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=False,
+        finalize=_shown,  # whatever the documents hold is shown as text: no link, no heading, no HTML, no second row
     )
     environment.filters |= {
         "cell": _cell,
+        "code": _code,
         "device": _device,
         "duration": _duration,
+        "fenced": lambda text: Markup(fenced(text)),
         "memory": _memory,
+        "quoted": lambda text: Markup(_quoted(text)),
         "rate": lambda value: "not measured" if value is None else f"{value:.2f}",
-        "recorded": lambda value: "not recorded" if value is None else f"`{value}`",
-        "value": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
+        "recorded": lambda value: "not recorded" if value is None else _code(value),
+        "value": _value,
     }
-    text = environment.get_template(f"{_recipe_name(metrics)}.md.j2").render(
-        m=metrics,
-        recipe=recipe_of(metrics),
-        base=base,
-        training=training,
-        metadata=_metadata(metrics, repo_id).to_yaml(),
-        title=_title(metrics),
-        miniature=is_miniature(metrics),
-        built_with_llama=built_with_llama(metrics),
-        base_on_hub=_on_hub(metrics),
-        base_name=" + ".join(_name(part["id"]) for part in parts.values()),
-        base_link=" with ".join(_link(part["id"]) for part in parts.values()),
-        base_revisions=[part["revision"] for part in model_parts(base["model"]).values()],
-        parts={place: {"link": _link(part["id"])} for place, part in parts.items()},
-        best_label=_label(best["metric"].removeprefix("eval_")) if best else None,
-        adapter_name=adapter_name,
-        dataset_link=_link(metrics["dataset"]["id"], "datasets/"),
-        training_dataset_link=_link(training["dataset"]["id"], "datasets/"),
-        scores=[
-            {
-                "label": _label(name),
-                "base": _score(base, name),
-                "adapter": _score(metrics, name, bold=True),
-                "signature": metrics["signatures"][name],
-            }
-            for name in metrics["scores"]
-        ],
-        normalised=[
-            {
-                "label": _label(name),
-                "base": _score(base["register_normalised"], name),
-                "adapter": _score(metrics["register_normalised"], name),
-            }
-            for name in metrics.get("register_normalised", {}).get("scores", {})
-        ],
-        audit=audit,
-        audited=_audited(audit) if audit else [],
-        constraints=[
-            key for key in ("japanese_only", "no_repeat_ngram_size", "avoid_words") if key in metrics["decoding"]
-        ],
-        quick_start=quick_start(metrics, adapter_name),
-    )
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return environment
+
+
+def _shown(value) -> str:
+    return value if isinstance(value, Markup) else prose(str(value))
+
+
+def _code(value) -> Markup:
+    return Markup(code_span(str(value)))
+
+
+def _cell(value) -> Markup:
+    """Text, or Markdown, that keeps to one cell of a table."""
+    return Markup(re.sub(r"(?<!\\)\|", r"\|", _shown(value)))
+
+
+def _value(value) -> str:
+    """A setting: numbers, true and null as they are, everything else as code."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return _code(text) if isinstance(value, str | list | dict) else text
 
 
 def _score(scored: dict, name: str, bold: bool = False) -> str:
@@ -346,14 +389,13 @@ def is_hub_id(name: str) -> bool:
 def local_name(path: str) -> str:
     """How a card names a local folder: relative to this repository when inside it, else by its last part alone, so
     that no card tells the world where somebody's home folder is."""
-    full = Path(path) if Path(path).is_absolute() else REPOSITORY / path
-    full = full.resolve()
+    full = Path(os.path.abspath(REPOSITORY / path))
     return full.relative_to(REPOSITORY).as_posix() if full.is_relative_to(REPOSITORY) else full.name
 
 
 def load_snippet(base_id: str, repo_id: str, recipe: str = "sft_qwen2vl_jp") -> str:
     """A few lines of Python that load model and processor from the Hub."""
-    return RECIPES[recipe].load.format(base=base_id, repo=repo_id)
+    return RECIPES[recipe].load.format(base=_quoted(base_id)[1:-1], repo=_quoted(repo_id)[1:-1])
 
 
 def quick_start(metrics: dict, adapter: str) -> str:
@@ -363,7 +405,7 @@ def quick_start(metrics: dict, adapter: str) -> str:
     load = load_snippet(metrics["model"]["id"], adapter, _recipe_name(metrics)).splitlines()
     imports = ["from PIL import Image", *(line for line in load if line.startswith("from "))]
     keys = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "do_sample")
-    settings = ", ".join(f"{key}={metrics['decoding'][key]}" for key in keys if key in metrics["decoding"])
+    settings = ", ".join(f"{key}={metrics['decoding'][key]!r}" for key in keys if key in metrics["decoding"])
     lines = [*imports, "", *(line for line in load if line not in imports), "", *CAPTION.format(settings).splitlines()]
     return "\n".join(lines)
 
@@ -379,42 +421,47 @@ print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
 
 def _quick_start_with_prompt(metrics: dict, adapter: str) -> str:
     model, decoding = metrics["model"], metrics["decoding"]
-    revision = f', revision="{model["revision"]}"' if model["revision"] and is_hub_id(model["id"]) else ""
+    revision = f", revision={_quoted(model['revision'])}" if model["revision"] and is_hub_id(model["id"]) else ""
     dtype = model["dtype"].removeprefix("torch.")
     # Despite the names, transformers 5 means by these the least and the greatest area of the image in pixels.
     size = {"shortest_edge": decoding["min_pixels"], "longest_edge": decoding["max_pixels"]}
-    generate = f"num_beams={decoding['num_beams']}, max_new_tokens={decoding['max_new_tokens']}"
-    imports, quantised, load = "", "", f'dtype="{dtype}", device_map="auto"'
+    keys = ("num_beams", "max_new_tokens", "do_sample")
+    generate = ", ".join(f"{key}={decoding[key]!r}" for key in keys)
+    quantised, load = "", f'dtype={_quoted(dtype)}, device_map="auto"'
     if model["quantization"]:
-        imports = "import torch\n"
         quantised = f"""
 nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.{dtype},
+    bnb_4bit_compute_dtype={_quoted(dtype)},
     llm_int8_skip_modules=["model.visual", "lm_head"],
 )"""
         load += ", quantization_config=nf4"
-    return f'''\
-{imports}from peft import PeftModel
+    return f"""\
+from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor{", BitsAndBytesConfig" if quantised else ""}
 
-base, adapter = "{_name(model["id"])}", "{adapter}"
+base, adapter = {_quoted(_name(model["id"]))}, {_quoted(adapter)}
 processor = AutoProcessor.from_pretrained(adapter, size={json.dumps(size)}){quantised}
 model = AutoModelForImageTextToText.from_pretrained(
     base{revision}, {load}
 )
 model = PeftModel.from_pretrained(model, adapter).eval()
 
-prompt = {json.dumps(metrics["prompt"], ensure_ascii=False)}
+prompt = {_quoted(metrics["prompt"])}
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": prompt}}]}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
 image = Image.open("photo.jpg").convert("RGB")
 inputs = processor(text=[text], images=[image], return_tensors="pt").to(model.device)
-output = model.generate(**inputs, {generate}, do_sample={decoding["do_sample"]})
-print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())'''
+output = model.generate(**inputs, {generate})
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())"""
+
+
+def _quoted(text: str) -> str:
+    """A string of Python in double quotes and one line; what cannot be seen is written out."""
+    return escape_unseen(json.dumps(text, ensure_ascii=False))
 
 
 def _check(metrics: dict) -> None:
@@ -437,8 +484,8 @@ def _check(metrics: dict) -> None:
     ):
         if theirs != ours:
             raise ValueError(
-                f"base and adapter differ in {what} and cannot stand in one table (base: {theirs}; adapter: {ours}). "
-                "Score both again with the same settings."
+                f"base and adapter differ in {what} and cannot stand in one table (base: {visible(str(theirs))};"
+                f" adapter: {visible(str(ours))}). Score both again with the same settings."
             )
 
 
@@ -516,18 +563,14 @@ def _name(name: str) -> str:
     return name if is_hub_id(name) else local_name(name)
 
 
-def _link(name: str, kind: str = "") -> str:
+def _link(name: str, kind: str = "") -> Markup:
     if is_hub_id(name):
-        return f"[{name}](https://huggingface.co/{kind}{name})"
-    return f"`{local_name(name)}` (a local folder)"
+        return Markup(f"[{name}](https://huggingface.co/{kind}{name})")
+    return Markup(f"{code_span(local_name(name))} (a local folder)")
 
 
 def _label(score: str) -> str:
     return SCORE_LABELS.get(score, score)
-
-
-def _cell(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("\n", " ")
 
 
 def _device(hardware: dict) -> str:

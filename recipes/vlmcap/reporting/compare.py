@@ -8,6 +8,7 @@ document of an adapter holds the one of its base, which is no run of its own unl
 import csv
 import json
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from vlmcap.evaluation.scoring import (
     read_predictions,
     read_references,
 )
+from vlmcap.files import write_atomically
+from vlmcap.markdown import code_span, markdown_escape, visible
 from vlmcap.reporting.gallery import disagreement, select_images, write_comparison_page
 from vlmcap.reporting.plots import has_curve, has_size, plot_quality_against_memory, plot_scores, plot_training_curves
 from vlmcap.training.ablation import markdown_table, text_table
@@ -144,8 +147,8 @@ def write_comparison(
 
     paths = {"csv": output_dir / "metrics.csv", "md": output_dir / "metrics.md", "tex": output_dir / "metrics.tex"}
     _write_csv(paths["csv"], runs, tests)
-    paths["md"].write_text(_markdown(table, systems, notes, signatures), encoding="utf-8")
-    paths["tex"].write_text(_latex(table, systems, notes, signatures), encoding="utf-8")
+    write_atomically(paths["md"], _markdown(table, systems, notes, signatures))
+    write_atomically(paths["tex"], _latex(table, systems, notes, signatures))
 
     documents = {run.name: run.metrics for run in runs}
     paths["scores"] = plot_scores(documents, output_dir / "scores.svg", chosen)
@@ -194,7 +197,7 @@ def write_overview(runs: Sequence[Run], output_dir: str | Path) -> tuple[Path, s
     markdown, text = [["", "dataset", "images", *columns[1:]]], []
     for key, group in groups.items():
         check_comparable(group)
-        name = f"{key[0]}, {key[2]}" if len(key) > 1 else "not recorded"
+        name = visible(f"{key[0]}, {key[2]}") if len(key) > 1 else "not recorded"
         images = f"{group[0].metrics['counts']['images']:,}"
         rows = [[run.name, *_overview_cells(run.metrics)] for run in group]
         markdown += [[markdown_escape(row[0]), markdown_escape(name), images, *row[1:]] for row in rows]
@@ -202,7 +205,7 @@ def write_overview(runs: Sequence[Run], output_dir: str | Path) -> tuple[Path, s
     note = "Only rows of one dataset compare: scores depend on its captions and on their number an image."
     path = Path(output_dir) / "overview.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{markdown_table(markdown)}\n{note}\n", encoding="utf-8")
+    write_atomically(path, f"{markdown_table(markdown)}\n{note}\n")
 
     lines = text_table([columns, *(row for _, rows in text for row in rows)]).splitlines()
     shown = [lines.pop(0)]
@@ -235,7 +238,8 @@ def check_comparable(runs: Sequence[Run]) -> None:
         if apart:
             raise ScoreError(
                 f"{first.name} and {run.name} were scored on different images ({len(first.cider_d):,} and "
-                f"{len(run.cider_d):,}; only one of them has {', '.join(sorted(apart)[:5])}): score both on one split"
+                f"{len(run.cider_d):,}; only one of them has {visible(', '.join(sorted(apart)[:5]))}): score both on"
+                " one split"
             )
         if run.metrics["counts"]["references"] != first.metrics["counts"]["references"]:
             counts = (r.metrics["counts"]["references"] for r in (first, run))
@@ -379,14 +383,8 @@ LATEX_SPECIALS = {
 
 
 def latex_escape(text: str) -> str:
-    """Plain text as LaTeX: the ten special characters, and those that old font encodings print as others."""
-    return "".join(LATEX_SPECIALS.get(character, character) for character in text)
-
-
-def markdown_escape(text: str) -> str:
-    """Plain text as Markdown that shows it as it is, in a table's cell too."""
-    text = re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Plain text as LaTeX, in one line: the ten special characters, and those that old encodings print as others."""
+    return "".join(LATEX_SPECIALS.get(character, character) for character in visible(text))
 
 
 def _name_and_file(run: str) -> tuple[str | None, Path]:
@@ -448,17 +446,17 @@ def _read_run(name: str, path: Path) -> Run:
 def _read_object(path: Path) -> dict:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ScoreError(f"{path} is not JSON in UTF-8: {error}") from error
     if not isinstance(document, dict):
-        raise ScoreError(f"{path}: a JSON object is needed, but this is {document!r:.80}")
+        raise ScoreError(f"{path}: a JSON object is needed, but this is {reprlib.repr(document)}")
     return document
 
 
 def _refuse(first: Run, run: Run, what: str, theirs, ours) -> None:
     raise ScoreError(
-        f"{first.name} and {run.name} differ in {what} ({theirs} and {ours}) and cannot stand in one table: "
-        "score both with the same data and settings"
+        f"{first.name} and {run.name} differ in {what} ({visible(f'{theirs} and {ours}')}) and cannot stand in one "
+        "table: score both with the same data and settings"
     )
 
 
@@ -549,7 +547,7 @@ def _markdown(scores: Table, systems: Table, notes: list[str], signatures: dict[
 
     lines = [*table(scores, 1), "", *table(systems, 3 + len(CORPORA)), ""]
     lines += [f"- {markdown_escape(note)}" for note in notes]
-    lines += ["- Signatures:", *(f"  - {label}: `{signature}`" for label, signature in signatures.items())]
+    lines += ["- Signatures:", *(f"  - {label}: {code_span(signature)}" for label, signature in signatures.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -607,8 +605,9 @@ def _references_and_pictures(
     lacking = [image for image in runs[0].cider_d if image not in captions] if captions else []
     if lacking:
         raise ScoreError(
-            f"{references or dataset} lacks {len(lacking):,} of the images that were scored ({', '.join(lacking[:5])}"
-            f"{', ...' if len(lacking) > 5 else ''}): name the references or the split that they were scored with"
+            f"{references or dataset} lacks {len(lacking):,} of the images that were scored ("
+            f"{visible(', '.join(lacking[:5]))}{', ...' if len(lacking) > 5 else ''}): name the references or the"
+            " split that they were scored with"
         )
 
     remarks = [] if captions else ["References are not shown: neither --dataset nor --references was given."]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from vlmcap.files import write_atomically
 from vlmcap.reporting.html import PHOTO_SIDE, embed, template
 from vlmcap.reporting.plots import INK, SOFT
 
@@ -33,7 +34,7 @@ def write_sample_page(
     cards = [item | embed(item["image"], PHOTO_SIDE) for item in items]
     header, *rows = intro_rows
     page = template("samples.html.j2").render(title=title, note=note, header=header, rows=rows, cards=cards)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
     return path
 
 
@@ -81,7 +82,7 @@ def write_comparison_page(
         audited=audited,
         remarks=remarks,
     )
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
     return path
 
 

@@ -1,11 +1,13 @@
 """What the pages share: templates that escape everything, and pictures inside the file."""
 
 import base64
+import hashlib
 import io
 import re
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 from PIL import Image
 
 PAGES = Path(__file__).parent / "pages"
@@ -17,7 +19,11 @@ VIETNAMESE = re.compile(r"[ăđơư\u1ea0-\u1ef9]", re.IGNORECASE)
 
 def template(name: str) -> jinja2.Template:
     """A template of `pages/`, with the filter `lang`: "ja" for a text in Japanese script, "vi" for one with letters of
-    Vietnamese alone, else "en"."""
+    Vietnamese alone, else "en"; and with `policy` and `script`, of files of `pages/`.
+
+    A page escapes whatever it is given. Should anything slip through all the same, its policy lets the browser run no
+    script but the named ones, known by their hash, and load nothing from anywhere.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
         autoescape=True,
@@ -28,7 +34,31 @@ def template(name: str) -> jinja2.Template:
     environment.filters["lang"] = lambda text: (
         "ja" if JAPANESE.search(text) else "vi" if VIETNAMESE.search(text) else "en"
     )
+    environment.globals |= {"policy": _policy, "script": _script}
     return environment.get_template(name)
+
+
+def _policy(*scripts: str) -> Markup:
+    """The Content-Security-Policy of a page with these scripts. Styles are inline (the plots are full of them) and can
+    load nothing either."""
+    allowed = " ".join(f"'sha256-{_digest(_source(name))}'" for name in scripts) or "'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}; base-uri 'none'; "
+        "form-action 'none'"
+    )
+    return Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">')
+
+
+def _script(name: str) -> Markup:
+    return Markup(f"<script>{_source(name)}</script>")
+
+
+def _source(name: str) -> str:
+    return "\n" + (PAGES / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def embed(image: Image.Image, side: int = PHOTO_SIDE) -> dict:

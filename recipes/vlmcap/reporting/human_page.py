@@ -7,6 +7,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from vlmcap.data.images import open_image
 from vlmcap.evaluation.human import ANSWERS_FORMAT, HumanError, blinded_items
+from vlmcap.files import write_atomically
 from vlmcap.reporting.html import embed, template
 
 README = """\
@@ -56,9 +57,9 @@ def write_export(key: dict, rows: dict[str, dict], output_dir: str | Path) -> No
         content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         (folder / place).write_bytes(content)
     for rater in key["raters"]:
-        (folder / f"rater_{rater}.html").write_text(rater_page(key, rater, embedded), encoding="utf-8")
-    key_path.write_text(text, encoding="utf-8")
-    (folder / "README.txt").write_text(README.format(raters=len(key["raters"])), encoding="utf-8")
+        write_atomically(folder / f"rater_{rater}.html", rater_page(key, rater, embedded))
+    write_atomically(key_path, text)
+    write_atomically(folder / "README.txt", README.format(raters=len(key["raters"])))
 
 
 def rater_page(key: dict, rater: str, pictures: dict[str, dict]) -> str:

@@ -16,6 +16,7 @@ A grid is a YAML file:
 import hashlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,13 +27,15 @@ from pathlib import Path
 from statistics import mean
 
 import psutil
-import yaml
 from tqdm.auto import tqdm
 
+from vlmcap.documents import parse_json, parse_yaml, shown
 from vlmcap.evaluation.scoring import SCORE_LABELS
+from vlmcap.files import write_atomically
 
 REFERENCE = "reference"
 STATE = "cell.json"
+LONGEST_NAME = 200  # bytes; file systems allow 255
 PATIENCE = 20  # seconds that an interrupted cell has to end before it is killed
 
 
@@ -67,9 +70,21 @@ class Cell:
     metrics: Path
 
     def state(self) -> dict:
-        """What is known of the cell's last run: "status" is new, running, finished or failed."""
+        """What is known of the cell's last run: "status" is new, running, finished or failed.
+
+        Raises:
+            AblationError: the folder's cell.json is no such state.
+        """
         path = self.folder / STATE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "new"}
+        if not path.exists():
+            return {"status": "new"}
+        try:
+            state = parse_json(path.read_bytes())
+        except ValueError as error:
+            raise AblationError(f"{path}: not JSON ({error}). Delete {self.folder} to run the cell anew.") from error
+        if not isinstance(state, dict) or not {"status", "fingerprint", "seconds"} <= state.keys():
+            raise AblationError(f"{path} is no state of a cell. Delete {self.folder} to run the cell anew.")
+        return state
 
     def finished(self) -> bool:
         return self.state()["status"] == "finished"
@@ -82,44 +97,66 @@ def read_grid(path: str | Path, **overrides) -> Grid:
         AblationError: the file is missing or no mapping, has an unknown or no needed key, or a list is none; there is
             no such score.
     """
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise AblationError(f"{path} cannot be read: {error}") from error
-    known = set(Grid.__dataclass_fields__)
-    if not isinstance(document, dict) or set(document) - known:
-        extra = sorted(set(document) - known) if isinstance(document, dict) else type(document).__name__
+    document = _read_mapping(path)
+    extra = [key for key in document if key not in Grid.__dataclass_fields__]
+    if extra:
         raise AblationError(
-            f"{path}: {extra} is not known; a grid has the keys {', '.join(Grid.__dataclass_fields__)}"
+            f"{path}: {shown(extra)} is not known; a grid has the keys {', '.join(Grid.__dataclass_fields__)}"
         )
     document |= {key: value for key, value in overrides.items() if value is not None}
     missing = [key for key in ("recipe", "config", "output_dir") if key not in document]
     if missing:
         raise AblationError(f"{path} lacks {', '.join(missing)}")
     for part in ("settings", "vary", "grid"):
-        if not isinstance(document.get(part, {}), dict):
-            raise AblationError(f"{path}: {part} must be a mapping, but is {document[part]!r}")
+        settings = document.get(part, {})
+        if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+            raise AblationError(f"{path}: {part} must be a mapping, but is {shown(settings)}")
     for part in ("vary", "grid"):
         for key, values in document.get(part, {}).items():
             if not isinstance(values, list) or not values:
-                raise AblationError(f"{path}: {part}.{key} must be a list of values, but is {values!r}")
+                raise AblationError(f"{path}: {part}.{key} must be a list of values, but is {shown(values)}")
     scores = document.get("scores", [])
-    if not isinstance(scores, list) or not set(scores) <= set(SCORE_LABELS):
-        raise AblationError(f"{path}: scores must be a list of some of {', '.join(SCORE_LABELS)}, but is {scores!r}")
-    if not isinstance(document.get("trained", ""), str):
-        raise AblationError(f"{path}: trained must be the name of a folder, but is {document['trained']!r}")
+    if not isinstance(scores, list) or not all(isinstance(s, str) and s in SCORE_LABELS for s in scores):
+        raise AblationError(
+            f"{path}: scores must be a list of some of {', '.join(SCORE_LABELS)}, but is {shown(scores)}"
+        )
+    launch = document.get("launch", [])
+    if not isinstance(launch, list) or not all(isinstance(word, str | int) for word in launch):
+        raise AblationError(f"{path}: launch must be a list of words, but is {shown(launch)}")
+    document["launch"] = list(map(str, launch))
+    for key, kind in {"recipe": "file", "config": "file", "output_dir": "folder", "trained": "folder"}.items():
+        if not isinstance(document.get(key, ""), str) or "\0" in document.get(key, ""):
+            raise AblationError(f"{path}: {key} must be the name of a {kind}, but is {shown(document[key])}")
     for key in ("recipe", "config"):
-        if not Path(document[key]).is_file():
-            raise AblationError(f"{path}: {key} {document[key]} is no file (paths are relative to the working folder)")
+        if not os.path.isfile(document[key]):
+            raise AblationError(
+                f"{path}: {key} {document[key]:.200} is no file (paths are relative to the working folder)"
+            )
+    config = _read_mapping(document["config"])
+    if not all(isinstance(key, str) for key in config):
+        raise AblationError(f"{document['config']}: its keys must be names of settings")
     return Grid(**document)
+
+
+def _read_mapping(path: str | Path) -> dict:
+    try:
+        document = parse_yaml(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise AblationError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise AblationError(f"{path}: a mapping is needed, but this is {shown(document)}")
+    return document
 
 
 def cells(grid: Grid) -> list[Cell]:
     """The reference and every value of `vary` alone, for each combination of `grid`; the reference comes first.
 
     A value that the config or `settings` has already is the reference and no cell of its own.
+
+    Raises:
+        AblationError: two cells would share a folder: a value stands twice, or the names differ in signs alone.
     """
-    config = yaml.safe_load(Path(grid.config).read_text(encoding="utf-8")) | grid.settings
+    config = _read_mapping(grid.config) | grid.settings
     one_at_a_time = [{}] + [
         {key: value} for key, values in grid.vary.items() for value in values if config.get(key) != value
     ]
@@ -128,9 +165,17 @@ def cells(grid: Grid) -> list[Cell]:
     for change, combination in itertools.product(one_at_a_time, combinations):
         varied = _name(change) or REFERENCE
         name = ", ".join(filter(None, [varied, _name(combination)]))
-        folder = Path(grid.output_dir) / "cells" / "".join(c if c.isalnum() or c in "=.-_" else "_" for c in name)
+        folder_name = "".join(c if c.isalnum() or c in "=.-_" else "_" for c in name)
+        if len(folder_name.encode()) > LONGEST_NAME:
+            folder_name = f"{varied.partition('=')[0][:60]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        folder = Path(grid.output_dir) / "cells" / folder_name
         metrics = folder / grid.trained / "metrics.json"
         found.append(Cell(name, varied, grid.settings | combination | change, folder, metrics))
+    in_folder: dict[Path, str] = {}
+    for cell in found:
+        if other := in_folder.get(cell.folder):
+            raise AblationError(f"{other} and {cell.name} would share {cell.folder}: run them in grids of their own")
+        in_folder[cell.folder] = cell.name
     return found
 
 
@@ -223,9 +268,7 @@ def _run(grid: Grid, cell: Cell) -> None:
     state = {"fingerprint": _fingerprint(grid, cell), "changes": cell.changes, "command": command[1:]}
 
     def write(**more) -> None:
-        partial = cell.folder / f"{STATE}.partial"
-        partial.write_text(json.dumps(state | more, ensure_ascii=False, indent=2), encoding="utf-8")
-        partial.replace(cell.folder / STATE)
+        write_atomically(cell.folder / STATE, json.dumps(state | more, ensure_ascii=False, indent=2, default=str))
 
     earlier = before.get("seconds", 0.0)
     write(status="running", seconds=earlier)
@@ -261,8 +304,7 @@ def _last_words(log: Path, lines: int = 5) -> list[str]:
 
 
 def _fingerprint(grid: Grid, cell: Cell) -> str:
-    config = yaml.safe_load(Path(grid.config).read_text(encoding="utf-8"))
-    settings = {"recipe": grid.recipe} | config | cell.changes
+    settings = {"recipe": grid.recipe} | _read_mapping(grid.config) | cell.changes
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

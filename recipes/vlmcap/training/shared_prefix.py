@@ -19,11 +19,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel, ProcessorMixin
-from trl.data_utils import apply_chat_template
 
 from vlmcap.models.load import ModelError, chat_prompt
 from vlmcap.training.collator import BadImages, read_example
 from vlmcap.training.features import FeatureCache
+from vlmcap.training.text import CaptionEncoder
 
 # Attention implementations of transformers that take a mask of our own. FlashAttention knows causal masks alone.
 ATTENTION = ("sdpa", "eager", "flex_attention")
@@ -83,7 +83,7 @@ class SharedPrefixCollator:
         features: FeatureCache | None = None,
     ):
         self.rows, self.processor, self.prompt, self.bad_images = rows, processor, prompt, bad_images
-        self.features = features
+        self.features, self.encode = features, CaptionEncoder(processor)
         inner = model.model
         positions_of = SimpleNamespace(
             config=inner.config, get_vision_position_ids=partial(type(inner).get_vision_position_ids, None)
@@ -112,17 +112,7 @@ class SharedPrefixCollator:
         position_ids, _ = self.get_rope_index(
             ids, mm_token_type_ids=is_image, image_grid_thw=grids, attention_mask=mask
         )
-        return lay_out(ids, mask, position_ids, [self._tokenise(texts) for texts in captions]) | pictures
-
-    def _tokenise(self, captions: list[str]) -> list[list[int]]:
-        """Caption and end of turn, as the chat template writes them behind the prompt."""
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": self.prompt}]}
-        turns = [
-            {"prompt": [user], "completion": [{"role": "assistant", "content": [{"type": "text", "text": caption}]}]}
-            for caption in captions
-        ]
-        texts = [apply_chat_template(turn, self.processor)["completion"] for turn in turns]
-        return self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return lay_out(ids, mask, position_ids, [self.encode(texts) for texts in captions]) | pictures
 
 
 def lay_out(
