@@ -47,6 +47,7 @@ from vlmcap.training.captioner import (
     captioner_report,
     check_caption_lengths,
 )
+from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.start import load_splits, save_trained
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_blip_vi/base.yaml"
@@ -116,5 +117,13 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (DatasetError, ModelError, PredictionsError, PushError, ScoreError, TokenizerError) as error:
+    except (
+        CheckpointError,
+        DatasetError,
+        ModelError,
+        PredictionsError,
+        PushError,
+        ScoreError,
+        TokenizerError,
+    ) as error:
         sys.exit(f"error: {error}")

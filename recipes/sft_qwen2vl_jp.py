@@ -60,6 +60,7 @@ from vlmcap.models.load import (
 from vlmcap.reporting.cards import write_adapter_card
 from vlmcap.reporting.hub import PushError, push_adapter
 from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
+from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.features import cache_features
 from vlmcap.training.report import training_report
 from vlmcap.training.start import SplitArguments, load_splits, save_trained
@@ -231,6 +232,7 @@ if __name__ == "__main__":
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
     except (
         AuditError,
+        CheckpointError,
         ConstraintError,
         DatasetError,
         LexiconError,

@@ -50,6 +50,7 @@ from vlmcap.training.captioner import (
     resolve_parts,
     two_part_record,
 )
+from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.start import load_splits, save_trained
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_gpt2_food/base.yaml"
@@ -134,5 +135,13 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (DatasetError, ModelError, PredictionsError, PushError, ScoreError, TokenizerError) as error:
+    except (
+        CheckpointError,
+        DatasetError,
+        ModelError,
+        PredictionsError,
+        PushError,
+        ScoreError,
+        TokenizerError,
+    ) as error:
         sys.exit(f"error: {error}")

@@ -90,10 +90,10 @@ def test_batches(pictures, model):
     ("features_left", "index_left", "new"),
     [
         (1.0, 1.0, 0),
-        (0.999, 1.0, 1),  # the last picture's features are half there
-        (0.5, 1.0, 3),
-        (1.0, 0.99, 1),  # half a line
-        (1.0, 0.5, 3),
+        (0.999, 1.0, 2),  # the last picture's features are half there: its batch of two is computed anew
+        (0.5, 1.0, 4),
+        (1.0, 0.99, 2),  # half a line
+        (1.0, 0.5, 4),
         (0.4, 0.9, 4),
         (0.0, 1.0, 6),
         (1.0, 0.0, 6),
@@ -110,6 +110,25 @@ def test_continues_an_interrupted_build(pictures, model, tmp_path, computed, fea
     assert computed() == new
     assert_same_features(continued, whole)
     assert {name: (continued.path.parent / name).stat().st_size for name in files} == files
+
+
+def test_a_block_of_zeros_ends_the_index(pictures, model, computed):
+    """What some file systems leave of a file's end where a machine lost power."""
+    path = build(pictures, model).path.parent / "index.jsonl"
+    written = path.read_bytes()
+    path.write_bytes(written[:-20] + bytes(19) + b"\n")
+    computed()
+    build(pictures, model)
+    assert computed() == 2 and path.read_bytes() == written
+
+
+def test_features_of_other_settings_are_named_with_their_size(pictures, model, capsys):
+    first = build(pictures, model).path.parent
+    assert "other models" not in capsys.readouterr().out
+    second = build(pictures, model, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).path.parent
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"Features of other models or settings lie in {first.parent}: {first.name} (0.00 GiB).")
+    assert first != second and (first / "features.bin").exists()
 
 
 def test_changed_picture_is_computed_anew_and_a_renamed_one_is_not(pictures, model, computed):
@@ -158,7 +177,7 @@ def test_bad_pictures_are_listed_and_left_out(pictures, model, computed):
     torch.testing.assert_close(cache.batch([0])["pixel_values"], whole.batch([3])["pixel_values"])
     reasons = bad_images(pictures)
     assert sorted(reasons) == [0, 1, 2, 4, 5]
-    assert "cannot identify" in reasons[0] and "truncated" in reasons[1] and "truncated" in reasons[4]
+    assert "not an image" in reasons[0] and "truncated" in reasons[1] and "truncated" in reasons[4]
     assert "no such file" in reasons[2] and "aspect ratio" in reasons[5]
     computed()
     assert build(pictures, model, cache.path.parents[1]).rows["image_id"] == [3]

@@ -1,6 +1,7 @@
 """Whole runs against the stock SFTTrainer, unreadable pictures, resumed runs, the start-up report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from vlmcap.data.images import DatasetError, load_captions
 from vlmcap.data.scenes import scenes
 from vlmcap.models.load import ModelArguments, chat_prompt, load_model, load_processor, lora_config
+from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
 from vlmcap.training.report import training_report
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
@@ -143,10 +145,52 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(miniature_dir, process
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_checkpoints_carry_no_generic_model_card(miniature_dir, processor, rows, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 6}, r"seed 6 \(was 5\)"),
+        ({"data_seed": 1}, r"data_seed 1 \(was None\)"),
+        ({"per_device_train_batch_size": 2}, r"per_device_train_batch_size 2 \(was 4\)"),
+        ({"gradient_accumulation_steps": 1}, r"gradient_accumulation_steps 1 \(was 2\)"),
+        ({"captions_per_image": 2}, r"captions_per_image 2 \(was 5\), training captions \w+ \(was"),
+        ({}, r"training captions \w+ \(was"),
+        ({"lora_r": 4}, r"trained weights \w+ \(was"),
+    ],
+    ids=lambda value: next(iter(value), "rows") if isinstance(value, dict) else "",
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    miniature_dir, processor, rows, tmp_path_factory, checkpoint, changes, named
+):
+    changes = dict(changes)
+    model = {key: changes.pop(key) for key in ("lora_r",) if key in changes}
+    other = rows if changes or model else rows.select(range(11))
+    folder = tmp_path_factory.mktemp("other")
+    trainer = caption_trainer(miniature_dir, processor, other, config(folder, **changes), **model)
+    with pytest.raises(CheckpointError, match=f"is of a run with other settings or data: {named}"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(miniature_dir, processor, folder, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("run")
+    rows = load_captions(str(folder / "data"), "train", image_dir=str(folder))
+    caption_trainer(miniature_dir, processor, rows, config(output_dir, max_steps=1)).train()
+    return output_dir / "checkpoint-1"
+
+
+def test_changed_settings_that_are_no_other_run_are_said(miniature_dir, processor, rows, tmp_path, checkpoint, capsys):
+    args = config(tmp_path, max_steps=2, learning_rate=5e-4)
+    trainer = caption_trainer(miniature_dir, processor, rows, args)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert "settings were changed: max_steps 2 (was 1), learning_rate 0.0005 (was 0.001)" in capsys.readouterr().out
+    assert trainer.state.global_step == 2
+
+
+def test_checkpoints_carry_no_generic_model_card_and_no_pickled_arguments(miniature_dir, processor, rows, tmp_path):
     trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path, save_steps=2))
     (tmp_path / "README.md").write_text("our card")
     trainer.train()
+    assert not list(tmp_path.rglob("training_args.bin"))
     assert (tmp_path / "checkpoint-2/adapter_model.safetensors").exists()
     assert (tmp_path / "README.md").read_text() == "our card"
 
@@ -173,6 +217,17 @@ def test_unreadable_picture_is_replaced_listed_and_counted(folder, processor, tm
         DatasetError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"
     ):
         collate([{"row": 6, "captions": [""]}])
+
+
+def test_a_strip_is_a_bad_picture_in_live_training_too(folder, processor, tmp_path):
+    """The image processor refuses sides that differ more than 200 times; the feature cache leaves them out."""
+    copy = tmp_path / "images"
+    shutil.copytree(folder, copy)
+    Image.new("RGB", (1000, 3)).save(copy / "4.png")
+    rows = load_captions(str(folder / "data"), "train", image_dir=str(copy))
+    bad_images = BadImages(tmp_path / "bad.jsonl", limit=1)
+    batch = CaptionCollator(rows, processor, PROMPT, bad_images)([{"row": 4, "captions": ["犬"]}])
+    assert len(batch["input_ids"]) == 1 and bad_images.count() == 1
 
 
 def test_missing_files_are_dropped_and_listed_before_training(folder, tmp_path):

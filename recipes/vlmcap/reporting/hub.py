@@ -27,8 +27,8 @@ NEEDED = [
     ("tokenizer_config.json",),
     ("metrics.json",),
 ]
-# What stays here: the trainer's own state (training_args.bin pickles the arguments, a Hub token among them if one was
-# given), weights in pickles, and sample pages, which carry photographs that are not ours to publish.
+# What stays here: the trainer's own state, pickles, and sample pages, which carry photographs that are not ours to
+# publish.
 PRIVATE = [
     "checkpoint-*/*",
     "global_step*/*",

@@ -52,7 +52,7 @@ def begin(args: TrainingArguments, reported: Sequence[str], **groups: dict) -> R
 
     Raises:
         PushError: the Hub's token may not push to `hub_model_id`.
-        SystemExit: no checkpoint to go on from, or one that would be overwritten.
+        CheckpointError: the checkpoint to go on from is not whole, or one would be overwritten.
     """
     # The trainer's own push would run in the background at every checkpoint, hiding failures, and without our card.
     push_to = args.hub_model_id if args.push_to_hub else None

@@ -145,7 +145,7 @@ class PictureCollator:
     def texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """The batch without its pictures."""
         tokenizer = self.processor.tokenizer
-        tokens = [tokenizer(caption, add_special_tokens=False)["input_ids"] for caption in captions]
+        tokens = tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         shape = len(tokens), max(map(len, tokens)) + 1
         ids = torch.full(shape, tokenizer.pad_token_id)
         mask, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)

@@ -10,6 +10,8 @@ from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from vlmcap.data.images import BadImageError, DatasetError, missing_files, open_image
+from vlmcap.files import write_atomically
+from vlmcap.training.text import CaptionProcessor
 
 
 @dataclass
@@ -21,6 +23,13 @@ class BadImages:
 
     path: Path
     limit: int
+
+    def begin(self, keep: bool) -> None:
+        """An empty list; or, with `keep`, the earlier run's without a line that its end left half-written."""
+        if lines := self._lines() if keep else []:
+            write_atomically(self.path, "".join(line + "\n" for line in lines))
+        else:
+            self.path.unlink(missing_ok=True)
 
     def add(self, image_id: int, name: str, reason: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -37,9 +46,12 @@ class BadImages:
 
     def count(self) -> int:
         """Number of different pictures in the list."""
+        return len({json.loads(line)["image_id"] for line in self._lines()})
+
+    def _lines(self) -> list[str]:
         if not self.path.exists():
-            return 0
-        return len({json.loads(line)["image_id"] for line in self.path.read_text(encoding="utf-8").splitlines()})
+            return []
+        return self.path.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last newline nothing is whole
 
 
 def drop_missing(rows: datasets.Dataset, bad_images: BadImages, write: bool = True) -> datasets.Dataset:
@@ -103,7 +115,9 @@ class CaptionCollator:
 
     def __init__(self, rows: datasets.Dataset, processor: ProcessorMixin, prompt: str, bad_images: BadImages):
         self.rows, self.prompt, self.bad_images = rows, prompt, bad_images
-        self.collate = DataCollatorForVisionLanguageModeling(processor, max_length=None, completion_only_loss=True)
+        self.collate = DataCollatorForVisionLanguageModeling(
+            CaptionProcessor(processor), max_length=None, completion_only_loss=True
+        )
 
     def __call__(self, examples: list[dict]) -> dict:
         turns = []

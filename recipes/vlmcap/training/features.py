@@ -4,6 +4,7 @@ A cache is a folder named by a hash of all that the features depend on but the p
 
     features.bin   the features of one picture after the other, a row of numbers a patch; read through a memory map
     index.jsonl    one line a picture: {"image": sha256 of its file, "offset": rows before it, "patches": rows, "grid"}
+                   and "more": true, unless it is the last of those that went through the tower together
 
 Pictures are known by their contents: renamed ones are found again, changed ones are computed anew. Features are kept
 in the dtype in which the tower computes (bfloat16 on compute capability 8.0 and later, float16 on older GPUs, float32
@@ -35,6 +36,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from vlmcap.data.images import BadImageError, DatasetError, image_size, open_image
+from vlmcap.files import write_atomically
 from vlmcap.training.collator import BadImages
 
 BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels
@@ -82,9 +84,9 @@ def cache_features(
 ) -> FeatureCache:
     """Computes the features that are not in `folder` yet, in batches, on the model's device; prints their size first.
 
-    An interrupted run continues. Pictures that cannot be read are listed in `bad_images` and left out of the result's
-    `rows`. Of several processes or runs, one computes and the others wait for it at a file lock: a barrier of
-    torch.distributed would give up after minutes.
+    An interrupted run continues, with the batches of an uninterrupted one. Pictures that cannot be read are listed in
+    `bad_images` and left out of the result's `rows`. Of several processes or runs, one computes and the others wait
+    for it at a file lock: a barrier of torch.distributed would give up after minutes.
 
     Args:
         model: of `shared_prefix.MODEL_TYPES`, before `feed_features`.
@@ -113,7 +115,7 @@ def cache_features(
         bar = tqdm(found, total=len(share), desc="hashing pictures", disable=not state.is_main_process)
         pictures = gather_object(list(bar))
     with FileLock(folder / "lock"):
-        (folder / "settings.json").write_text(text, encoding="utf-8")
+        write_atomically(folder / "settings.json", text)
         row_bytes = width * tower.dtype.itemsize
         index = resume(folder, row_bytes)
         new, patches = defaultdict(list), {}
@@ -128,6 +130,8 @@ def cache_features(
             print(
                 f"Image features: {len(rows):,} pictures, {len(new):,} of them new; {need / 2**30:,.2f} GiB to write"
                 f" to {folder}, which has {free / 2**30:,.2f} GiB free",
+                other_features(folder),
+                sep="",
                 flush=True,
             )
         if need > free:
@@ -167,19 +171,56 @@ def compute(
     end = max((entry["offset"] + entry["patches"] for entry in index.values()), default=0)
     images = list(new)
     batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-    with (folder / "features.bin").open("ab") as features, (folder / "index.jsonl").open("a") as lines:
-        bar = tqdm(read_ahead(read, batches), total=len(batches), desc="image features", disable=not new)
-        for pictures in filter(None, bar):
-            pixel_values, grids = (
-                torch.cat([p[key] for p in pictures]).to(tower.device) for key in ("pixel_values", "image_grid_thw")
-            )
-            features.write(projector_inputs(tower, pixel_values, grids).cpu().view(torch.uint8).numpy())
-            features.flush()
-            for image, grid in zip([p["image"] for p in pictures], grids.tolist(), strict=True):
-                index[image] = {"image": image, "offset": end, "patches": math.prod(grid), "grid": grid}
-                lines.write(json.dumps(index[image]) + "\n")
-                end += math.prod(grid)
-            lines.flush()
+    bar = tqdm(read_ahead(read, batches), total=len(batches), desc="image features", disable=not new)
+    for pictures in filter(None, bar):
+        pixel_values, grids = (
+            torch.cat([p[key] for p in pictures]).to(tower.device) for key in ("pixel_values", "image_grid_thw")
+        )
+        append(
+            folder / "features.bin", projector_inputs(tower, pixel_values, grids).cpu().view(torch.uint8).numpy().data
+        )
+        lines = ""
+        for image, grid in zip([p["image"] for p in pictures], grids.tolist(), strict=True):
+            index[image] = {"image": image, "offset": end, "patches": math.prod(grid), "grid": grid}
+            more = {} if image == pictures[-1]["image"] else {"more": True}
+            lines += json.dumps(index[image] | more) + "\n"
+            end += math.prod(grid)
+        append(folder / "index.jsonl", lines.encode())
+
+
+def append(path: Path, content: bytes | memoryview) -> None:
+    """Adds to the end of a file and waits until the disk has it.
+
+    Raises:
+        DatasetError: the disk is full, or fails.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be written ({error.strerror}); {shutil.disk_usage(path.parent).free:,} bytes are free. The"
+            " features that are there are kept: free space and start again, or name a folder on a larger disk"
+            " (cache_image_features)."
+        ) from error
+
+
+def other_features(folder: Path) -> str:
+    """A line about the features of other models or settings beside `folder`, which nothing deletes; or nothing."""
+    others = {
+        path.parent: sum(file.stat().st_size for file in path.parent.iterdir())
+        for path in sorted(folder.parent.glob("*/settings.json"))
+        if path.parent != folder
+    }
+    if not others:
+        return ""
+    names = ", ".join(f"{path.name} ({size / 2**30:,.2f} GiB)" for path, size in others.items())
+    return (
+        f"\nFeatures of other models or settings lie in {folder.parent}: {names}. Their settings.json says whose they"
+        " are. Delete what no run needs."
+    )
 
 
 def identify(rows: datasets.Dataset, image_processor: BaseImageProcessor, row: int) -> tuple[str | None, int | str]:
@@ -205,17 +246,26 @@ def read_ahead(function: Callable, items: Iterable) -> Iterator:
 
 
 def resume(folder: Path, row_bytes: int) -> dict[str, dict]:
-    """The index by image. Cuts off what an interrupted run left half-written in the files."""
+    """The index by image. Cuts off what an interrupted run left half-written in the files, and the whole of its last
+    batch: with it the batches that follow are those of an uninterrupted run, and so are the features."""
     features, lines = folder / "features.bin", folder / "index.jsonl"
     features.touch()
     lines.touch()
-    index, end, kept, size = {}, 0, 0, features.stat().st_size
+    index, batch, end, kept, size = {}, {}, 0, 0, features.stat().st_size
+    position = 0
     for line in lines.read_bytes().splitlines(keepends=True):
-        entry = json.loads(line) if line.endswith(b"\n") else None
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:  # a block of zeros, where the machine lost power
+            break
         if entry is None or (entry["offset"] + entry["patches"]) * row_bytes > size:
             break
-        index[entry["image"]] = entry
-        end, kept = entry["offset"] + entry["patches"], kept + len(line)
+        position += len(line)
+        more = entry.pop("more", False)
+        batch[entry["image"]] = entry
+        if not more:
+            index |= batch
+            batch, end, kept = {}, entry["offset"] + entry["patches"], position
     os.truncate(lines, kept)
     os.truncate(features, end * row_bytes)
     return index

@@ -1,14 +1,48 @@
-"""What the project's trainers share: precision by device, smoothed loss, validation by captions, clock, summary."""
+"""What the project's trainers share: precision by device, smoothed loss, validation by captions, checkpoints that are
+whole and gone on from to the last digit, an end on SIGTERM, clock, summary."""
 
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from threading import Thread
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from vlmcap import provenance
 from vlmcap.models.load import compute_dtype
+from vlmcap.training import checkpoints
+from vlmcap.training.checkpoints import UNFINISHED, CheckpointError
 from vlmcap.training.loss import smoothed_cross_entropy
+
+SIGTERM_STATUS = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
+# What says which examples a step is made of: with another value, a continued run would see some twice, others never.
+ORDER = (
+    "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size captions_per_image"
+    " dataloader_drop_last"
+).split()
+# What else decides the losses. It may be changed on purpose (a longer run), and then is said.
+COURSE = (
+    "max_steps num_train_epochs learning_rate encoder_learning_rate decoder_learning_rate lr_scheduler_type"
+    " lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args"
+    " label_smoothing_factor bf16 fp16 gradient_checkpointing shared_prefix cache_image_features eval_strategy"
+    " eval_steps save_strategy save_steps logging_steps load_best_model_at_end metric_for_best_model"
+    " early_stopping_patience early_stopping_threshold ignore_data_skip"
+).split()
 
 
 @dataclass
@@ -80,10 +114,16 @@ class MeasuredTrainer:
         self.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.clock = RunClock()
         self.add_callback(self.clock)
+        self.early_stopping = None
         if self.args.early_stopping_patience:
             patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
-            self.add_callback(EarlyStoppingCallback(patience, threshold))
+            self.early_stopping = EarlyStoppingCallback(patience, threshold)
+            self.add_callback(self.early_stopping)
+        self.stop_on_sigterm = StopOnSigterm(self.accelerator)
+        self.add_callback(self.stop_on_sigterm)
         self.hits_and_tokens = torch.zeros(2, dtype=torch.long, device=self.args.device)
+        self.saving_to = None
+        self.order, self.course = self._order(), self._course()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Scores of a model in evaluation mode, without `eval_` before their names."""
@@ -109,6 +149,174 @@ class MeasuredTrainer:
         samples = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.clock.waited += time.perf_counter() - start
         return samples
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if sys.platform == "linux":
+            inner = loader.base_dataloader  # accelerate's own is a wrapper
+            inner.worker_init_fn = partial(obey_parent_alone, inner.worker_init_fn)
+        return loader
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Trains, or goes on from a checkpoint that `checkpoints.damage` finds whole.
+
+        On SIGTERM it saves a checkpoint at the end of the step, says how to go on, and ends the process with status
+        143 (`SystemExit`). A second training or evaluation may not follow in that process.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be written; or the one to go on from is of another run, in what
+                decides the order of examples (other settings that differ are printed).
+        """
+        self.resumed = None
+        if resume_from_checkpoint is not None:
+            self.resumed = checkpoints.read_manifest(Path(resume_from_checkpoint))
+            self._check_same_run(resume_from_checkpoint)
+        before = signal.signal(signal.SIGTERM, self.stop_on_sigterm.ask)
+        try:
+            output = super().train(resume_from_checkpoint, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} holds a pickle of more than tensors and numbers, which is not loaded:"
+                f" {str(error).splitlines()[0]}"
+            ) from error
+        except Stopped:
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            if self.args.should_save:
+                print(
+                    f"SIGTERM: saved {self.args.output_dir}/checkpoint-{self.state.global_step} after step"
+                    f" {self.state.global_step} of {self.state.max_steps}. The same command with"
+                    " --resume_from_checkpoint latest goes on from it.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            raise SystemExit(SIGTERM_STATUS) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if self.stop_on_sigterm.asked:  # behind the last step, which has its checkpoint
+            signal.raise_signal(signal.SIGTERM)
+        return output
+
+    def _order(self) -> dict:
+        """What decides which examples a step is made of, and which weights it changes."""
+        settings = self.args.to_dict() | {"world_size": self.args.world_size}
+        examples, trained = hashlib.sha256(), hashlib.sha256()
+        for row, captions in zip(self.train_dataset["row"], self.train_dataset["captions"], strict=True):
+            examples.update(json.dumps([row, captions]).encode())
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                trained.update(json.dumps([name, list(parameter.shape)]).encode())
+        hashes = {"training captions": examples.hexdigest(), "trained weights": trained.hexdigest()}
+        return {key: settings.get(key) for key in ORDER} | hashes
+
+    def _course(self) -> dict:
+        settings = self.args.to_dict()
+        model = {"model": provenance.public_name(self.model.config._name_or_path)}
+        for config in getattr(self.model, "peft_config", {}).values():
+            model |= {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        return json.loads(json.dumps({key: settings.get(key) for key in COURSE} | model, default=str))
+
+    def _check_same_run(self, checkpoint: str) -> None:
+        def changes(before: dict, now: dict) -> list[str]:
+            changed = [key for key in now if before.get(key) != now[key]]
+            short = {key: [str(values.get(key))[:40] for values in (before, now)] for key in changed}
+            return [f"{key} {now} (was {before})" for key, (before, now) in short.items()]
+
+        if refused := changes(self.resumed["order"], self.order):
+            raise CheckpointError(
+                f"{checkpoint} is of a run with other settings or data: {', '.join(refused)}. Gone on from it, the run"
+                " would see some captions twice and others never: set them back (the training captions are those of"
+                " dataset, revision, split and images that can be read), or start anew in another --output_dir."
+            )
+        said = changes(self.resumed["course"], self.course)
+        if said and self.args.should_save:
+            print(
+                f"Note: since {checkpoint}, settings were changed: {', '.join(said)}. The run goes on with the new"
+                " ones; its losses will not be those of a run that had them from the start.",
+                flush=True,
+            )
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self.saving_to or super()._get_output_dir(trial))
+
+    def _save(self, *args, **kwargs) -> None:
+        """Without the pickle of the arguments, which could hold a token: nothing here reads it."""
+        super()._save(*args, **kwargs)
+        folder = kwargs.get("output_dir") or (args[0] if args else self.args.output_dir)
+        if self.args.should_save:
+            (Path(folder) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As the parent, but whole or not at all (see `checkpoints`), and older ones are deleted only then."""
+        output_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        since_log = {
+            "loss": self.accelerator.gather(self._tr_loss[None]).tolist(),
+            "hits_and_tokens": self.accelerator.gather(self.hits_and_tokens[None]).tolist(),
+            "last_logged": self._globalstep_last_logged,
+        }
+        earlier = max((int(path.name.split("-")[1]) for path in checkpoints.checkpoints(output_dir)), default=None)
+        mend = (
+            f"checkpoint-{earlier} is whole: free space, then continue with --resume_from_checkpoint latest."
+            if earlier is not None
+            else "It was the first: free space, then start again."
+        )
+        with checkpoints.reported(name, output_dir, mend):
+            try:
+                self.saving_to = output_dir / UNFINISHED
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.state.best_model_checkpoint == str(self.saving_to / name):
+                    self.state.best_model_checkpoint = str(output_dir / name)
+                best = self.state.best_model_checkpoint
+                if self.args.should_save:
+                    record = {"best": best and Path(best).name, "since_log": since_log}
+                    record |= {"order": self.order, "course": self.course}
+                    checkpoints.complete(self.saving_to / name, output_dir / name, record)
+                    checkpoints.rotate(output_dir, self.args.save_total_limit, best)
+                    with suppress(OSError):  # holds what an earlier run left
+                        self.saving_to.rmdir()
+            except BaseException:
+                shutil.rmtree(self.saving_to / name, ignore_errors=True)
+                raise
+            finally:
+                self.saving_to = None
+
+    def _init_training_state(self, max_steps, steps, epochs, resume_from_checkpoint, trial):
+        """Goes on with the best checkpoint that lies beside the one that is gone on from, wherever they lie now, and
+        with the evaluations that early stopping has counted."""
+        begin = super()._init_training_state(max_steps, steps, epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is not None and self.resumed["best"]:
+            self.state.best_model_checkpoint = str(Path(resume_from_checkpoint).parent / self.resumed["best"])
+        if self.early_stopping:
+            name, fresh = type(self.early_stopping).__name__, self.early_stopping.state()
+            counted = self.state.stateful_callbacks.setdefault(name, fresh)["attributes"]
+            self.early_stopping.early_stopping_patience_counter = counted["early_stopping_patience_counter"]
+        return begin
+
+    def _run_epoch(self, *, epoch, epochs_trained, resume_from_checkpoint, **kwargs) -> None:
+        """Takes the loss since the last log line over from the checkpoint. A run that had ended takes no more step:
+        transformers 5.23 would take one where max_steps lies inside an epoch, or early stopping ended the run."""
+        if self.resumed and epoch == epochs_trained:
+            since_log, rank = self.resumed["since_log"], self.args.process_index
+            self._tr_loss += since_log["loss"][rank]
+            self.hits_and_tokens += torch.tensor(since_log["hits_and_tokens"][rank], device=self.args.device)
+            self._globalstep_last_logged = since_log["last_logged"]
+        stopped = self.early_stopping and (
+            self.early_stopping.early_stopping_patience_counter >= self.early_stopping.early_stopping_patience
+        )
+        if stopped or self.state.global_step >= self.state.max_steps:
+            self._load_rng_state(resume_from_checkpoint)
+            self.control.should_training_stop = True
+        else:
+            # With several processes, accelerate 1.15 does not reach the sampler once batches are skipped (it is below
+            # SkipBatchSampler and BatchSamplerShard): a run that goes on in its second epoch would repeat its first.
+            sampler = kwargs["train_dataloader"].batch_sampler
+            while hasattr(sampler, "batch_sampler"):
+                sampler = sampler.batch_sampler
+            if hasattr(sampler.sampler, "set_epoch"):
+                sampler.sampler.set_epoch(epoch)
+            more = {"epochs_trained": epochs_trained, "resume_from_checkpoint": resume_from_checkpoint}
+            super()._run_epoch(epoch=epoch, **more, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Scores of `validate`, as `eval_cider_d` and so on."""
@@ -177,6 +385,53 @@ class MeasuredTrainer:
     def create_model_card(self, *args, **kwargs) -> None:
         """Does nothing. The card is written from measured results (`vlmcap.reporting.cards`); the parent calls this at
         every checkpoint and push, and would replace it by a generic one."""
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and has saved."""
+
+
+class StopOnSigterm(TrainerCallback):
+    """Saves and leaves training at the end of the step in which a process got SIGTERM, every process at the same one.
+
+    transformers' own (`enable_jit_checkpoint`, 5.23) waits three seconds, may save between backward pass and update,
+    which no continued run can repeat, and lets each process decide alone.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.asked, self.stopping = accelerator, False, False
+
+    def ask(self, *signal_and_frame) -> None:
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stopping = self.asked
+        if args.world_size > 1:
+            asked = torch.tensor(int(self.asked), device=self.accelerator.device)
+            self.stopping = bool(self.accelerator.reduce(asked))
+        control.should_save |= self.stopping
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopping:
+            raise Stopped
+
+
+def obey_parent_alone(initialise: Callable[[int], None], worker: int) -> None:
+    """Begins a worker of a DataLoader that SIGTERM ends only when its parent sends it.
+
+    Who asks a job to stop sends SIGTERM to all of its processes. Without its workers training could not finish the
+    step.
+    """
+    parent = multiprocessing.parent_process().pid
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    initialise(worker)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=obey, daemon=True).start()
 
 
 class RunClock(TrainerCallback):

@@ -1,17 +1,21 @@
 """How every recipe begins and what it leaves of training: data checked before hours are spent, a run to go on with."""
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from vlmcap import provenance
 from vlmcap.data.images import check_images, check_no_overlap, dataset_record, load_captions
 from vlmcap.evaluation.generate import weights_hash
+from vlmcap.files import write_atomically
+from vlmcap.training import checkpoints
+from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages, drop_missing
 
 
@@ -55,16 +59,44 @@ class Splits:
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
-    """The checkpoint to continue from: a folder, or `latest` for the newest in output_dir."""
-    latest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if resume is None and latest:
-        raise SystemExit(
-            f"error: {output_dir} holds {Path(latest).name} of an earlier run. Continue it with"
-            " --resume_from_checkpoint latest, choose another --output_dir, or delete it."
+    """The checkpoint to continue from: a folder, or `latest` for the newest in output_dir that is whole.
+
+    `latest` without one is a run from the start: the command of a job that is started again and again stays the same.
+    One process looks, and all of them return what it found.
+
+    Raises:
+        CheckpointError: the folder is not whole; or nothing was asked for and output_dir holds checkpoints.
+    """
+    found = [None, None]  # folder, what is wrong
+    if PartialState().is_main_process:
+        try:
+            found[0] = _find_checkpoint(output_dir, resume)
+        except CheckpointError as error:
+            found[1] = str(error)
+    folder, wrong = broadcast_object_list(found)
+    if wrong:
+        raise CheckpointError(wrong)
+    return folder
+
+
+def _find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
+    if resume not in (None, "latest"):
+        if reason := checkpoints.damage(Path(resume)):
+            raise CheckpointError(
+                f"--resume_from_checkpoint {resume}: {reason}. Name another checkpoint, or `latest` for the newest in"
+                " output_dir that is whole."
+            )
+        return resume
+    present = checkpoints.checkpoints(output_dir)
+    if present and resume is None:
+        raise CheckpointError(
+            f"{output_dir} holds {max(present, key=lambda path: path.stat().st_mtime).name} of an earlier run."
+            " Continue it with --resume_from_checkpoint latest, choose another --output_dir, or delete it."
         )
-    if resume == "latest" and not latest:
-        raise SystemExit(f"error: --resume_from_checkpoint latest, but {output_dir} holds no checkpoint")
-    return latest if resume == "latest" else resume
+    folder = checkpoints.newest(output_dir)
+    if resume == "latest":
+        print(f"Continuing from {folder}" if folder else f"No checkpoint in {output_dir}: from the start", flush=True)
+    return folder and str(folder)
 
 
 def load_splits(
@@ -73,7 +105,8 @@ def load_splits(
     """Loads the splits of a run and checks them: what cannot be read is found now, what overlaps ends the run.
 
     Training pictures that are missing are left out and listed in `output_dir/bad_images.jsonl`, up to
-    `max_bad_images`; every picture of the test and validation images is decoded.
+    `max_bad_images`; every picture of the test and validation images is decoded. The list of a run that has
+    checkpoints is kept: it goes on with them.
 
     Args:
         validates: whether validation rows are wanted.
@@ -96,7 +129,7 @@ def load_splits(
     bad_images = BadImages(output_dir / "bad_images.jsonl", int(args.max_bad_images * len(train)))
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
-        bad_images.path.unlink(missing_ok=True)
+        bad_images.begin(keep=bool(checkpoints.checkpoints(output_dir)))
         check_images(test, args.test_split)
     validation = None
     if validates:
@@ -116,19 +149,28 @@ def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
 def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -> None:
     """Saves what was trained and, beside it, training.json: what was trained on, with which settings, what it came to.
 
-    Captions that lie there are deleted when they are of other weights. The trainer's pickled arguments are not kept.
+    The files are written beside `folder` and renamed into it, training.json last: without it the folder is not
+    whole. Captions that lie there are deleted before weights that are others come.
 
     Args:
         trainer: a MeasuredTrainer.
         config: the settings that the model card prints.
+
+    Raises:
+        CheckpointError: the disk is full; what lay in `folder` is as it was.
     """
-    before = weights_hash(folder)
-    trainer.save_model(str(folder))
+    new = folder.with_name(f"{folder.name}.new")
+    if PartialState().is_main_process:
+        shutil.rmtree(new, ignore_errors=True)
+    mend = "The checkpoints are whole: free space, then continue with --resume_from_checkpoint latest."
+    with checkpoints.reported(str(folder), folder.parent, mend):
+        try:
+            trainer.save_model(str(new))
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
     if not PartialState().is_main_process:
         return
-    if weights_hash(folder) != before:
-        (folder / "predictions.jsonl").unlink(missing_ok=True)
-    (folder / "training_args.bin").unlink(missing_ok=True)
     training = {
         "config": config,
         "dataset": splits.record,
@@ -141,4 +183,14 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
         "seed": trainer.args.seed,
     }
     text = json.dumps(training | trainer.summary(), ensure_ascii=False, indent=2)
-    (folder / "training.json").write_text(text, encoding="utf-8")
+    with checkpoints.reported(str(folder), folder.parent, mend):
+        folder.mkdir(exist_ok=True)
+        if weights_hash(folder) != weights_hash(new):
+            (folder / "predictions.jsonl").unlink(missing_ok=True)
+        (folder / "training.json").unlink(missing_ok=True)
+        for path in [path for path in new.rglob("*") if path.is_file()]:
+            target = folder / path.relative_to(new)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        shutil.rmtree(new)
+        write_atomically(folder / "training.json", text)
