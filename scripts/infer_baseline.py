@@ -46,6 +46,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from vlmcap.arguments import parse
@@ -159,6 +160,7 @@ class Arguments:
 
 
 def main(args: Arguments, generation_args: GenerationArguments) -> None:
+    PartialState(cpu=not torch.cuda.is_available())  # else processes on CPUs would each believe to be alone
     table = read_table(args.table or TABLE)
     if args.list:
         print(table_text(table))

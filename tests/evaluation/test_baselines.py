@@ -51,6 +51,7 @@ APART = HERE | {
 def write(tmp_path):
     def write(**models):
         path = tmp_path / "table.yaml"
+        models = json.loads(json.dumps(models))  # else YAML writes aliases for what rows share
         document = {"common_prompt": "短く説明してください。", "models": models}
         path.write_text(yaml.safe_dump(document, allow_unicode=True, sort_keys=False), encoding="utf-8")
         return path
@@ -150,6 +151,13 @@ def test_the_table_as_text(table):
         (APART | {"runner": ...}, "row x: `runner` is missing"),
         (APART | {"requirements": ["torch>=2"]}, "row x: `requirements`: 'torch>=2' is not pinned"),
         (APART | {"source": {"url": "https://github.com/a/b", "commit": "main"}}, "row x: `source` needs"),
+        (APART | {"source": {"url": "https://github.com/a/b", "commit": 7}}, "row x: `source` needs"),
+        (
+            APART | {"source": {"url": "ext::sh -c planted", "commit": COMMIT_READ}},
+            "row x: `source` needs `url`, begin",
+        ),
+        (APART | {"python": "--planted"}, "row x: `python` must be a version"),
+        (APART | {"requirements": ["--index-url=http://planted/==1"]}, "row x: `requirements`: .* is not pinned"),
     ],
 )
 def test_a_malformed_row_is_named(write, change, message):
@@ -310,3 +318,22 @@ def test_planted_code_would_be_executed_if_it_were_allowed(planted):
 def test_a_missing_model_is_named(hub):
     with pytest.raises(ModelError, match="user/none cannot be loaded.*accept its licence"):
         load_processor("user/none")
+
+
+@pytest.mark.parametrize(
+    "text", ["!!int ''", "- " * 2000, "a: &a [x]\nb: *a", "models: !!python/object/apply:os.getcwd []"]
+)
+def test_hostile_yaml_is_named(tmp_path, text):
+    path = tmp_path / "table.yaml"
+    path.write_text(text)
+    for read in (read_table, read_prompts):
+        with pytest.raises(BaselineError, match="table.yaml cannot be read as YAML"):
+            read(path)
+
+
+@pytest.mark.parametrize("key", ["../x", "-x", ".x", "a b", "7"])
+def test_a_key_must_be_the_name_of_a_folder(write, key):
+    path = write(x=HERE)
+    path.write_text(path.read_text(encoding="utf-8").replace("  x:", f"  {key}:"), encoding="utf-8")
+    with pytest.raises(BaselineError, match=f"row {key}: the key names a folder"):
+        read_table(path)

@@ -152,7 +152,7 @@ def test_without_policy_and_escapes_the_attack_works(visit, beacon, tmp_path, un
     """So that the tests above can fail."""
     monkeypatch.setattr(html, "_policy", lambda *scripts: "")
     path = sample_page(tmp_path / "page", {}, INSIDE.replace("BEACON", beacon.url))
-    assert visit(path) and set(beacon.calls) == {"/beacon"}
+    assert visit(path) and "/beacon" in beacon.calls
 
 
 def test_every_page_has_a_policy():

@@ -1,9 +1,11 @@
 """Captions by beam search, in batches, resumable, with a record of how they were made."""
 
+import glob
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from vlmcap import provenance
-from vlmcap.data.images import open_image
+from vlmcap.data.images import BadImageError, open_image
 from vlmcap.evaluation.constraints import constraints
+from vlmcap.files import write_atomically
 from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
 
 
@@ -61,34 +64,65 @@ def run_record_path(predictions: Path) -> Path:
     return predictions.with_suffix(".run.json")
 
 
-def join_shares(predictions: Path) -> None:
-    """Appends what several processes wrote to `predictions`, also after a crash, and removes their files."""
-    for share in sorted(predictions.parent.glob(f"{predictions.stem}.rank*.jsonl")):
-        with predictions.open("ab") as file:
-            whole, newline, _ = share.read_bytes().rpartition(b"\n")
-            file.write(whole + newline)
-        share.unlink()
+def shares(predictions: Path) -> list[Path]:
+    """predictions.rank0.jsonl, ...: where the processes of an unfinished run keep their captions."""
+    return sorted(predictions.parent.glob(f"{glob.escape(predictions.stem)}.rank*.jsonl"))
 
 
-def read_done(predictions: Path, asked: dict) -> set:
-    """Ids already in a predictions file; a half-written last line is cut off.
+def delete_predictions(predictions: Path) -> None:
+    """Deletes predictions and what an unfinished run left of them."""
+    for path in (predictions, *shares(predictions)):
+        path.unlink(missing_ok=True)
+
+
+def read_done(predictions: Path, asked: dict) -> tuple[dict[int | str, dict], dict]:
+    """Lines by image id, of finished predictions and of the shares of an unfinished run, and the run record of them.
+
+    A half-written last line is left out. An image in two files counts once: a run was killed when it had joined them.
 
     Raises:
-        PredictionsError: the file was begun with another model, dataset, prompt or decoding than `asked`.
+        PredictionsError: a file was begun with another model, dataset, prompt or decoding than `asked`, or is damaged.
     """
-    if not predictions.exists():
-        return set()
-    record = run_record_path(predictions)
-    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    differs = [key for key in asked if before.get(key) != json.loads(json.dumps(asked[key]))]
+    files = [path for path in (predictions, *shares(predictions)) if path.exists()]
+    done = {}
+    for path in files:
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            entry = _read_object(line, f"{path}, line {number}", predictions)
+            if not isinstance(entry.get("image_id"), int | str) or not isinstance(entry.get("caption"), str):
+                raise PredictionsError(f'{path}, line {number} has no "image_id" and "caption". {_mend(predictions)}')
+            done[entry["image_id"]] = entry
+    if not done:
+        return {}, {}
+    path = run_record_path(predictions)
+    record = _read_object(path.read_bytes(), str(path), predictions) if path.exists() else {}
+    differs = [key for key in asked if record.get(key) != json.loads(json.dumps(asked[key]))]
     if differs:
         raise PredictionsError(
-            f"{predictions} was begun with another {', '.join(differs)}: {[before.get(k) for k in differs]} instead of"
-            f" {[asked[k] for k in differs]}. Delete it or choose another --output."
+            f"{files[0]} was begun with another {', '.join(differs)}: {[record.get(k) for k in differs]} instead of"
+            f" {[asked[k] for k in differs]}. {_mend(predictions)}"
         )
-    whole = predictions.read_bytes().rpartition(b"\n")[0]
-    predictions.write_bytes(whole + b"\n" if whole else b"")
-    return {json.loads(line)["image_id"] for line in whole.decode("utf-8").splitlines()}
+    return done, record
+
+
+def _read_object(text: bytes, where: str, predictions: Path) -> dict:
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PredictionsError(f"{where} is damaged, no JSON in UTF-8 ({error}). {_mend(predictions)}") from error
+    if not isinstance(entry, dict):
+        raise PredictionsError(f"{where} is damaged, no JSON object: {entry!r:.80}. {_mend(predictions)}")
+    return entry
+
+
+def _mend(predictions: Path) -> str:
+    names = " and ".join(path.name for path in (predictions, *shares(predictions)) if path.exists())
+    return f"Delete {names} in {predictions.parent}, or choose another --output."
+
+
+def cut_half_line(path: Path) -> None:
+    """Cuts off what a killed process left behind the last whole line of a file, if it is there."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_words(path: str | None) -> list[str] | None:
@@ -254,7 +288,9 @@ def write_captions(
 ) -> None:
     """Captions every row and writes `output` (JSON lines) and its run record; continues where an earlier call stopped.
 
-    With several processes each captions its share and process 0 joins the shares.
+    Every process captions its share and appends it, batch by batch, to a file of its own (`shares`). When all are done
+    process 0 writes `output` in the order of the rows, whole or not at all, and removes the shares. It may be killed
+    at any moment, and continued by another number of processes.
 
     Args:
         caption: captions of a few rows, `record["decoding"]["batch_size"]` at most.
@@ -265,62 +301,85 @@ def write_captions(
     Raises:
         BadImageError: a picture cannot be read; a score over fewer images than its split would be no score of the
             split.
-        PredictionsError: `output` was begun with other settings.
+        PredictionsError: `output` was begun with other settings, is damaged, or cannot be written (a full disk).
     """
+    try:
+        _write_captions(caption, rows, output, record, peak_memory)
+    except BadImageError:  # an OSError too
+        raise
+    except OSError as error:
+        raise PredictionsError(
+            f"{error.filename or output.parent} cannot be read or written: {error.strerror or error}. The captions so"
+            " far are kept: mend it (make room), then give the same command again."
+        ) from error
+
+
+def _write_captions(
+    caption: Callable[[datasets.Dataset], list[str]],
+    rows: datasets.Dataset,
+    output: Path,
+    record: dict,
+    peak_memory: Callable[[], int | None],
+) -> None:
     state = PartialState()
     output.parent.mkdir(parents=True, exist_ok=True)
     batch_size = record["decoding"]["batch_size"]
     asked = {key: record[key] for key in ("model", "dataset", "prompt", "decoding")}
     run_record = run_record_path(output)
-    if state.is_main_process:
-        join_shares(output)
-    state.wait_for_everyone()
-    done = read_done(output, asked)
-    earlier = json.loads(run_record.read_text(encoding="utf-8")) if done else {"seconds": 0.0}
-    state.wait_for_everyone()  # process 0 writes the record anew only when all have read it
+    done, earlier = read_done(output, asked)
     todo = [i for i, image_id in enumerate(rows["image_id"]) if image_id not in done]
-    if not todo and "created" in earlier:
-        return  # complete, its record too
-    mine = todo[state.process_index :: state.num_processes]
+    before, start = earlier.get("seconds", 0.0), time.perf_counter()
+    finished = not todo and output.exists() and "created" in earlier
 
     def write_record(**more) -> None:
-        seconds = earlier["seconds"] + time.perf_counter() - start
+        seconds = before + time.perf_counter() - start
         if state.is_main_process:
             text = json.dumps(record | {"seconds": seconds} | more, ensure_ascii=False, indent=2)
-            run_record.write_text(text, encoding="utf-8")
+            write_atomically(run_record, text)
 
-    start = time.perf_counter()
-    write_record()
-    target = output if state.num_processes == 1 else output.with_suffix(f".rank{state.process_index}.jsonl")
-    with (
-        target.open("a", encoding="utf-8") as file,
-        tqdm(
-            total=len(rows),
-            initial=len(done),
-            desc=f"captions {output.parent.name}",
-            disable=not state.is_main_process,
-        ) as bar,
-    ):
-        for begin in range(0, len(mine), batch_size):
-            batch = rows.select(mine[begin : begin + batch_size])
-            for image_id, text in zip(batch["image_id"], caption(batch), strict=True):
-                file.write(json.dumps({"image_id": image_id, "caption": text}, ensure_ascii=False) + "\n")
-            file.flush()
-            write_record()  # with the time so far, so that a continued run reports all of it
-            bar.update(len(batch) * state.num_processes)
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # all have read the same before one writes
+    if not finished:
+        write_record()
+        share = output.with_suffix(f".rank{state.process_index}.jsonl")
+        cut_half_line(share)
+        mine = todo[state.process_index :: state.num_processes]
+        with (
+            share.open("ab") as file,
+            tqdm(
+                total=len(rows),
+                initial=len(rows) - len(todo),
+                desc=f"captions {output.parent.name}",
+                disable=not state.is_main_process,
+            ) as bar,
+        ):
+            for begin in range(0, len(mine), batch_size):
+                batch = rows.select(mine[begin : begin + batch_size])
+                said = zip(batch["image_id"], caption(batch), strict=True)
+                file.write(_lines({"image_id": image_id, "caption": text} for image_id, text in said))
+                file.flush()
+                write_record()  # with the time so far, so that a continued run reports all of it
+                bar.update(len(batch) * state.num_processes)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            done = read_done(output, asked)[0]
+            write_atomically(output, _lines(({i: done[i] for i in rows["image_id"]} | done).values()))
+        seconds = before + time.perf_counter() - start
+        write_record(
+            hardware=provenance.hardware(),
+            images_per_second=len(rows) / seconds,
+            peak_memory_bytes=peak_memory(),
+            versions=provenance.versions(),
+            commit=provenance.git_commit(),
+            created=provenance.now(),
+        )
     if state.is_main_process:
-        join_shares(output)
-    seconds = earlier["seconds"] + time.perf_counter() - start
-    write_record(
-        hardware=provenance.hardware(),
-        images_per_second=len(rows) / seconds,
-        peak_memory_bytes=peak_memory(),
-        versions=provenance.versions(),
-        commit=provenance.git_commit(),
-        created=provenance.now(),
-    )
+        for path in shares(output):
+            path.unlink()
     state.wait_for_everyone()
+
+
+def _lines(entries: Iterable[dict]) -> bytes:
+    return "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode("utf-8")
 
 
 def weights_hash(folder: Path) -> str | None:

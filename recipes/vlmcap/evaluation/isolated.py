@@ -24,6 +24,7 @@ from vlmcap.data.images import open_image
 from vlmcap.evaluation.baselines import Baseline
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, decoding_record, write_captions
 from vlmcap.evaluation.isolated_runners.protocol import PROTOCOL
+from vlmcap.files import write_atomically
 from vlmcap.provenance import public_name
 
 RUNNERS = Path(__file__).parent / "isolated_runners"
@@ -90,7 +91,7 @@ def build_environment(row: Baseline, env_dir: Path = ENVIRONMENTS) -> Path:
                  f"Fetching the code of {row.key}")  # fmt: skip
             _run(["git", "-C", code, "checkout", "--quiet", row.source["commit"]], f"Fetching the code of {row.key}")
         frozen = subprocess.run([uv, "pip", "freeze", "--python", python], capture_output=True, text=True, check=True)
-        complete.write_text(json.dumps(recipe | {"installed": frozen.stdout.splitlines()}, indent=2), encoding="utf-8")
+        write_atomically(complete, json.dumps(recipe | {"installed": frozen.stdout.splitlines()}, indent=2))
     return folder
 
 

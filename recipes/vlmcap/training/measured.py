@@ -150,6 +150,22 @@ class MeasuredTrainer:
         self.clock.waited += time.perf_counter() - start
         return samples
 
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Takes the labels from what accelerate repeats at the end of an epoch, so that every process has a whole last
+        batch: examples from its beginning would count twice, and several processes would not train as one does.
+
+        Exact where an example is a row of the batch; `shared_prefix: false` has a row a caption and needs a batch
+        size of 1 for it.
+        """
+        size, ranks = self.args.per_device_train_batch_size, self.args.world_size
+        rest = len(self.train_dataset) % (size * ranks)
+        last = self.accelerator.gradient_state.end_of_dataloader and not self.args.dataloader_drop_last
+        if ranks > 1 and rest and last and batch_samples:
+            labels = batch_samples[-1]["labels"]
+            kept = min(max(rest - size * self.args.process_index, 0), size)
+            labels[len(labels) * kept // size :] = -100
+        return super()._get_num_items_in_batch(batch_samples, device)
+
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         if sys.platform == "linux":

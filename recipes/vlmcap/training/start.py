@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from vlmcap import provenance
 from vlmcap.data.images import check_images, check_no_overlap, dataset_record, load_captions
-from vlmcap.evaluation.generate import weights_hash
+from vlmcap.evaluation.generate import delete_predictions, weights_hash
 from vlmcap.files import write_atomically
 from vlmcap.training import checkpoints
 from vlmcap.training.checkpoints import CheckpointError
@@ -186,7 +186,7 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
     with checkpoints.reported(str(folder), folder.parent, mend):
         folder.mkdir(exist_ok=True)
         if weights_hash(folder) != weights_hash(new):
-            (folder / "predictions.jsonl").unlink(missing_ok=True)
+            delete_predictions(folder / "predictions.jsonl")
         (folder / "training.json").unlink(missing_ok=True)
         for path in [path for path in new.rglob("*") if path.is_file()]:
             target = folder / path.relative_to(new)
