@@ -538,14 +538,13 @@ def read_audit(path: str | Path) -> dict:
 
 def _is_audit(document: dict) -> bool:
     """Whether counts, settings and rates are there and of their kinds; what is no audit may raise instead."""
-    images, references, *texts, objects_from = _compared(document).values()
+    images, references, *texts, _ = _compared(document).values()
     numbers = [images, references]
     for rate in audit_rates({"form": document["form"]} | document).values():
         numbers += [rate["count"], rate["of"]]
         if rate["rate"] is not None:
             low, high = rate["interval"]
             numbers += [rate["rate"], low, high]
-    texts += [] if objects_from is None else [objects_from]
     return all(type(number) in (int, float) for number in numbers) and all(isinstance(text, str) for text in texts)
 
 
