@@ -21,7 +21,9 @@ setup: .venv/.ready
 	$(UV) pip install --quiet --python $(PYTHON) --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-# Two processes, each with a hub of its own; much of the time goes into starting Python and Java.
+# Two processes, each with a hub of its own; much of the time goes into starting Python and Java. The models are so small
+# that a second thread costs more than it brings.
+test: export OMP_NUM_THREADS = 1
 test: setup lint
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

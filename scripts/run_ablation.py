@@ -21,15 +21,14 @@ from pathlib import Path
 from vlmcap.arguments import parse
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.scoring import ScoreError
+from vlmcap.markdown import markdown_table, text_table
 from vlmcap.reporting.compare import read_runs, write_comparison
 from vlmcap.training.ablation import (
     AblationError,
     cells,
-    markdown_table,
     read_grid,
     run_grid,
     summary_rows,
-    text_table,
 )
 
 

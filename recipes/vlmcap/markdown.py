@@ -1,4 +1,4 @@
-"""Text of any origin as Markdown that shows it and nothing else: in prose, in a table's cell, in a code span."""
+"""Text of any origin as Markdown that shows it and nothing else, in prose, in a cell, in a code span; tables."""
 
 import re
 
@@ -39,6 +39,22 @@ def fenced(text: str, language: str = "text") -> str:
     lines = [escape_unseen(line) for line in text.split("\n")]
     fence = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
     return "\n".join([f"{fence}{language}", *lines, fence])
+
+
+def text_table(rows: list[list[str]]) -> str:
+    """Rows of text, header first, in columns for a terminal; all but the first stand right."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([f"{name:<{first}}", *(f"{text:>{width}}" for text, width in zip(values, others, strict=True))])
+        for name, *values in rows
+    ]
+    return "\n".join(lines)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of text, header first, as a Markdown table; all columns but the first stand right."""
+    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]) + "\n"
 
 
 def _escape(code: int) -> str:

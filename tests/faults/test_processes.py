@@ -1,4 +1,7 @@
-"""One process of several fails: the others end within seconds, and the launcher's error has its traceback."""
+"""One process of several fails: the others end within seconds, and the launcher's error has its traceback.
+
+What takes seconds to import is imported where it is needed: every fault starts three processes of this module.
+"""
 
 import os
 import re
@@ -8,16 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 import yaml
 from accelerate import PartialState
 from filelock import FileLock
-from transformers import TrainerCallback
 
 from tests.faults import ranks
-from tests.invariants import tiny
-from vlmcap.evaluation.generate import write_captions
 
 SECONDS = 20  # until all have ended: the launcher itself waits for 30 before it kills
 
@@ -71,6 +70,9 @@ def beside_a_lock(folder: Path, how: str) -> None:
 
 def training(folder: Path, how: str) -> None:
     """In the second step, between forward passes that wait for each other's gradients."""
+    from transformers import TrainerCallback
+
+    from tests.invariants import tiny
 
     class Fail(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -85,6 +87,10 @@ def training(folder: Path, how: str) -> None:
 
 
 def captioning(folder: Path, how: str) -> None:
+    import datasets
+
+    from vlmcap.evaluation.generate import write_captions
+
     PartialState(cpu=True)
     rows = datasets.Dataset.from_dict({"image_id": list(range(9))})
 
@@ -112,6 +118,8 @@ FAULTS = [
 @pytest.mark.parametrize(("place", "how"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
 def test_the_others_end(fault, repo_root, tmp_path, place, how):
     """Under the agent that `accelerate launch` and torchrun share."""
+    from tests.invariants import tiny
+
     tiny.write_pictures(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
     command += ["-m", "tests.faults.test_processes", place.__name__, str(tmp_path), how]

@@ -12,14 +12,13 @@ import psutil
 import pytest
 import yaml
 
+from vlmcap.markdown import markdown_table, text_table
 from vlmcap.training.ablation import (
     AblationError,
     cells,
-    markdown_table,
     read_grid,
     run_grid,
     summary_rows,
-    text_table,
 )
 
 # Writes what a recipe leaves: a checkpoint first, then a score that depends on its settings. Rank 13 fails; with a

@@ -29,10 +29,9 @@ from vlmcap.evaluation.scoring import (
     read_references,
 )
 from vlmcap.files import write_atomically
-from vlmcap.markdown import code_span, markdown_escape, visible
+from vlmcap.markdown import code_span, markdown_escape, markdown_table, text_table, visible
 from vlmcap.reporting.gallery import disagreement, select_images, write_comparison_page
 from vlmcap.reporting.plots import has_curve, has_size, plot_quality_against_memory, plot_scores, plot_training_curves
-from vlmcap.training.ablation import markdown_table, text_table
 
 SIGNIFICANT = 0.05
 CORPORA = ("STAIR", "YJ", "COCO")

@@ -240,22 +240,6 @@ def summary_rows(grid_cells: list[Cell], scores: Sequence[str] = ()) -> list[lis
     return rows
 
 
-def text_table(rows: list[list[str]]) -> str:
-    """Rows of text, header first, in columns for a terminal; all but the first stand right."""
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([f"{name:<{first}}", *(f"{text:>{width}}" for text, width in zip(values, others, strict=True))])
-        for name, *values in rows
-    ]
-    return "\n".join(lines)
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of text, header first, as a Markdown table; all columns but the first stand right."""
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]) + "\n"
-
-
 def _run(grid: Grid, cell: Cell) -> None:
     before, start = cell.state(), time.monotonic()
     cell.folder.mkdir(parents=True, exist_ok=True)
