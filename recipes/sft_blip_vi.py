@@ -31,14 +31,11 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from vlmcap.arguments import parse
-from vlmcap.data.images import DatasetError
-from vlmcap.evaluation.generate import BeamArguments, PredictionsError, model_record
-from vlmcap.evaluation.scoring import ScoreError
-from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
+from vlmcap.evaluation.generate import BeamArguments, model_record
+from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.models.blip import BlipArguments, add_lora, learn_vietnamese, load_blip, load_blip_adapter
-from vlmcap.models.load import ModelError, resolve_revision
-from vlmcap.reporting.hub import PushError
-from vlmcap.reporting.recipe import begin, finish_captioner
+from vlmcap.models.load import resolve_revision
+from vlmcap.reporting.recipe import FAILURES, begin, finish_captioner
 from vlmcap.training.captioner import (
     REPORTED_SETTINGS,
     CaptionerDataArguments,
@@ -47,7 +44,6 @@ from vlmcap.training.captioner import (
     captioner_report,
     check_caption_lengths,
 )
-from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.start import load_splits, save_trained
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_blip_vi/base.yaml"
@@ -117,13 +113,5 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (
-        CheckpointError,
-        DatasetError,
-        ModelError,
-        PredictionsError,
-        PushError,
-        ScoreError,
-        TokenizerError,
-    ) as error:
+    except FAILURES as error:
         sys.exit(f"error: {error}")

@@ -33,23 +33,19 @@ import torch
 from accelerate import PartialState
 
 from vlmcap.arguments import parse
-from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.audit import AuditError, read_instances, write_audit
 from vlmcap.evaluation.constraints import ConstraintError
 from vlmcap.evaluation.generate import (
     GenerationArguments,
-    PredictionsError,
     decoding_record,
     generate,
     image_size_record,
     model_record,
 )
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
-from vlmcap.evaluation.scoring import ScoreError
-from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
+from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.models.load import (
     ModelArguments,
-    ModelError,
     chat_prompt,
     load_adapter,
     load_model,
@@ -58,9 +54,8 @@ from vlmcap.models.load import (
     resolve_revision,
 )
 from vlmcap.reporting.cards import write_adapter_card
-from vlmcap.reporting.hub import PushError, push_adapter
-from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
-from vlmcap.training.checkpoints import CheckpointError
+from vlmcap.reporting.hub import push_adapter
+from vlmcap.reporting.recipe import FAILURES, begin, show_results, write_both_metrics
 from vlmcap.training.features import cache_features
 from vlmcap.training.report import training_report
 from vlmcap.training.start import SplitArguments, load_splits, save_trained
@@ -230,16 +225,5 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (
-        AuditError,
-        CheckpointError,
-        ConstraintError,
-        DatasetError,
-        LexiconError,
-        ModelError,
-        PredictionsError,
-        PushError,
-        ScoreError,
-        TokenizerError,
-    ) as error:
+    except (*FAILURES, AuditError, ConstraintError, LexiconError) as error:
         sys.exit(f"error: {error}")

@@ -32,14 +32,10 @@ import torch
 from accelerate import PartialState
 
 from vlmcap.arguments import parse
-from vlmcap.data.images import DatasetError
-from vlmcap.evaluation.generate import BeamArguments, PredictionsError
-from vlmcap.evaluation.scoring import ScoreError
-from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
-from vlmcap.models.load import ModelError
+from vlmcap.evaluation.generate import BeamArguments
+from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
-from vlmcap.reporting.hub import PushError
-from vlmcap.reporting.recipe import begin, finish_captioner
+from vlmcap.reporting.recipe import FAILURES, begin, finish_captioner
 from vlmcap.training.captioner import (
     REPORTED_SETTINGS,
     CaptionerDataArguments,
@@ -50,7 +46,6 @@ from vlmcap.training.captioner import (
     resolve_parts,
     two_part_record,
 )
-from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.start import load_splits, save_trained
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_gpt2_food/base.yaml"
@@ -135,13 +130,5 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (
-        CheckpointError,
-        DatasetError,
-        ModelError,
-        PredictionsError,
-        PushError,
-        ScoreError,
-        TokenizerError,
-    ) as error:
+    except FAILURES as error:
         sys.exit(f"error: {error}")

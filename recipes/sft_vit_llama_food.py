@@ -36,14 +36,11 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from vlmcap.arguments import parse
-from vlmcap.data.images import DatasetError
-from vlmcap.evaluation.generate import BeamArguments, PredictionsError
-from vlmcap.evaluation.scoring import ScoreError
-from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_signature
-from vlmcap.models.load import ModelError
+from vlmcap.evaluation.generate import BeamArguments
+from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.models.vit_llama import VitLlamaArguments, add_lora, build_vit_llama, load_vit_llama
-from vlmcap.reporting.hub import PushError, check_llama_name
-from vlmcap.reporting.recipe import begin, finish_captioner
+from vlmcap.reporting.hub import check_llama_name
+from vlmcap.reporting.recipe import FAILURES, begin, finish_captioner
 from vlmcap.training.captioner import (
     REPORTED_SETTINGS,
     CaptionerDataArguments,
@@ -54,7 +51,6 @@ from vlmcap.training.captioner import (
     resolve_parts,
     two_part_record,
 )
-from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.start import load_splits, save_trained
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_llama_food/base.yaml"
@@ -122,13 +118,5 @@ if __name__ == "__main__":
     command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
     try:
         main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (
-        CheckpointError,
-        DatasetError,
-        ModelError,
-        PredictionsError,
-        PushError,
-        ScoreError,
-        TokenizerError,
-    ) as error:
+    except FAILURES as error:
         sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from vlmcap.models.load import free_frozen_parts
+from vlmcap.models.load import ModelError, free_frozen_parts
 from vlmcap.training import shared_prefix
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
 from vlmcap.training.features import FeatureCache, feed_features
@@ -129,7 +129,7 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
                 if parameter.requires_grad:
                     parameter.data = trained[name]
         if self.is_fsdp_enabled and validation is not None:
-            raise ValueError(
+            raise ModelError(
                 "captions cannot be generated while FSDP shards the model: set eval_strategy: no,"
                 " load_best_model_at_end: false and early_stopping_patience: 0"
             )
