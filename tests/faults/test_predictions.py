@@ -33,6 +33,7 @@ SOURCES = "vlmcap/evaluation/generate.py", "vlmcap/files.py"
 
 
 def caption_rows(output: Path, images: int = IMAGES) -> None:
+    assert PartialState(cpu=True).num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     rows = datasets.Dataset.from_dict({"image_id": list(range(10, 10 + images))})
     write_captions(lambda batch: [f"画像{i}" for i in batch["image_id"]], rows, output, RECORD, lambda: None)
 
@@ -70,7 +71,7 @@ def kill_everywhere(folder: Path) -> None:
     What a reader finds meanwhile is whole or not there.
     """
     os.environ["PATH"] = ""  # no git: asking for the commit takes longer than all else together
-    PartialState()
+    PartialState(cpu=True)
     executed = ranks.record_lines(*SOURCES)
     caption_rows(folder / "whole/predictions.jsonl")
     sys.settrace(None)
@@ -118,10 +119,14 @@ def killed_rank(line: int, victim: int, output: Path) -> None:
     sys.settrace(None)
 
 
-# Begun by `first` processes, of which one is killed at a line, and continued by `then`.
+# Begun by `first` processes, of which one is killed at a line, and continued by `then`. Process 0 writes the run
+# record from line 40, captions until 115, joins the shares until 210, ends the record at 230, removes the shares.
 @pytest.mark.parametrize(
     ("first", "victim", "line", "then"),
-    [(2, 0, 40, 2), (2, 1, 60, 1), (3, 2, 75, 2), (3, 0, 110, 3), (2, 0, 150, 3), (3, 1, 90, 1), (2, 0, 190, 2)],
+    [
+        *[(2, 0, 40, 2), (2, 1, 60, 1), (3, 2, 65, 2), (3, 0, 100, 3), (3, 1, 70, 1)],
+        *[(2, 0, 150, 3), (2, 0, 206, 2), (2, 0, 232, 1), (2, 0, 236, 2)],
+    ],
 )
 def test_several_processes(fault, tmp_path, first, victim, line, then):
     output, log = tmp_path / "out/predictions.jsonl", tmp_path / "log"

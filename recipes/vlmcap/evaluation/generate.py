@@ -340,6 +340,7 @@ def _write_captions(
     state.wait_for_everyone()  # all have read the same before one writes
     if not finished:
         write_record()
+        state.wait_for_everyone()  # no share without the record that says what it is of
         share = output.with_suffix(f".rank{state.process_index}.jsonl")
         cut_half_line(share)
         mine = todo[state.process_index :: state.num_processes]
@@ -358,7 +359,7 @@ def _write_captions(
                 file.write(_lines({"image_id": image_id, "caption": text} for image_id, text in said))
                 file.flush()
                 write_record()  # with the time so far, so that a continued run reports all of it
-                bar.update(len(batch) * state.num_processes)
+                bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
         state.wait_for_everyone()
         if state.is_main_process:
             done = read_done(output, asked)[0]

@@ -319,8 +319,8 @@ def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
     PaliGemma has no turns: its text is the image and a task prefix such as `caption ja`.
 
     Raises:
-        ModelError: another processor has no chat template; the prompt holds a special token of the model, which would
-            end the turn or stand for an image.
+        ModelError: another processor has no chat template, or one that fails; the prompt holds a special token of the
+            model, which would end the turn or stand for an image.
     """
     if not takes_prompt(processor):
         raise ModelError(f"{type(processor).__name__} has no chat template: this model cannot be given a prompt")
@@ -331,7 +331,10 @@ def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
     if isinstance(processor, PaliGemmaProcessor):
         return processor.image_token + prompt
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True)
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=True)
+    except Exception as error:  # a template is a program, run in a sandbox: it may fail in any way
+        raise ModelError(f"the chat template of {processor.tokenizer.name_or_path} fails: {error}") from error
 
 
 def load_adapter(
