@@ -22,7 +22,6 @@ with its processor and model card in `adapter/`, and `samples.html`. `--push_to_
 """
 
 import gc
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,12 +29,12 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.evaluation.generate import BeamArguments, model_record
 from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.models.blip import BlipArguments, add_lora, learn_vietnamese, load_blip, load_blip_adapter
 from vlmcap.models.load import resolve_revision
-from vlmcap.reporting.recipe import FAILURES, begin, finish_captioner
+from vlmcap.reporting.recipe import begin, finish_captioner
 from vlmcap.training.captioner import (
     REPORTED_SETTINGS,
     CaptionerDataArguments,
@@ -110,8 +109,4 @@ def main(
 ARGUMENTS = (CaptionerDataArguments, BlipArguments, BeamArguments, CaptionerTrainingArguments)
 
 if __name__ == "__main__":
-    command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
-    try:
-        main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except FAILURES as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)

@@ -24,7 +24,6 @@ with its processor and model card in `adapter/`, and `samples.html`. `--push_to_
 import gc
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,9 +31,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from vlmcap.arguments import parse
-from vlmcap.evaluation.audit import AuditError, read_instances, write_audit
-from vlmcap.evaluation.constraints import ConstraintError
+from vlmcap.arguments import run_main
+from vlmcap.evaluation.audit import read_instances, write_audit
 from vlmcap.evaluation.generate import (
     GenerationArguments,
     decoding_record,
@@ -42,7 +40,7 @@ from vlmcap.evaluation.generate import (
     image_size_record,
     model_record,
 )
-from vlmcap.evaluation.lexicon import Lexicon, LexiconError
+from vlmcap.evaluation.lexicon import Lexicon
 from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.models.load import (
     ModelArguments,
@@ -55,7 +53,7 @@ from vlmcap.models.load import (
 )
 from vlmcap.reporting.cards import write_adapter_card
 from vlmcap.reporting.hub import push_adapter
-from vlmcap.reporting.recipe import FAILURES, begin, show_results, write_both_metrics
+from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
 from vlmcap.training.features import cache_features
 from vlmcap.training.report import training_report
 from vlmcap.training.start import SplitArguments, load_splits, save_trained
@@ -222,8 +220,4 @@ def main(
 ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, CaptionSFTConfig)
 
 if __name__ == "__main__":
-    command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
-    try:
-        main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except (*FAILURES, AuditError, ConstraintError, LexiconError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)

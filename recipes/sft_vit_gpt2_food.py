@@ -23,7 +23,6 @@ metrics.json each, the whole model with its processor and model card in `model/`
 """
 
 import gc
-import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,11 +30,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.evaluation.generate import BeamArguments
 from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
-from vlmcap.reporting.recipe import FAILURES, begin, finish_captioner
+from vlmcap.reporting.recipe import begin, finish_captioner
 from vlmcap.training.captioner import (
     REPORTED_SETTINGS,
     CaptionerDataArguments,
@@ -127,8 +126,4 @@ def main(
 ARGUMENTS = (CaptionerDataArguments, VitGpt2Arguments, BeamArguments, FoodTrainingArguments)
 
 if __name__ == "__main__":
-    command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
-    try:
-        main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except FAILURES as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)

@@ -26,7 +26,6 @@ miniature, on a CPU: `make demo-family`.
 """
 
 import gc
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,12 +34,12 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.evaluation.generate import BeamArguments
 from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.models.vit_llama import VitLlamaArguments, add_lora, build_vit_llama, load_vit_llama
 from vlmcap.reporting.hub import check_llama_name
-from vlmcap.reporting.recipe import FAILURES, begin, finish_captioner
+from vlmcap.reporting.recipe import begin, finish_captioner
 from vlmcap.training.captioner import (
     REPORTED_SETTINGS,
     CaptionerDataArguments,
@@ -115,8 +114,4 @@ def main(
 ARGUMENTS = (CaptionerDataArguments, VitLlamaArguments, BeamArguments, CaptionerTrainingArguments)
 
 if __name__ == "__main__":
-    command_line = sys.argv[1:] if "--config" in sys.argv else ["--config", str(BASE_CONFIG), *sys.argv[1:]]
-    try:
-        main(*parse(__doc__, *ARGUMENTS, command_line=command_line))
-    except FAILURES as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)

@@ -28,17 +28,15 @@ model's, finds the captions that were cut at max_new_tokens; without it the last
 5,000 captions with five references each take 20 seconds on one CPU core.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 import datasets
 from transformers import AutoTokenizer
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.data.images import DatasetError, load_captions
 from vlmcap.evaluation.audit import HELD_BACK, AuditError, audit_table, read_audit, write_audit, write_review_queue
-from vlmcap.evaluation.lexicon import LexiconError
-from vlmcap.evaluation.scoring import ScoreError, dataset_references, read_references
+from vlmcap.evaluation.scoring import dataset_references, read_references
 
 
 @dataclass
@@ -114,7 +112,4 @@ def main(args: AuditArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*parse(__doc__, AuditArguments))
-    except (OSError, AuditError, DatasetError, LexiconError, ScoreError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, AuditArguments)

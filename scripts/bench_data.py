@@ -28,10 +28,10 @@ from pathlib import Path
 import psutil
 from tqdm.auto import tqdm
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.data import splits
 from vlmcap.data.build import RELEASE, PublishArguments, build
-from vlmcap.data.sources import DataError, read_rows
+from vlmcap.data.sources import read_rows
 
 TRAIN_IMAGES, VAL_IMAGES = 82_783, 40_504  # COCO 2014
 CAPTIONS = RELEASE["stair"]["captions"]
@@ -53,26 +53,22 @@ class BenchArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the generated corpus."})
 
 
-def main() -> None:
-    (args,) = parse(__doc__, BenchArguments)
+def main(args: BenchArguments) -> None:
     repository = Path(__file__).resolve().parents[1]
     data_dir = Path(args.data_dir or os.environ.get("VLMCAP_DATA_DIR") or repository.parent / "shared" / "data")
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            files = generate_corpus(data_dir, Path(folder), args.seed)
-            result = measure(
-                PublishArguments(
-                    source="stair",
-                    annotations=[str(path) for path in files],
-                    yj_annotations=[str(data_dir / "yj_subset" / "yjcaptions_subset.json")],
-                    val_ids=str(data_dir / "karpathy" / "val_ids.txt"),
-                    test_ids=str(data_dir / "karpathy" / "test_ids.txt"),
-                    tokenizer=str(data_dir / "qwen2_vl_2b"),
-                    output_dir=str(Path(folder) / "dataset"),
-                )
+    with tempfile.TemporaryDirectory() as folder:
+        files = generate_corpus(data_dir, Path(folder), args.seed)
+        result = measure(
+            PublishArguments(
+                source="stair",
+                annotations=[str(path) for path in files],
+                yj_annotations=[str(data_dir / "yj_subset" / "yjcaptions_subset.json")],
+                val_ids=str(data_dir / "karpathy" / "val_ids.txt"),
+                test_ids=str(data_dir / "karpathy" / "test_ids.txt"),
+                tokenizer=str(data_dir / "qwen2_vl_2b"),
+                output_dir=str(Path(folder) / "dataset"),
             )
-    except DataError as error:
-        sys.exit(f"error: {error}")
+        )
     print_result(result)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -201,4 +197,4 @@ def print_result(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, __doc__, BenchArguments)

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmcap import provenance
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.evaluation.bootstrap import resampled_scores
 from vlmcap.evaluation.external import chrf_statistics
 from vlmcap.evaluation.metrics import caption_statistics
@@ -182,4 +182,4 @@ def main(args: BenchArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse(__doc__, BenchArguments))
+    run_main(main, __doc__, BenchArguments)

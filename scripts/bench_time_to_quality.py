@@ -47,7 +47,7 @@ from matplotlib.figure import Figure
 from transformers import PrinterCallback, TrainerCallback
 
 from vlmcap import provenance
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.data.build import PublishArguments, publish
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.data.scenes import write_scene_dataset
@@ -413,8 +413,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    (args,) = parse(__doc__, BenchArguments)
+def main(args: BenchArguments) -> None:
     folder = Path(args.output_dir)
     timing_path = folder / "timing.json"
     if not args.timing_rounds and not timing_path.exists():
@@ -437,4 +436,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, __doc__, BenchArguments)

@@ -43,7 +43,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap import provenance
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.data.scenes import scenes
 from vlmcap.models.load import ModelArguments, base_model, count_parameters, load_model, load_processor, lora_config
 from vlmcap.models.miniature import JAPANESE_PROMPT
@@ -418,8 +418,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    (args,) = parse(__doc__, BenchArguments)
+def main(args: BenchArguments) -> None:
     for value, known in ((args.preset, PRESETS), *((engine, ENGINES) for engine in args.engines)):
         if value not in known:
             sys.exit(f"error: {value!r} is none of {', '.join(known)}")
@@ -458,4 +457,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, __doc__, BenchArguments)

@@ -33,9 +33,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlmcap.arguments import parse
-from vlmcap.data.images import DatasetError
-from vlmcap.evaluation.scoring import SCORE_LABELS, ScoreError
+from vlmcap.arguments import run_main
+from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.reporting.compare import read_runs, write_comparison, write_overview
 
 
@@ -103,7 +102,4 @@ def name_runs(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(*parse(__doc__, CompareArguments, command_line=name_runs(sys.argv[1:])))
-    except (OSError, DatasetError, ScoreError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, CompareArguments, command_line=name_runs(sys.argv[1:]))

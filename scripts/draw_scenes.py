@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.data.scenes import write_scene_dataset, write_title_scenes, write_vietnamese_scenes
 
 
@@ -28,8 +28,7 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Seed of all scenes."})
 
 
-if __name__ == "__main__":
-    (args,) = parse(__doc__, Arguments)
+def main(args: Arguments) -> None:
     folder, sizes = Path(args.output_dir), (args.train, args.validation, args.test)
     if args.kind == "titles":
         write_title_scenes(folder, sum(sizes), args.seed)
@@ -38,3 +37,7 @@ if __name__ == "__main__":
     else:
         write_scene_dataset(folder, *sizes, args.seed)
     print(f"{args.train} + {args.validation} + {args.test} scenes in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__, Arguments)

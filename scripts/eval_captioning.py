@@ -34,10 +34,9 @@ pycocoevalcap. It knows English. It has no Japanese, and is computed on characte
 A score that cannot be computed is left out, and a notice says why.
 """
 
-import sys
 from dataclasses import dataclass, field
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.evaluation.scoring import (
     ScoreError,
     ScoreOptions,
@@ -47,7 +46,7 @@ from vlmcap.evaluation.scoring import (
     write_idf,
     write_metrics,
 )
-from vlmcap.evaluation.tokenise import TOKENIZERS, TokenizerError
+from vlmcap.evaluation.tokenise import TOKENIZERS
 
 
 @dataclass
@@ -91,7 +90,4 @@ def main(args: EvalArguments, options: ScoreOptions) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*parse(__doc__, EvalArguments, ScoreOptions))
-    except (OSError, ScoreError, TokenizerError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, EvalArguments, ScoreOptions)

@@ -19,8 +19,8 @@ The photographs are not the dataset's: each has its own licence (column `license
 import sys
 from dataclasses import dataclass, field
 
-from vlmcap.arguments import parse
-from vlmcap.data.fetch import FetchStopped, fetch_dataset_images
+from vlmcap.arguments import run_main
+from vlmcap.data.fetch import fetch_dataset_images
 
 
 @dataclass
@@ -37,8 +37,7 @@ class FetchArguments:
     allow_failures: bool = field(default=False, metadata={"help": "Exit with 0 even if photographs are missing."})
 
 
-def main() -> None:
-    (args,) = parse(__doc__, FetchArguments)
+def main(args: FetchArguments) -> None:
     try:
         report = fetch_dataset_images(
             args.dataset, args.output_dir, args.split, args.revision, args.concurrency, args.base_url
@@ -46,8 +45,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command goes on with {args.output_dir}", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, FetchStopped) as error:
-        sys.exit(f"error: {error}")
     size, pace = report.bytes / 1e6, report.fetched / report.seconds
     print(
         f"{args.output_dir}: fetched {report.fetched} photographs ({size:.1f} MB) in {report.seconds:.0f} s"
@@ -59,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, __doc__, FetchArguments)

@@ -11,11 +11,10 @@ Scores on fewer references are lower: they compare with a model's only on the sa
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.evaluation.scoring import ScoreError, dataset_references, read_references
 
 
@@ -51,7 +50,4 @@ def main(args: HoldOutArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*parse(__doc__, HoldOutArguments))
-    except (OSError, ScoreError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, HoldOutArguments)

@@ -32,11 +32,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlmcap.arguments import parse
-from vlmcap.data.images import BadImageError, DatasetError, dataset_record, load_captions
+from vlmcap.arguments import run_main
+from vlmcap.data.images import dataset_record, load_captions
 from vlmcap.evaluation.human import HumanError, draw, preference_rows, read_answers, read_key
 from vlmcap.evaluation.human_report import markdown, report
-from vlmcap.evaluation.scoring import ScoreError, read_predictions
+from vlmcap.evaluation.scoring import read_predictions
 from vlmcap.provenance import public_name
 from vlmcap.reporting.human_page import write_export
 
@@ -159,13 +159,10 @@ def with_answers(words: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     verb, words = (sys.argv[1] if len(sys.argv) > 1 else None), sys.argv[2:]
-    try:
-        if verb == "export":
-            export_pages(*parse(__doc__, ExportArguments, command_line=words))
-        elif verb == "import":
-            import_answers(*parse(__doc__, ImportArguments, command_line=with_answers(words)))
-        else:
-            print(__doc__ + "\nOptions: human_eval.py export --help, human_eval.py import --help")
-            sys.exit(0 if verb in ("-h", "--help") else "error: the first word must be export or import")
-    except (BadImageError, DatasetError, HumanError, OSError, ScoreError) as error:
-        sys.exit(f"error: {error}")
+    if verb == "export":
+        run_main(export_pages, __doc__, ExportArguments, command_line=words)
+    elif verb == "import":
+        run_main(import_answers, __doc__, ImportArguments, command_line=with_answers(words))
+    else:
+        print(__doc__ + "\nOptions: human_eval.py export --help, human_eval.py import --help")
+        sys.exit(0 if verb in ("-h", "--help") else "error: the first word must be export or import")

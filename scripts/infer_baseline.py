@@ -41,7 +41,6 @@ An interrupted run continues when the same command is given again. Several GPUs 
 launch`, but for models in an environment of their own.
 """
 
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,8 +48,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from vlmcap.arguments import parse
-from vlmcap.data.images import DatasetError, check_images, dataset_record, load_captions
+from vlmcap.arguments import run_main
+from vlmcap.data.images import check_images, dataset_record, load_captions
 from vlmcap.evaluation.baselines import (
     BaselineError,
     check_remote_code,
@@ -61,13 +60,10 @@ from vlmcap.evaluation.baselines import (
     table_text,
     without_prompt,
 )
-from vlmcap.evaluation.constraints import ConstraintError
-from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, generate, model_record
-from vlmcap.evaluation.isolated import IsolatedError, generate_isolated, isolated_record, start_isolated
-from vlmcap.evaluation.scoring import ScoreError
-from vlmcap.evaluation.tokenise import TOKENIZERS, TokenizerError
+from vlmcap.evaluation.generate import GenerationArguments, generate, model_record
+from vlmcap.evaluation.isolated import generate_isolated, isolated_record, start_isolated
+from vlmcap.evaluation.tokenise import TOKENIZERS
 from vlmcap.models.load import (
-    ModelError,
     check_adapter_of,
     load_adapter,
     load_model,
@@ -231,16 +227,4 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*parse(__doc__, Arguments, GenerationArguments))
-    except (
-        BaselineError,
-        ConstraintError,
-        DatasetError,
-        IsolatedError,
-        ModelError,
-        PredictionsError,
-        ScoreError,
-        TokenizerError,
-    ) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, Arguments, GenerationArguments)

@@ -7,12 +7,11 @@ what is pinned already. Models that run code of their own repository are left ou
 write the commit yourself. Look at `git diff` and commit it.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlmcap.arguments import parse
-from vlmcap.models.load import ModelError, pin_revisions
+from vlmcap.arguments import run_main
+from vlmcap.models.load import pin_revisions
 
 
 @dataclass
@@ -26,7 +25,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*parse(__doc__, Arguments))
-    except ModelError as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, Arguments)

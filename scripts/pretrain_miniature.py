@@ -15,7 +15,7 @@ The committed checkpoints were written by
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.models import miniature, miniature_family
 
 PRETRAIN = {"qwen2_vl": miniature.pretrain} | miniature_family.PRETRAIN
@@ -33,8 +33,11 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Seed of scenes, weights and batches."})
 
 
-if __name__ == "__main__":
-    (args,) = parse(__doc__, Arguments)
+def main(args: Arguments) -> None:
     steps = {} if args.steps is None else {"steps": args.steps}
     if measured := PRETRAIN[args.model](Path(args.output_dir), seed=args.seed, **steps):
         print("on held-out scenes: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
+
+
+if __name__ == "__main__":
+    run_main(main, __doc__, Arguments)

@@ -47,22 +47,12 @@ about a minute (scripts/bench_data.py measures it). `--config file.yaml` gives a
 
 import sys
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.data.build import publish
 from vlmcap.data.corpora import PublishArguments
-from vlmcap.data.sources import DataError
 
-
-def main() -> None:
+if __name__ == "__main__":
     words = sys.argv[1:]
     if words and not words[0].startswith("-"):
         words.insert(0, "--source")
-    (args,) = parse(__doc__, PublishArguments, command_line=words)
-    try:
-        publish(args)
-    except DataError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    run_main(publish, __doc__, PublishArguments, command_line=words)

@@ -14,9 +14,8 @@ script bear the name of the repository, as evaluate demands.
 import sys
 from dataclasses import dataclass, field
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.reporting.metric_space import push_metric_space, write_metric_space
-from vlmcap.upload import PushError
 
 
 @dataclass
@@ -37,7 +36,4 @@ def main(args: PublishMetricArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*parse(__doc__, PublishMetricArguments))
-    except (OSError, PushError) as error:
-        sys.exit(f"error: {error}")
+    run_main(main, __doc__, PublishMetricArguments)

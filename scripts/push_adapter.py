@@ -14,10 +14,9 @@ What was trained on Llama 3.2 must be called Llama-something; its licence is fet
 taken from LICENSE.txt in the folder) and published beside it, as it demands.
 """
 
-import sys
 from dataclasses import dataclass, field
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.reporting.cards import load_snippet, read_metrics
 from vlmcap.reporting.hub import push_adapter
 
@@ -31,16 +30,12 @@ class PushArguments:
     public: bool = field(default=False, metadata={"help": "Make the repository public. Without it, it is private."})
 
 
-def main() -> None:
-    (args,) = parse(__doc__, PushArguments)
-    try:
-        url = push_adapter(args.adapter_dir, args.repo_id, private=not args.public)
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+def main(args: PushArguments) -> None:
+    url = push_adapter(args.adapter_dir, args.repo_id, private=not args.public)
     print(f"Pushed to {url} ({'public' if args.public else 'private'}). To load it:\n")
     metrics = read_metrics(args.adapter_dir)
     print(load_snippet(metrics["model"]["id"], args.repo_id, metrics.get("recipe", "sft_qwen2vl_jp")))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, __doc__, PushArguments)

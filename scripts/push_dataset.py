@@ -8,12 +8,10 @@ and finishes a push that failed. Files that the Hub has already are not sent aga
 not in the folder are deleted in the same commit.
 """
 
-import sys
 from dataclasses import dataclass, field
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import run_main
 from vlmcap.data.build import push
-from vlmcap.data.sources import DataError
 
 
 @dataclass
@@ -23,14 +21,10 @@ class PushDatasetArguments:
     public: bool = field(default=False, metadata={"help": "Make the dataset public. Without it, it is private."})
 
 
-def main() -> None:
-    (args,) = parse(__doc__, PushDatasetArguments)
-    try:
-        url, revision = push(args.folder, args.repo_id, private=not args.public)
-    except DataError as error:
-        sys.exit(f"error: {error}")
+def main(args: PushDatasetArguments) -> None:
+    url, revision = push(args.folder, args.repo_id, private=not args.public)
     print(f"pushed to {url} (revision {revision})")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, __doc__, PushDatasetArguments)

@@ -18,13 +18,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vlmcap.arguments import parse
-from vlmcap.data.images import DatasetError
-from vlmcap.evaluation.scoring import ScoreError
+from vlmcap.arguments import run_main
 from vlmcap.markdown import markdown_table, text_table
 from vlmcap.reporting.compare import read_runs, write_comparison
 from vlmcap.training.ablation import (
-    AblationError,
     cells,
     read_grid,
     run_grid,
@@ -64,8 +61,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the running cell ends too
     arguments = ["--grid" if argument == "--config" else argument for argument in sys.argv[1:]]
     try:
-        main(*parse(__doc__, AblationArguments, command_line=arguments))
-    except (AblationError, DatasetError, ScoreError) as error:
-        sys.exit(f"error: {error}")
+        run_main(main, __doc__, AblationArguments, command_line=arguments)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the last checkpoint")

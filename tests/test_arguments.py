@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vlmcap.arguments import parse
+from vlmcap.arguments import parse, run_main
+from vlmcap.errors import UserError
 
 
 @dataclass
@@ -77,3 +78,31 @@ def test_numbers_may_be_texts_and_null_is_the_default(tmp_path):
     path.write_text("output_dir: a\nrate: 1e-4\nsteps: '4'\nnames: [x, y]\ncareful: true\n")
     (arguments,) = parse(MANUAL, Arguments, command_line=["--config", str(path)])
     assert arguments == Arguments("a", 4, 1e-4, ["x", "y"], True)
+
+
+@pytest.mark.parametrize(("words", "steps"), [([], 5), (["--steps", "7"], 7), (["--config", "other.yaml"], 6)])
+def test_a_program_may_have_a_configuration_of_its_own(tmp_path, monkeypatch, words, steps):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.yaml").write_text("output_dir: a\nsteps: 5\n")
+    (tmp_path / "other.yaml").write_text("output_dir: a\nsteps: 6\n")
+    seen = []
+    run_main(seen.append, MANUAL, Arguments, command_line=words, config=tmp_path / "own.yaml")
+    assert seen[0].steps == steps
+
+
+@pytest.mark.parametrize("error", [UserError("a.json: no caption. Add one."), OSError(28, "No space left", "a")])
+def test_what_the_user_can_mend_ends_with_its_message(error):
+    def main(arguments: Arguments) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main, MANUAL, Arguments, command_line=["--output_dir", "a"])
+    assert ended.value.code == f"error: {error}"
+
+
+def test_other_errors_keep_their_traceback():
+    def main(arguments: Arguments) -> None:
+        raise KeyError("scores")
+
+    with pytest.raises(KeyError):
+        run_main(main, MANUAL, Arguments, command_line=["--output_dir", "a"])

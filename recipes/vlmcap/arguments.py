@@ -3,6 +3,7 @@
 import argparse
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -10,10 +11,31 @@ from trl import TrlParser
 
 from vlmcap.credentials import redact, refuse_credentials
 from vlmcap.documents import parse_yaml, shown
+from vlmcap.errors import UserError
 
 
 class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the manual and shows defaults."""
+
+
+def run_main(
+    main: Callable, manual: str, *dataclasses: type, command_line: list[str] | None = None, config: Path | None = None
+) -> None:
+    """Calls `main` with the arguments that `parse` finds. An error that the user can mend, or the system's, ends the
+    program with its message and status 1.
+
+    Args:
+        command_line: the words behind the program's name; None for those it was started with.
+        config: the `--config` of a command line without one.
+    """
+    words = sys.argv[1:] if command_line is None else command_line
+    if config and "--config" not in words:
+        words = ["--config", str(config), *words]
+    arguments = parse(manual, *dataclasses, command_line=words)
+    try:
+        main(*arguments)
+    except (OSError, UserError) as error:
+        sys.exit(f"error: {redact(str(error))}")
 
 
 def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None) -> tuple:

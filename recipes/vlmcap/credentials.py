@@ -4,6 +4,8 @@ arguments end in shell histories, process lists, logs, checkpoints and cards."""
 import re
 from dataclasses import fields
 
+from vlmcap.errors import UserError
+
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")
 _USER_INFO = re.compile(r"(?<=:/)(/?)[^/\s@]+@")  # one slash: what a path of an address becomes
 _SIGNED = re.compile(
@@ -11,7 +13,7 @@ _SIGNED = re.compile(
 )
 
 
-class CredentialError(ValueError):
+class CredentialError(UserError):
     """A setting holds a token or a password. The message names the setting, never what it holds."""
 
 

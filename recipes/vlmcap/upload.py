@@ -25,6 +25,7 @@ from huggingface_hub.hf_api import DatasetInfo, ModelInfo, SpaceInfo
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, parse_ratelimit_headers
 
 from vlmcap.credentials import redact
+from vlmcap.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ FAILURES = (httpx2.HTTPError, OSError, RuntimeError, ValueError, yaml.YAMLError)
 UNFINISHED = [".*.new", "*/.*.new"]  # what vlmcap.files leaves when it is killed
 
 
-class PushError(RuntimeError):
+class PushError(UserError):
     """A push ended. The message says at which step, why, what is on the Hub now, and the command that finishes it."""
 
 

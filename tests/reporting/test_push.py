@@ -99,21 +99,21 @@ def test_a_refused_commit_is_reported_and_the_folder_stays(hub, adapter_dir, run
 def test_a_connection_that_breaks_is_reported(hub, adapter_dir, monkeypatch):
     monkeypatch.setattr(upload, "PATIENCE", 0)
     hub.faults.append(Fault(method="POST", path="/validate-yaml", action="drop", times=99))
-    with pytest.raises(RuntimeError, match="(?s)failed while validating the card.*Nothing was lost"):
+    with pytest.raises(PushError, match="(?s)failed while validating the card.*Nothing was lost"):
         push_adapter(adapter_dir, REPO)
 
 
 def test_metadata_that_the_hub_refuses_creates_no_repository(hub, adapter_dir):
     refusal = {"errors": [{"message": '"license" must be one of a list'}]}
     hub.faults.append(Fault(method="POST", path="/validate-yaml", status=400, body=refusal))
-    with pytest.raises(RuntimeError, match='validating the card: .*"license.* must be one of a list'):
+    with pytest.raises(PushError, match='validating the card: .*"license.* must be one of a list'):
         push_adapter(adapter_dir, REPO)
     assert not [entry for entry in hub.log if entry["path"] == "/api/repos/create"]
 
 
 def test_somebody_else_s_namespace_is_refused(hub, adapter_dir):
     with pytest.raises(
-        RuntimeError,
+        PushError,
         match="(?s)failed while creating the repository.*403.*has no model repository other/adapter.*hf auth login",
     ):
         push_adapter(adapter_dir, "other/adapter")
@@ -121,7 +121,7 @@ def test_somebody_else_s_namespace_is_refused(hub, adapter_dir):
 
 def test_a_private_push_does_not_land_in_a_public_repository(hub, adapter_dir):
     HfApi().create_repo(REPO, private=False)
-    with pytest.raises(RuntimeError, match="exists and is public, but private was asked for.*pass --public"):
+    with pytest.raises(PushError, match="exists and is public, but private was asked for.*pass --public"):
         push_adapter(adapter_dir, REPO)
     assert HfApi().list_repo_files(REPO) == [".gitattributes"]
     push_adapter(adapter_dir, REPO, private=False)

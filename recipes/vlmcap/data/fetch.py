@@ -30,6 +30,7 @@ from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
 from vlmcap.data.images import BadImageError, DatasetError, check_columns, is_plain_path, open_image, whole_reason
+from vlmcap.errors import UserError
 
 ATTEMPTS = 5
 TIMEOUT = (10, 30)  # seconds: to connect, and between two pieces of a body
@@ -44,7 +45,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 USER_AGENT = f"vlmcap/{metadata.version('vlmcap')} (image captioning recipes; requests/{requests.__version__})"
 
 
-class FetchStopped(RuntimeError):
+class FetchStopped(UserError):
     """The run was given up because nearly every photograph fails. The message says why and how to go on."""
 
 
@@ -83,7 +84,7 @@ def fetch_dataset_images(
 ) -> FetchReport:
     """Fetches the photographs of some splits (default: all) of a dataset, a Hub id or a local folder.
 
-    Raises what `fetch_images` raises, and ValueError when the dataset cannot be loaded or lacks a split or a column.
+    Raises what `fetch_images` raises, and DatasetError when the dataset cannot be loaded or lacks a split or a column.
     """
     try:
         loaded = datasets.load_dataset(dataset, revision=revision)
@@ -92,11 +93,11 @@ def fetch_dataset_images(
     rows = []
     for split in splits or loaded:
         if split not in loaded:
-            raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(loaded)}")
+            raise DatasetError(f"{dataset} has no split {split!r}; it has {', '.join(loaded)}")
         columns = ["image_id", "file_name", "coco_url"]
         missing = [column for column in columns if column not in loaded[split].column_names]
         if missing:
-            raise ValueError(
+            raise DatasetError(
                 f"{dataset} ({split}) has no column {', '.join(missing)}: nothing says where its images are"
             )
         check_columns(loaded[split], f"{dataset} ({split})", columns)
@@ -127,7 +128,8 @@ def fetch_images(
 
     Raises:
         FetchStopped: 18 of the last 20 photographs failed.
-        ValueError: a file_name is no plain image name or has two URLs, or another run is at work in output_dir.
+        DatasetError: a file_name is no plain image name or has two URLs.
+        UserError: another run is at work in output_dir.
         OSError: output_dir cannot be written.
     """
     rows = _one_per_file(rows)
@@ -137,7 +139,7 @@ def fetch_images(
         with filelock.FileLock(folder / ".fetch.lock", timeout=0):
             return _fetch_all(rows, folder, concurrency, _Fetcher(folder, base_url, backoff))
     except filelock.Timeout:
-        raise ValueError(f"another run is fetching into {folder}: wait for it, or name another folder") from None
+        raise UserError(f"another run is fetching into {folder}: wait for it, or name another folder") from None
 
 
 def _one_per_file(rows: Iterable[dict]) -> list[dict]:
@@ -146,12 +148,12 @@ def _one_per_file(rows: Iterable[dict]) -> list[dict]:
         name, url = row["file_name"] or "", row["coco_url"] or ""
         # A dataset comes from anybody: a name must not lead out of the folder, nor onto this module's own files.
         if not is_plain_path(name) or re.search(r"/|^\.", name) or Path(name).suffix.lower() not in SUFFIXES:
-            raise ValueError(
+            raise DatasetError(
                 f"image_id {row['image_id']}: file_name {name!r:.200} is not the plain name of an image file"
             )
         known = unique.setdefault(name, {"image_id": row["image_id"], "file_name": name, "coco_url": url})
         if known["coco_url"] != url:
-            raise ValueError(f"file_name {name!r} has two URLs: {known['coco_url']!r} and {url!r}")
+            raise DatasetError(f"file_name {name!r} has two URLs: {known['coco_url']!r} and {url!r}")
     return list(unique.values())
 
 

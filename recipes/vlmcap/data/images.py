@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from vlmcap.documents import parse_json
+from vlmcap.errors import UserError
 from vlmcap.provenance import public_name
 
 # Cards of publish_datasets.py have the tag NAME-captions.
@@ -49,7 +50,7 @@ TYPES = {
 CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where datasets from the Hub lie
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A dataset cannot be used as asked. The message names the dataset, the value and the mend."""
 
 

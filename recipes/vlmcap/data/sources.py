@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from vlmcap.data.images import is_plain_path
 from vlmcap.documents import parse_json, shown
+from vlmcap.errors import UserError
 
 # Official releases, both CC BY 4.0: github.com/STAIR-Lab-CIT/STAIR-captions and github.com/yahoojapan/YJCaptions.
 ARCHIVES = {
@@ -47,7 +48,7 @@ LONGEST_INFO = 1_000  # characters of what a file says of itself
 COCO_FILE_NAME = re.compile(r"COCO_(train2014|val2014)_\d{12}\.jpg")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be built as asked; the message names the file, the value and the mend."""
 
 

@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 
 from vlmcap import provenance
 from vlmcap.documents import parse_json, shown
+from vlmcap.errors import UserError
 from vlmcap.evaluation.bootstrap import LEVEL, interval, resampled_scores
 from vlmcap.evaluation.constraints import japanese_characters
 from vlmcap.evaluation.lexicon import Lexicon, analyse
@@ -58,7 +59,7 @@ OVERLAP = ("image_in_training", "picture_in_training", "training_caption")
 HELD_BACK = ("hallucination", "gender_mismatch", "gender_unsupported", *FORM)
 
 
-class AuditError(ValueError):
+class AuditError(UserError):
     """Captions cannot be audited as asked; the message names the file and the mend."""
 
 

@@ -13,6 +13,7 @@ import transformers
 from transformers.utils import cached_file
 
 from vlmcap.documents import parse_json, parse_yaml
+from vlmcap.errors import UserError
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.evaluation.scoring import SCORE_LABELS, write_metrics
 from vlmcap.models.weights import COMMIT
@@ -24,7 +25,7 @@ SEEN = ("train", "no", "unknown", "translated")
 CODE_REFERENCES = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
-class BaselineError(ValueError):
+class BaselineError(UserError):
     """The table or a prompts file is malformed, or a row cannot be run as asked. The message names row and key."""
 
 

@@ -19,6 +19,8 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
+from vlmcap.errors import UserError
+
 # Marks that stand in Japanese sentences. No spaces, no ASCII: digits are added below.
 PUNCTUATION = (
     "、。，．・：；？！「」『』（）［］〔〕【】〈〉《》〜～ー－…‥―～％＋＝／＆＃＠※→"
@@ -28,7 +30,7 @@ PUNCTUATION = (
 LONGEST_TAIL = 3
 
 
-class ConstraintError(ValueError):
+class ConstraintError(UserError):
     """A constraint cannot be kept with this tokenizer or these words. The message says why."""
 
 

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 from vlmcap import provenance
 from vlmcap.data.images import BadImageError, open_image
+from vlmcap.errors import UserError
 from vlmcap.evaluation.constraints import constraints
 from vlmcap.files import write_atomically
 from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
@@ -55,7 +56,7 @@ class GenerationArguments(BeamArguments):
     )
 
 
-class PredictionsError(ValueError):
+class PredictionsError(UserError):
     """Captions cannot be made or continued as asked. The message names the file and the mend."""
 
 

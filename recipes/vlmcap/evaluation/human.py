@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlmcap.documents import parse_json, shown
+from vlmcap.errors import UserError
 
 KEY_FORMAT = "vlmcap-human-key/1"
 ANSWERS_FORMAT = "vlmcap-human-answers/1"
@@ -31,7 +32,7 @@ QUESTIONS = {"fluency": (1, 2, 3, 4, 5), "adequacy": (1, 2, 3, 4, 5), "hallucina
 LATEST = 1e15  # ms since 1970, the year 33658: no time on a page is later
 
 
-class HumanError(ValueError):
+class HumanError(UserError):
     """A set that cannot be drawn, or answers that cannot be counted. The message names the file and the item."""
 
 

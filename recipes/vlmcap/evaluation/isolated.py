@@ -21,6 +21,7 @@ from accelerate import PartialState
 from filelock import FileLock
 
 from vlmcap.data.images import open_image
+from vlmcap.errors import UserError
 from vlmcap.evaluation.baselines import Baseline
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, decoding_record, write_captions
 from vlmcap.evaluation.isolated_runners.protocol import PROTOCOL
@@ -33,7 +34,7 @@ LOAD_TIMEOUT = 3600.0  # seconds; the first start downloads the model
 CAPTION_TIMEOUT = 600.0  # seconds for one caption, on a CPU too
 
 
-class IsolatedError(ValueError):
+class IsolatedError(UserError):
     """An environment cannot be built, or a runner failed. The message ends with what it last printed."""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmcap.documents import parse_yaml, shown
+from vlmcap.errors import UserError
 from vlmcap.evaluation.tokenise import tagger
 
 LEXICONS = Path(__file__).parent / "lexicons"
@@ -20,7 +21,7 @@ LONGEST = 8
 POS, KIND, FORM, READING, LEMMA = 0, 1, 5, 6, 7
 
 
-class LexiconError(ValueError):
+class LexiconError(UserError):
     """A lexicon cannot be used; the message names the file and the place."""
 
 

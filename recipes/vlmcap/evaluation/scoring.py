@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmcap.documents import parse_json, shown
+from vlmcap.errors import UserError
 from vlmcap.evaluation import external
 from vlmcap.evaluation.bootstrap import LEVEL, interval, p_value, resampled_scores, scores_of
 from vlmcap.evaluation.metrics import (
@@ -46,7 +47,7 @@ SCORE_LABELS = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {
 }
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError):
     """Predictions or references that cannot be scored; the message names the file and line, or the images."""
 
 

@@ -25,6 +25,8 @@ import ipadic
 import unidic_lite
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+from vlmcap.errors import UserError
+
 JAPANESE_TOKENIZERS = ("unidic-lite", "ipadic", "characters")
 TOKENIZERS = (*JAPANESE_TOKENIZERS, "vietnamese", "english", "none")
 
@@ -41,7 +43,7 @@ _APOSTROPHISED = re.compile(r"'s|'re|'ve|'ll|'m|'d|'n'|'\d\ds?")
 _ENGLISH_PUNCTUATION = "'\"`.?!,:;-()[]{}"
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """There is no tokenizer of that name; the message lists those there are."""
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 from vlmcap.documents import parse_json
+from vlmcap.errors import UserError
 
 # Else transformers asks a Space on the Hub to convert the pickles of a repository's main branch, and takes the answer
 # from a pull request whose author it does not always look at (transformers 5.23, safetensors_conversion.py).
@@ -47,7 +48,7 @@ DTYPES = ("F32", "F16", "BF16")
 DESCRIPTIVE = {"peft_type", "peft_version", "auto_mapping", "inference_mode", "megatron_core", "qalora_group_size"}
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """The model is not what the configuration asks for. The message names the value and the mend."""
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import yaml_dump
 from markupsafe import Markup
 
 from vlmcap.credentials import redact
+from vlmcap.errors import UserError
 from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.files import write_atomically
@@ -57,6 +58,10 @@ AUDITED = {
 # Counts that speak of the references alone, and so are the same for base and adapter.
 OF_REFERENCES = ("references", "mean_reference_tokens", "reference_type_token_ratio")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+class CardError(UserError):
+    """A card cannot be written from these documents. The message names the file or the key, and the mend."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def recipe_of(metrics: dict) -> Recipe:
     """The recipe that wrote a metrics document; one that names none is of sft_qwen2vl_jp.
 
     Raises:
-        ValueError: it names a recipe that has no card.
+        CardError: it names a recipe that has no card.
     """
     return RECIPES[_recipe_name(metrics)]
 
@@ -146,7 +151,7 @@ def recipe_of(metrics: dict) -> Recipe:
 def _recipe_name(metrics: dict) -> str:
     name = metrics.get("recipe", "sft_qwen2vl_jp")
     if name not in RECIPES:
-        raise ValueError(f"recipe is {name!r}, which has no card; there are those of {', '.join(RECIPES)}")
+        raise CardError(f"recipe is {name!r}, which has no card; there are those of {', '.join(RECIPES)}")
     return name
 
 
@@ -159,7 +164,7 @@ def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> P
 
     Raises:
         FileNotFoundError: there is no metrics.json in the folder.
-        ValueError: metrics.json is not the document of an adapter scored beside its base (see `render_adapter_card`),
+        CardError: metrics.json is not the document of an adapter scored beside its base (see `render_adapter_card`),
             or audit.json no audit.
     """
     adapter_dir = Path(adapter_dir)
@@ -169,9 +174,9 @@ def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> P
     try:
         card = render_adapter_card(metrics, repo_id, audit)
     except ValueError as error:
-        raise ValueError(f"{adapter_dir / 'metrics.json'}: {error}") from error
+        raise CardError(f"{adapter_dir / 'metrics.json'}: {error}") from error
     except (AttributeError, IndexError, KeyError, TypeError, jinja2.UndefinedError) as error:
-        raise ValueError(
+        raise CardError(
             f"{adapter_dir / 'metrics.json'} is not as the recipe writes it ({type(error).__name__}: {error}): score"
             " again"
         ) from error
@@ -189,7 +194,7 @@ def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> P
 
 
 def read_metrics(adapter_dir: str | Path) -> dict:
-    """`adapter_dir/metrics.json` as a dict. Raises FileNotFoundError or ValueError (no JSON), naming the file."""
+    """`adapter_dir/metrics.json` as a dict. Raises FileNotFoundError or CardError (no JSON), naming the file."""
     path = Path(adapter_dir) / "metrics.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -199,7 +204,7 @@ def read_metrics(adapter_dir: str | Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise CardError(f"{path} is not JSON: {error}") from error
 
 
 def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict | None = None) -> str:
@@ -213,7 +218,7 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
         audit: the audit of the adapter's captions, with that of the base's under "base" where there is one.
 
     Raises:
-        ValueError: keys are missing, or base and adapter were not scored on the same data in the same way, so that a
+        CardError: keys are missing, or base and adapter were not scored on the same data in the same way, so that a
             table with both would mislead; an audit of other captions.
     """
     _check(metrics)
@@ -468,7 +473,7 @@ def _check(metrics: dict) -> None:
     missing = [key for key in (*REQUIRED, "training", "base") if key not in metrics]
     missing += [f"base.{key}" for key in REQUIRED if key not in metrics.get("base", {})]
     if missing:
-        raise ValueError(
+        raise CardError(
             f"the document lacks {', '.join(missing)}. A card needs the adapter's scores and run record, the training "
             "run and the base's whole document: recipes/sft_qwen2vl_jp.py writes all of it after training."
         )
@@ -483,7 +488,7 @@ def _check(metrics: dict) -> None:
         ("bootstrap", base.get("bootstrap"), metrics.get("bootstrap")),
     ):
         if theirs != ours:
-            raise ValueError(
+            raise CardError(
                 f"base and adapter differ in {what} and cannot stand in one table (base: {visible(str(theirs))};"
                 f" adapter: {visible(str(ours))}). Score both again with the same settings."
             )
@@ -495,9 +500,9 @@ def _check_audit(audit: dict, metrics: dict) -> None:
             continue
         for key in ("model", "dataset", "prompt", "decoding"):
             if other.get(key, run[key]) != run[key]:
-                raise ValueError(f"the {name} is of other captions than the scores: {key} differs. Audit them again.")
+                raise CardError(f"the {name} is of other captions than the scores: {key} differs. Audit them again.")
         if other["counts"]["images"] != run["counts"]["images"]:
-            raise ValueError(
+            raise CardError(
                 f"the {name} is of {other['counts']['images']} images, the scores of {run['counts']['images']}. Audit "
                 "the captions again."
             )

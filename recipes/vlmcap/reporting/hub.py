@@ -63,7 +63,7 @@ def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) ->
 
     Raises:
         FileNotFoundError: the folder lacks a file; the message says which and what writes it.
-        ValueError: metrics.json is not the document of a trained model.
+        CardError: metrics.json is not the document of a trained model.
         PushError: the Hub could not be reached or refused; the folder is as it was but for the card. `repo_id` is no
             name for a Llama, or its licence is not to be had.
     """

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[3] / "recipes" / "metric_space" / NAME
 # The scorer and what it imports: modules of vlmcap.evaluation and of vlmcap itself.
 MODULES = {
     name: evaluation.__path__[0] for name in ("bootstrap", "external", "metrics", "register", "scoring", "tokenise")
-} | {name: vlmcap.__path__[0] for name in ("documents", "files")}
+} | {name: vlmcap.__path__[0] for name in ("documents", "errors", "files")}
 IMPORT = re.compile(r"^from vlmcap\.(?:evaluation\.)?(?=\w+ import)", re.MULTILINE)
 IMPORT_MODULE = re.compile(r"^from vlmcap\.evaluation import (\w+)$", re.MULTILINE)
 

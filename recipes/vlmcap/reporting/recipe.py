@@ -12,22 +12,17 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
-from vlmcap.data.images import DatasetError, open_image
-from vlmcap.evaluation.generate import BeamArguments, PredictionsError, generate, model_record
-from vlmcap.evaluation.scoring import ScoreError, ScoreOptions, read_predictions, write_metrics
-from vlmcap.evaluation.tokenise import TokenizerError
-from vlmcap.models.weights import ModelError
+from vlmcap.data.images import open_image
+from vlmcap.evaluation.generate import BeamArguments, generate, model_record
+from vlmcap.evaluation.scoring import ScoreOptions, read_predictions, write_metrics
 from vlmcap.provenance import public_name
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
-from vlmcap.reporting.hub import PushError, check_push_rights, push_adapter
+from vlmcap.reporting.hub import check_push_rights, push_adapter
 from vlmcap.training.captioner import CaptionerDataArguments, saw_records
-from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.report import settings_report
 from vlmcap.training.start import Splits, find_checkpoint
 
-# What a recipe's user can cause and mend: it ends with the message, without a traceback.
-FAILURES = (CheckpointError, DatasetError, ModelError, PredictionsError, PushError, ScoreError, TokenizerError)
 SAMPLES = 24
 Loader = Callable[[], tuple[PreTrainedModel | PeftModel, ProcessorMixin]]
 

@@ -30,6 +30,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from vlmcap.documents import parse_json, parse_yaml, shown
+from vlmcap.errors import UserError
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.files import write_atomically
 
@@ -39,7 +40,7 @@ LONGEST_NAME = 200  # bytes; file systems allow 255
 PATIENCE = 20  # seconds that an interrupted cell has to end before it is killed
 
 
-class AblationError(ValueError):
+class AblationError(UserError):
     """A grid that cannot be run; the message names the file, the key and the mend."""
 
 

@@ -18,13 +18,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer_utils import sort_checkpoints
 
+from vlmcap.errors import UserError
+
 MANIFEST = "checkpoint.json"
 UNFINISHED = "unfinished"
 # transformers and PEFT read these where there are no safetensors. The trainers here never write them.
 PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written or gone on from. The message names the folder, the reason and the mend."""
 
 

@@ -10,6 +10,7 @@ from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from vlmcap.data.images import BadImageError, DatasetError, missing_files, open_image
+from vlmcap.errors import UserError
 from vlmcap.files import write_atomically
 from vlmcap.training.text import CaptionProcessor
 
@@ -70,7 +71,7 @@ def caption_examples(rows: datasets.Dataset, captions_per_image: int) -> dataset
     An image with more captions yields several examples, the last one with the rest. Pictures stay where they are.
     """
     if captions_per_image < 1:
-        raise ValueError(f"captions_per_image={captions_per_image}: choose 1 or more")
+        raise UserError(f"captions_per_image={captions_per_image}: choose 1 or more")
     index, groups = [], []
     for row, texts in enumerate(rows["captions"]):
         for start in range(0, len(texts), captions_per_image):
