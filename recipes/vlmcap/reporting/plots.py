@@ -125,7 +125,8 @@ def plot_training_curves(runs: dict[str, dict], path: str | Path) -> Path:
             for number, log in logs.items():
                 _draw_curve(axes, log, key, number)
             axes.set_title(f"{label}, validation", **TITLE)
-            axes.set_ylim(bottom=0)
+            highest = max(line[key] for log in logs.values() for line in log if key in line)
+            axes.set_ylim(0, 1.08 * highest or 1)  # the best point is drawn whole
         for axes in places[len(panels) :]:
             axes.remove()
         for axes in (first, *places[: len(panels)]):
