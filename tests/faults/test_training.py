@@ -229,13 +229,19 @@ def test_a_full_disk(start, pictures, whole, tmp_path, fault):
         assert weights(folder / "trained") == weights(expected / "run/trained")
 
 
-@pytest.mark.parametrize("name", ["shared prefix", "captioner, best by loss"])
-def test_sigterm(run, whole, tmp_path, fault, name):
-    with fault(f"SIGTERM in step 5: {name}"):
-        assert run(folder=tmp_path, sigterm_at=4, **RUNS[name]) == 143
-        assert "checkpoint-5 after step 5 of 10. The same command with --resume_from_checkpoint latest" in said(
-            tmp_path
-        )
+@pytest.mark.parametrize(
+    ("name", "when", "step"),
+    [
+        ("shared prefix", {"sigterm_at": 4}, 5),
+        ("captioner, best by loss", {"sigterm_at": 4}, 5),
+        ("captioner, best by loss", {"sigterm_in_validation": 6}, 6),
+    ],
+)
+def test_sigterm(run, whole, tmp_path, fault, name, when, step):
+    with fault(f"SIGTERM: {name}, {when}"):
+        assert run(folder=tmp_path, **when, **RUNS[name]) == 143
+        message = f"checkpoint-{step} after step {step} of 10. The same command with --resume_from_checkpoint latest"
+        assert message in said(tmp_path)
         assert not (tmp_path / "run/trained").exists()
         assert run(folder=tmp_path, resume="latest", **RUNS[name]) == 0
         assert_same_run(tmp_path, whole(**RUNS[name]))

@@ -192,6 +192,7 @@ def recipe(
     resume: str | None = None,
     scaler: bool = False,
     sigterm_at: int | None = None,
+    sigterm_in_validation: int | None = None,
     kill_in: int | None = None,
     sleep: float = 0.0,
     rank: tuple[int, int, int] | None = None,
@@ -203,6 +204,7 @@ def recipe(
 
     Args:
         sigterm_at, kill_in: sends itself SIGTERM, or SIGKILL, when this many steps are done and the next one runs.
+        sigterm_in_validation: sends itself SIGTERM in the validation behind this many steps.
         rank: number of the process, of how many, and a free port.
         sleep: seconds in front of every batch.
         size_limit: bytes a file may have; with `kill`, the process ends in the middle of the write.
@@ -232,6 +234,8 @@ def recipe(
                     os.kill(os.getpid(), signal.SIGTERM)
                 if trainer.state.global_step == kill_in:
                     os.kill(os.getpid(), signal.SIGKILL)
+            elif trainer.state.global_step == sigterm_in_validation:
+                os.kill(os.getpid(), signal.SIGTERM)
 
         trainer.model.register_forward_pre_hook(slowly)
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -408,7 +408,8 @@ class Stopped(Exception):
 
 
 class StopOnSigterm(TrainerCallback):
-    """Saves and leaves training at the end of the step in which a process got SIGTERM, every process at the same one.
+    """Saves and leaves training at the end of the step, or of the validation, in which a process got SIGTERM, every
+    process at the same one.
 
     transformers' own (`enable_jit_checkpoint`, 5.23) waits three seconds, may save between backward pass and update,
     which no continued run can repeat, and lets each process decide alone.
@@ -426,6 +427,8 @@ class StopOnSigterm(TrainerCallback):
             asked = torch.tensor(int(self.asked), device=self.accelerator.device)
             self.stopping = bool(self.accelerator.reduce(asked))
         control.should_save |= self.stopping
+
+    on_evaluate = on_step_end
 
     def on_save(self, args, state, control, **kwargs):
         if self.stopping:
