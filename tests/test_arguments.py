@@ -68,6 +68,32 @@ def test_config_mistakes_are_named(tmp_path, monkeypatch, capsys, text, message)
         assert "--steps: invalid int value: 'five'" in capsys.readouterr().err
 
 
+@dataclass
+class Models:
+    model_name_or_path: str = "a/a"
+    model_revision: str | None = None
+    encoder_name_or_path: str = "b/b"
+    encoder_revision: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("words", "revisions"),
+    [
+        ([], ("c0ffee", "beef")),
+        (["--model_name_or_path", "a/model"], ("c0ffee", "beef")),
+        (["--model_name_or_path", "a/other"], (None, "beef")),
+        (["--model_name_or_path=a/other", "--encoder_name_or_path", "folder"], (None, None)),
+        (["--model_name_or_path", "a/other", "--model_revision=main"], ("main", "beef")),
+        (["--model_revision", "main"], ("main", "beef")),
+    ],
+)
+def test_a_commit_is_that_of_the_model_it_stands_beside(tmp_path, words, revisions):
+    lines = ["model_name_or_path: a/model", "model_revision: c0ffee", "encoder_name_or_path: b/b"]
+    (tmp_path / "thing.yaml").write_text("\n".join([*lines, "encoder_revision: beef"]))
+    (found,) = parse(MANUAL, Models, command_line=["--config", str(tmp_path / "thing.yaml"), *words])
+    assert (found.model_revision, found.encoder_revision) == revisions
+
+
 def test_config_without_a_file():
     with pytest.raises(SystemExit, match="error: --config needs a file"):
         parse(MANUAL, Arguments, command_line=["--output_dir", "a", "--config"])

@@ -41,24 +41,36 @@ def run_main(
 def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None) -> tuple:
     """Instances of the dataclasses, from the command line over `--config` over the fields' defaults.
 
-    `--help` begins with `manual`, the docstring of the script. A configuration file that is missing, is no mapping,
-    holds an unknown key or a value of another type than its field ends the program with a message that names it. So
-    does a token or a password in a setting.
+    `--help` begins with `manual`, the docstring of the script. A revision in the configuration (`model_revision`,
+    `dataset_revision`) is that of what is named there (`model_name_or_path`, `dataset`), and is left out where the
+    command line names another. A configuration file that is missing, is no mapping, holds an unknown key or a value of
+    another type than its field ends the program with a message that names it. So does a token or a password in a
+    setting.
     """
     parser = TrlParser(dataclasses, description=manual, formatter_class=ManualFormatter)
     words = sys.argv[1:] if command_line is None else command_line
     try:
-        if "--config" in words:
-            _check_config(words, dataclasses)
+        config = _read_config(words, dataclasses) if "--config" in words else {}
         arguments = parser.parse_args_and_config(words)
         refuse_credentials(*arguments)
+        for found in arguments:
+            _leave_out_revisions(found, config, words)
         return arguments
     except (OSError, ValueError) as error:
         sys.exit(f"error: {redact(str(error))}")
 
 
-def _check_config(words: list[str], dataclasses: tuple[type, ...]) -> None:
-    """What TrlParser takes on trust: that the file is YAML of plain types, and that values fit their fields."""
+def _leave_out_revisions(arguments: object, config: dict, words: list[str]) -> None:
+    given = {word.split("=")[0] for word in words}
+    for name in vars(arguments).keys() & config.keys():
+        revision = name.removesuffix("_name_or_path") + "_revision"
+        if hasattr(arguments, revision) and getattr(arguments, name) != config[name] and f"--{revision}" not in given:
+            setattr(arguments, revision, None)
+
+
+def _read_config(words: list[str], dataclasses: tuple[type, ...]) -> dict:
+    """The settings of the file. Checked is what TrlParser takes on trust: that it is YAML of plain types, and that
+    values fit their fields."""
     if words[-1] == "--config":
         raise ValueError("--config needs a file")
     path = words[words.index("--config") + 1]
@@ -76,6 +88,7 @@ def _check_config(words: list[str], dataclasses: tuple[type, ...]) -> None:
             raise ValueError(f"{path}: there is no setting {shown(key)}; --help lists them")
         if not _fits(value, hints[key]):
             raise ValueError(f"{path}: {key} must be {_said(hints[key])}, but is {shown(value)}")
+    return config
 
 
 def _fits(value: object, hint: object) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -488,6 +488,46 @@ def test_pickles_on_the_hub(on_hub, fault, mark, tmp_path):
         read_adapter("user/adapter")
 
 
+def test_a_conversion_by_the_hubs_bot_is_loaded(hub, on_hub, fault, capsys):
+    """Weights alone may be new in it: who can open a pull request is anybody."""
+    api, _ = on_hub
+    weights = hub.blobs.read(hub.repos["models", "user/base"].at("main").files["model.safetensors"])
+    api.upload_file(path_or_fileobj=b"a pickle", path_in_repo="pytorch_model.bin", repo_id="user/base")
+    pickled = api.delete_file("model.safetensors", "user/base").oid
+    requests = hub.repos["models", "user/base"].requests
+
+    def converts(author: str, **files: bytes) -> str:
+        added = [CommitOperationAdd(path, data) for path, data in {"model.safetensors": weights, **files}.items()]
+        commit = api.create_commit("user/base", added, commit_message="Adding safetensors", create_pr=True).oid
+        requests[-1]["author"]["name"] = author
+        return commit
+
+    converts("somebody")
+    converts("SFconvertbot", **{"config.json": b"{}"})
+    converts("SFconvertbot", **{"pytorch_model.bin": b"another pickle"})
+    converts("SFconvertbot", **{"modeling.py": b"import os"})
+    with fault("conversions by others, or of something else"):
+        for revision in (None, "main"):
+            with pytest.raises(ModelError, match="user/base has no weights in safetensors"):
+                resolve_revision("user/base", revision)
+    converted = converts("SFconvertbot")
+    api.upload_file(path_or_fileobj=b"# Card", path_in_repo="README.md", repo_id="user/base")
+    main = api.model_info("user/base").sha
+    with fault("pickles that the Hub's bot has converted"):
+        assert resolve_revision("user/base", None) == converted
+        said = capsys.readouterr().err
+        assert f"user/base: {main} has pickles alone" in said and f"conversion to safetensors is {converted}" in said
+        assert load_model("user/base", converted, load_in_4bit=False).num_parameters()
+    with fault("pickles, asked for by their commit"), pytest.raises(ModelError, match="has no weights in safetensors"):
+        load_model("user/base", pickled, load_in_4bit=False)
+    hub.fail(method="GET", path="/discussions", status=403)
+    with fault("closed discussions"), pytest.raises(ModelError, match="user/base has no weights in safetensors"):
+        resolve_revision("user/base", None)
+    hub.fail(method="GET", path="/discussions", status=500, times=99)
+    with fault("a Hub that fails"), pytest.raises(ModelError, match="could not be asked for it"):
+        resolve_revision("user/base", None)
+
+
 def test_what_the_hub_says_is_told_apart(hub, fault, capsys, monkeypatch):
     HfApi().create_repo("user/base")
     commit = HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="user/base").oid
@@ -576,6 +616,14 @@ def test_pins_are_written_into_the_file(hub, tmp_path):
     with pytest.raises(ModelError, match="table.yaml cannot be read as YAML"):
         table.write_text("models: {")
         pin_revisions(table)
+
+
+def test_models_of_the_configurations_are_pinned(hub, repo_root, tmp_path):
+    """But for those whose own code nobody has read, and BLIP, whose main branch is no commit to load."""
+    shutil.copytree(repo_root / "recipes/configs", tmp_path / "configs")
+    said = {line.split(": ")[0]: line for path in tmp_path.rglob("*.yaml") for line in pin_revisions(path)}
+    left = {name for name, line in said.items() if "runs its own code" not in line}
+    assert left == {"Salesforce/blip-image-captioning-base", "toshi456/llava-jp-1.3b-v1.0"} and len(said) == 6
 
 
 MODELS = {"AutoModel", "BlipForConditionalGeneration", "ViTModel", "VisionEncoderDecoderModel", "LlavaGpt2ForCausalLM"}

@@ -16,7 +16,7 @@ import urllib.parse
 import yaml
 
 from .faults import Fault
-from .store import File, HubError, Repo
+from .store import File, HubError, Repo, now
 
 ROUTES = []
 KIND = r"(?P<kind>models|datasets|spaces)"
@@ -126,7 +126,8 @@ def sibling(path: str, file: File, blobs: bool) -> dict:
 @route("GET", f"/api/{KIND}/{REPO}/refs")
 def refs(h, repo):
     def listed(table, folder):
-        return [{"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": sha} for name, sha in table.items()]
+        names = [name for name in table if not name.startswith("refs/pr/")]
+        return [{"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": table[name]} for name in names]
 
     branches, tags = listed(repo.branches, "heads"), listed(repo.tags, "tags")
     return {"branches": branches, "tags": tags, "converts": [], "pullRequests": []}
@@ -141,6 +142,13 @@ def commits(h, repo, rev):
         answer[-1]["authors"] = authors
         commit = repo.commits.get(commit.parent)
     return answer
+
+
+@route("GET", f"/api/{KIND}/{REPO}/discussions")
+def discussions(h, repo):
+    asked = h.query.get("author", [None])[0]
+    found = [request for request in reversed(repo.requests) if asked in (None, request["author"]["name"])]
+    return {"discussions": found, "count": len(found), "start": 0}
 
 
 @route("POST DELETE", f"/api/{KIND}/{REPO}/(?P<what>branch|tag)/(?P<name>[^/]+)", write=True)
@@ -341,14 +349,29 @@ def commit(h, repo, rev):
         parent = repo.at(rev)
         if rev not in repo.branches:
             raise HubError(404, "RevisionNotFound", f"not a branch: {rev}")
+        if "create_pr" in h.query:
+            rev = open_pull_request(h, repo, parent, header["summary"])
         if header.get("parentCommit") and not parent.sha.startswith(header["parentCommit"]):
             raise HubError(412, None, "A commit has happened since. Please refresh and try again.")
         files = dict(parent.files)
         for operation in operations:
             apply(h, repo, files, operation["key"], operation["value"])
         new = repo.commit(rev, files, header["summary"], header.get("description", ""))
-    url = f"{page_url(h, repo.kind, repo.id)}/commit/{new.sha}"
-    return {"success": True, "commitOid": new.sha, "commitUrl": url}
+    page = page_url(h, repo.kind, repo.id)
+    answer = {"success": True, "commitOid": new.sha, "commitUrl": f"{page}/commit/{new.sha}"}
+    if "create_pr" in h.query:
+        answer["pullRequestUrl"] = f"{page}/discussions/{len(repo.requests)}"
+    return answer
+
+
+def open_pull_request(h, repo, parent, title: str) -> str:
+    """Begins a pull request; returns its ref."""
+    rev = f"refs/pr/{len(repo.requests) + 1}"
+    repo.branches[rev] = parent.sha
+    request = {"num": len(repo.requests) + 1, "title": title, "author": {"name": h.user()["name"]}, "status": "open"}
+    request |= {"isPullRequest": True, "createdAt": now(), "repo": {"name": repo.id, "type": repo.kind[:-1]}}
+    repo.requests.append(request)
+    return rev
 
 
 def apply(h, repo, files: dict[str, File], key: str, value: dict) -> None:

@@ -57,6 +57,7 @@ class Repo:
         self.tags: dict[str, str] = {}
         self.commits: dict[str, Commit] = {}
         self.lfs: set[str] = set()  # sha256 of what was uploaded to this repository
+        self.requests: list[dict] = []  # pull requests, open ones; their branch is refs/pr/NUMBER
 
     def commit(self, branch: str, files: dict[str, File], title: str, message: str = "") -> Commit:
         parent = self.branches.get(branch)

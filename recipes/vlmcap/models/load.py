@@ -35,6 +35,7 @@ from vlmcap.models.weights import (
     Adapter,
     ModelError,
     check_adapter,
+    find_conversion,
     hub_errors,
     load_weights,
     loading,
@@ -127,10 +128,12 @@ def resolve_revision(name: str, revision: str | None) -> str | None:
     """The commit that a branch, tag or None means on the Hub now; None for a local folder.
 
     A commit is returned as it is, and without a network (HF_HUB_OFFLINE) so is anything. When the main branch is
-    looked up, the commit is printed: to load the same again, write it into the configuration.
+    looked up, the commit is printed: to load the same again, write it into the configuration. So is the commit that
+    `find_conversion` finds where the weights are pickles.
 
     Raises:
-        ModelError: there is no such model or revision, its weights are pickles, or the Hub cannot be reached.
+        ModelError: there is no such model or revision, its weights are pickles that were not converted, or the Hub
+            cannot be reached.
     """
     if Path(name).exists():
         return None
@@ -141,12 +144,16 @@ def resolve_revision(name: str, revision: str | None) -> str | None:
             info = HfApi().model_info(name, revision=revision)
         except OfflineModeIsEnabled:
             return revision
-    files = [file.rfilename for file in info.siblings]
-    if any(file.endswith(PICKLES) for file in files) and not any(file.endswith(".safetensors") for file in files):
-        raise ModelError(only_pickles(name))
-    if revision is None and PartialState().is_main_process:
-        print(f"{name}: no revision is given; the main branch is at {info.sha}", file=sys.stderr, flush=True)
-    return info.sha
+        commit, said = info.sha, None if revision else f"no revision is given; the main branch is at {info.sha}"
+        files = [file.rfilename for file in info.siblings]
+        if any(file.endswith(PICKLES) for file in files) and not any(file.endswith(".safetensors") for file in files):
+            commit = find_conversion(name, info.sha)
+            if commit is None:
+                raise ModelError(only_pickles(name))
+            said = f"{info.sha} has pickles alone, which are not loaded; their conversion to safetensors is {commit}"
+    if said and PartialState().is_main_process:
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
+    return commit
 
 
 def pin_revisions(path: Path) -> list[str]:

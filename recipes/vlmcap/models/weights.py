@@ -18,7 +18,12 @@ from pathlib import Path
 import torch
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
@@ -28,12 +33,15 @@ from vlmcap.documents import parse_json
 from vlmcap.errors import UserError
 
 # Else transformers asks a Space on the Hub to convert the pickles of a repository's main branch, and takes the answer
-# from a pull request whose author it does not always look at (transformers 5.23, safetensors_conversion.py).
+# from a pull request whose author it does not always look at (transformers 5.23, safetensors_conversion.py). Here
+# `find_conversion` looks for it.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERTER = "SFconvertbot"  # the account of the Hub's Space safetensors/convert
+CARD_FILES = ("README.md", ".gitattributes")
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -79,10 +87,45 @@ def only_pickles(name: str) -> str:
     """What is said of a repository or folder without safetensors."""
     return (
         f"{name} has no weights in safetensors, and others are not loaded: a pickle (.bin, .pt) can run any program."
-        " On the Hub, look among its pull requests for the conversion by SFconvertbot and give refs/pr/NUMBER as the"
-        " revision; or, if you trust the file, load it once with `use_safetensors=False` where it can do no harm, call"
-        " `save_pretrained(FOLDER)`, and give FOLDER instead."
+        f" https://huggingface.co/spaces/safetensors/convert lets {CONVERTER} open a pull request with a conversion,"
+        " which the same command then finds. Or, if you trust the file, load it once with `use_safetensors=False`"
+        " where it can do no harm, call `save_pretrained(FOLDER)`, and give FOLDER instead."
     )
+
+
+def find_conversion(name: str, commit: str) -> str | None:
+    """The commit of an open pull request in which the Hub's own bot adds safetensors to a model of pickles alone.
+
+    It must add nothing else and hold all other files as they are at `commit`, but for the card: what is loaded is the
+    published model.
+
+    Args:
+        name: of a model on the Hub.
+        commit: the revision that has pickles alone.
+    """
+    api = HfApi()
+
+    def files(revision: str) -> tuple[str, dict[str, str]]:
+        info = api.model_info(name, revision=revision, files_metadata=True)
+        return info.sha, {file.rfilename: file.blob_id for file in info.siblings if file.rfilename not in CARD_FILES}
+
+    try:
+        _, published = files(commit)
+        requests = api.get_repo_discussions(
+            name, author=CONVERTER, discussion_type="pull_request", discussion_status="open"
+        )
+        for request in requests:
+            if request.author != CONVERTER or not request.is_pull_request:
+                continue
+            converted, offered = files(request.git_reference)
+            added = offered.keys() - published.keys()
+            weights = all(file.endswith((".safetensors", ".safetensors.index.json")) for file in added)
+            if added and weights and published.items() <= offered.items():
+                return converted
+    except HfHubHTTPError as error:
+        if error.response.status_code >= 500:
+            raise
+    return None  # also where the owner has closed the discussions
 
 
 def load_weights(kind: type, name: str, revision: str | None, *args, new: str = "", **options) -> PreTrainedModel:
