@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pytest
 
@@ -15,6 +16,7 @@ class Arguments:
     steps: int = field(default=3, metadata={"help": "How many."})
     rate: float | None = field(default=None, metadata={"help": "How fast."})
     names: list[str] = field(default_factory=list, metadata={"help": "What of."})
+    kind: Literal["fast", "slow"] = field(default="fast", metadata={"help": "Which."})
     careful: bool = field(default=False, metadata={"help": "Whether to be."})
 
 
@@ -47,6 +49,8 @@ def test_config_and_command_line(tmp_path):
         ("output_dir: 5", "output_dir must be str, but is 5"),
         ("names: ab", r"names must be list\[str\], but is 'ab'"),
         ("names: [1]", r"names must be list\[str\], but is \[1\]"),
+        ("steps: null", "steps must be int, but is None"),
+        ("kind: none", r"kind must be Literal\['fast', 'slow'\], but is 'none'"),
         ("rate: {a: 1}", r"rate must be float \| None, but is {'a': 1}"),
         ("careful: 2", "careful must be bool, but is 2"),
         ("env: {PATH: x}", "`env` would set environment variables"),
@@ -101,9 +105,12 @@ def test_config_without_a_file():
 
 def test_numbers_may_be_texts_and_null_is_the_default(tmp_path):
     path = tmp_path / "thing.yaml"
-    path.write_text("output_dir: a\nrate: 1e-4\nsteps: '4'\nnames: [x, y]\ncareful: true\n")
+    path.write_text("output_dir: a\nrate: 1e-4\nsteps: '4'\nnames: [x, y]\nkind: slow\ncareful: true\n")
     (arguments,) = parse(MANUAL, Arguments, command_line=["--config", str(path)])
-    assert arguments == Arguments("a", 4, 1e-4, ["x", "y"], True)
+    assert arguments == Arguments("a", 4, 1e-4, ["x", "y"], "slow", True)
+    path.write_text("output_dir: a\nrate: null\n")
+    (arguments,) = parse(MANUAL, Arguments, command_line=["--config", str(path)])
+    assert arguments.rate is None
 
 
 @pytest.mark.parametrize(("words", "steps"), [([], 5), (["--steps", "7"], 7), (["--config", "other.yaml"], 6)])

@@ -93,10 +93,12 @@ def _read_config(words: list[str], dataclasses: tuple[type, ...]) -> dict:
 
 def _fits(value: object, hint: object) -> bool:
     origin, parts = get_origin(hint), get_args(hint)
-    if value is None or origin is Literal:  # null leaves the default of the field; argparse checks choices
-        return True
+    if hint is type(None):
+        return value is None
+    if origin is Literal:
+        return value in parts
     if origin in (Union, types.UnionType):
-        return any(_fits(value, part) for part in parts if part is not type(None))
+        return any(_fits(value, part) for part in parts)
     if (origin or hint) is list:
         return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
     # A text is converted as on the command line: YAML reads 1e-4 as one.

@@ -23,6 +23,7 @@ RULES = {rule.name: rule.apply for rule in TEXT_RULES}
         ("typos", "Vận dộng viên cầm vowjt, Nguwofi đàn ông", "Vận động viên cầm vowjt, Người đàn ông"),
         ("typos", "Cậu bé vung vợ tennis", "Cậu bé vung vợt tennis"),
         ("repeated_word", "Người đàn ông ông đánh đánh bóng", "Người đàn ông đánh bóng"),
+        ("repeated_word", "Đá bóng bóng bóng bóng", "Đá bóng"),
         ("stray_end", "Hai người trên sân /", "Hai người trên sân."),
         ("stray_end", "Hai người trên sân. ]", "Hai người trên sân."),
         ("stray_end", "Hai người trên sân.,", "Hai người trên sân."),

@@ -143,6 +143,7 @@ def test_crossmodal_captions_have_few_faults_of_form(data_dir):
         ("categories: {dog: [犬]}\nnothing: [犬]", "unknown keys.*nothing"),
         ("categories: {dog: [犬", "not YAML"),
         ("categories: {1: [犬]}", "the category 1 must be a text"),
+        ("categories: {'': [犬]}", "the category '' must be a text"),
         ("categories: {dog: [犬]}\ngroups: [dog]", "groups must be a mapping"),
         ("categories: {dog: [犬]}\ngroups: {g: [cat]}", "groups: 'g' must be a name with a list of categories"),
         ("categories: {dog: [犬]}\ngroups: {g: {dog: 1}}", "groups: 'g' must be a name with a list of categories"),

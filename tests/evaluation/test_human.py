@@ -304,6 +304,7 @@ def test_faults_name_the_file_and_the_item(key, tmp_path, change, message):
     [
         lambda k: k.pop("raters"),
         lambda k: k.update(images=[]),
+        lambda k: k["images"].insert(0, k["images"][0]),
         lambda k: k.update(items=[]),
         lambda k: k["items"][preference_of(k)].update(systems=["system-0", "system-0"]),
         lambda k: k["items"][preference_of(k)].update(captions=["犬", "猫"]),

@@ -206,6 +206,7 @@ def test_local_folders_stay_out_of_the_metadata(tmp_path, repo_root):
         ("recipes/vlmcap", "recipes/vlmcap"),
         (str(repo_root / "recipes" / "vlmcap"), "recipes/vlmcap"),
         (str(tmp_path / "my-base"), "my-base"),
+        (f"user/{300 * 'x'}", f"user/{300 * 'x'}"),  # no name of a repository, nor one that a file can have
     ):
         metrics = miniature_document(model)
         metrics["dataset"]["id"] = metrics["base"]["dataset"]["id"] = str(tmp_path / "scenes")

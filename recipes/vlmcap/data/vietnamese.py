@@ -124,8 +124,8 @@ def _mend_typos(text: str) -> str:
     return _TYPO.sub(mend, text)
 
 
-# A word typed twice; not a rule for all words, since some stand so on purpose (từ từ, đồ chơi chơi, bóng đá đá bóng).
-_TWICE = regex.compile(rf"(?i)(?<!{_WORD})(bóng|của|đánh|để|người|ông) \1(?!{_WORD})")
+# A word typed again; not a rule for all words, since some stand so on purpose (từ từ, đồ chơi chơi, bóng đá đá bóng).
+_TWICE = regex.compile(rf"(?i)(?<!{_WORD})(bóng|của|đánh|để|người|ông)(?: \1)+(?!{_WORD})")
 
 
 def _drop_repeated(text: str) -> str:

@@ -197,7 +197,8 @@ def _is_whole(key: dict) -> bool:
         and all(left in key["items"][name]["systems"] for name, left in entry["left"].items())
         for rater, entry in key["raters"].items()
     ]
-    return all(isinstance(text, str) for text in texts) and all([*items, *identical, *pages, images])
+    once = len(images) == len(key["images"]) > 0
+    return once and all(isinstance(text, str) for text in texts) and all([*items, *identical, *pages])
 
 
 def read_answers(paths: Sequence[str | Path], key: dict) -> tuple[dict[str, dict[str, dict]], list[str]]:

@@ -170,13 +170,13 @@ class Lexicon:
 
 def _check_categories(path: Path, categories: dict, groups: object) -> None:
     for name in categories:
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.strip():
             raise LexiconError(f"{path}: the category {shown(name)} must be a text; put it in quotes")
     if not isinstance(groups, dict):
         raise LexiconError(f"{path}: groups must be a mapping (group -> categories), but is {shown(groups)}")
     for group, members in groups.items():
         known = isinstance(members, list) and all(isinstance(name, str) and name in categories for name in members)
-        if not isinstance(group, str) or not known:
+        if not isinstance(group, str) or not group.strip() or not known:
             raise LexiconError(
                 f"{path}: groups: {shown(group)} must be a name with a list of categories of this file, but has"
                 f" {shown(members)}"

@@ -388,7 +388,9 @@ def built_with_llama(metrics: dict) -> bool:
 
 def is_hub_id(name: str) -> bool:
     """Whether a model or dataset id is "user/name" of the Hub and not a local folder that happens to look like one."""
-    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists() and not (REPOSITORY / name).exists()
+    if len(name) > 96 or not HUB_ID.fullmatch(name):  # huggingface_hub's limit
+        return False
+    return not Path(name).exists() and not (REPOSITORY / name).exists()
 
 
 def local_name(path: str) -> str:
