@@ -506,6 +506,8 @@ def test_a_conversion_by_the_hubs_bot_is_loaded(hub, on_hub, fault, capsys):
     converts("SFconvertbot", **{"config.json": b"{}"})
     converts("SFconvertbot", **{"pytorch_model.bin": b"another pickle"})
     converts("SFconvertbot", **{"modeling.py": b"import os"})
+    converts("SFconvertbot")
+    requests[-1]["status"] = "closed"
     with fault("conversions by others, or of something else"):
         for revision in (None, "main"):
             with pytest.raises(ModelError, match="user/base has no weights in safetensors"):

@@ -115,7 +115,7 @@ def find_conversion(name: str, commit: str) -> str | None:
             name, author=CONVERTER, discussion_type="pull_request", discussion_status="open"
         )
         for request in requests:
-            if request.author != CONVERTER or not request.is_pull_request:
+            if not request.is_pull_request or (request.author, request.status) != (CONVERTER, "open"):
                 continue
             converted, offered = files(request.git_reference)
             added = offered.keys() - published.keys()
@@ -123,9 +123,9 @@ def find_conversion(name: str, commit: str) -> str | None:
             if added and weights and published.items() <= offered.items():
                 return converted
     except HfHubHTTPError as error:
-        if error.response.status_code >= 500:
+        if error.response.status_code not in (403, 404):  # discussions that the owner has closed
             raise
-    return None  # also where the owner has closed the discussions
+    return None
 
 
 def load_weights(kind: type, name: str, revision: str | None, *args, new: str = "", **options) -> PreTrainedModel:
