@@ -52,6 +52,9 @@ def test_json_that_is_read():
         ("!!bool x", "x"),  # a KeyError
         ("2020-13-45", "month"),
         ('"\\UFFFFFFFF"', "too large"),
+        ("a: .nan", "nan is no finite number"),
+        ("a: [-.inf, 1.0e+999]", "-inf is no finite number"),
+        ("a: 0x" + "f" * 5_000, "a whole number in it has thousands of digits"),
         ('a: ["\\ud800"]', "half of a surrogate pair"),
         ("!!set {\"\\ud800\"}", "half of a surrogate pair"),
         ("!!python/object/apply:os.system [x]", "could not determine a constructor"),

@@ -1,8 +1,9 @@
 """JSON and YAML from elsewhere, read strictly.
 
-The parsers take more than a program can bear: a key twice (the last counts), NaN and 1e999, half a surrogate pair
-(which no UTF-8 file can hold), nesting that exhausts the stack, and YAML aliases, a few lines of which unfold into
-gigabytes. All of it is refused here, each as a ValueError with the place where the parser knows it.
+The parsers take more than a program can bear: a key twice (the last counts), NaN and 1e999, numbers too long to be
+printed, half a surrogate pair (which no UTF-8 file can hold), nesting that exhausts the stack, and YAML aliases, a few
+lines of which unfold into gigabytes. All of it is refused here, each as a ValueError with the place where the parser
+knows it.
 """
 
 import json
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 import yaml
 
 DEPTH = 64  # levels of lists and mappings; the deepest document of this project has nine
+MAX_BITS = 14_000  # 4,214 digits; Python prints no number of more than 4,300
 YAML_BYTES = 250_000  # ten times the longest file of this project; PyYAML needs two seconds for it
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -30,7 +32,7 @@ def parse_json(data: bytes | str) -> object:
         value = json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
     except RecursionError as error:
         raise ValueError(f"more than {DEPTH} levels of nesting") from error
-    _check(value, strings=bool(_SURROGATE_ESCAPE.search(text)))
+    _check(value, scalars=bool(_SURROGATE_ESCAPE.search(text)))
     return value
 
 
@@ -47,7 +49,7 @@ def parse_yaml(data: bytes | str) -> object:
     # What PyYAML's constructors let through: "!!int ''", "!!bool x", "!!timestamp x", "2020-13-45", "\UFFFFFFFF".
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
-    _check(value, strings=True)
+    _check(value, scalars=True)
     return value
 
 
@@ -75,14 +77,13 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check(value: object, strings: bool) -> None:
-    """Walks a document level by level: its depth and, if asked, that every text in it can be written as UTF-8."""
+def _check(value: object, scalars: bool) -> None:
+    """Walks a document level by level: its depth and, if asked, that texts can be written in UTF-8, numbers shown."""
     level = [value]
     for _ in range(DEPTH + 1):
-        if strings:
-            for text in level:
-                if isinstance(text, str):
-                    _check_text(text)
+        if scalars:
+            for part in level:
+                _check_scalar(part)
         level = [
             part
             for node in level
@@ -94,11 +95,16 @@ def _check(value: object, strings: bool) -> None:
     raise ValueError(f"more than {DEPTH} levels of nesting")
 
 
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half of a surrogate pair, {text[error.start]!a}, in a text: no character") from error
+def _check_scalar(value: object) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no finite number")
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ValueError("a whole number in it has thousands of digits")
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half of a surrogate pair, {value[error.start]!a}, in a text: no character") from error
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -30,13 +30,13 @@ def code_span(text: str) -> str:
     """Text as a code span; in a table's cell, `|` needs a backslash beside."""
     text = visible(text)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    space = " " if not text.strip() or text.startswith("`") or text.endswith("`") else ""
+    space = " " if not text or text[0] in " `" or text[-1] in " `" else ""
     return f"{fence}{space}{text}{space}{fence}"
 
 
 def fenced(text: str, language: str = "text") -> str:
     """Text of several lines as a code block."""
-    lines = [escape_unseen(line) for line in text.split("\n")]
+    lines = [escape_unseen(re.sub(r"\s", " ", line)) for line in text.split("\n")]
     fence = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
     return "\n".join([f"{fence}{language}", *lines, fence])
 

@@ -64,6 +64,22 @@ def test_wrong_split_and_folder_are_named(folder):
         load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "nowhere"))
 
 
+def test_rows_without_a_name_or_a_picture_are_refused(tmp_path):
+    (tmp_path / "a.png").touch()
+    picture = {"bytes": b"png", "path": "a.png"}
+    full = {"image_id": [1, 2], "file_name": ["a", "b"], "captions": [["犬"], ["猫"]], "image": [picture, picture]}
+    features = datasets.Dataset.from_dict(full).features | {"image": datasets.Image(decode=False)}
+    for changed, message in (
+        ({"image": [picture, None]}, r"x \(test\): the column image has empty places"),
+        ({"file_name": None}, r"x \(test\) has no column file_name"),
+    ):
+        columns = {name: values for name, values in (full | changed).items() if values}
+        rows = datasets.Dataset.from_dict(columns, datasets.Features({name: features[name] for name in columns}))
+        rows.to_parquet(tmp_path / "x/data/test-00000-of-00001.parquet")
+        with pytest.raises(DatasetError, match=message):
+            load_captions(str(tmp_path / "x"), "test")
+
+
 def test_overlap_is_refused(folder):
     rows = load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "images"))
     check_no_overlap(rows.select([0]), rows.select([1, 2]))

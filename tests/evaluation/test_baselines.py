@@ -270,6 +270,8 @@ def test_code_at_a_commit_that_points_elsewhere_is_refused(hub, table):
     fine = resolve_revision("user/model", None)
     api.upload_file(path_or_fileobj=config.encode(), path_in_repo="config.json", repo_id="user/model")
     astray = resolve_revision("user/model", None)
+    api.upload_file(path_or_fileobj=b'{"auto_map": {"A": 5}}', path_in_repo="config.json", repo_id="user/model")
+    assert check_remote_code("user/model", resolve_revision("user/model", None), None, trust_remote_code=True)
     assert check_remote_code("user/model", fine, None, trust_remote_code=True)
     with pytest.raises(BaselineError, match="config.json of user/model refers to code in another repository"):
         check_remote_code("user/model", astray, table.row("apart"), trust_remote_code=True)

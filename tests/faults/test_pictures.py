@@ -59,6 +59,11 @@ def frames(format: str) -> bytes:
 
 
 GREY16 = Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16))
+# Pillow writes TIFF in this machine's order alone: a header, 0x8000 0x80ff, nine entries of a directory.
+BIG_ENDIAN = b"MM\0*\0\0\0\x0c" + b"\x80\0\x80\xff" + struct.pack(">H", 9) + b"".join(
+    struct.pack(">HHLHH", tag, 3, 1, value, 0) if tag != 273 else struct.pack(">HHLL", tag, 4, 1, value)
+    for tag, value in ((256, 2), (257, 1), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 4))
+) + bytes(4)  # fmt: skip
 PALETTE = Image.new("P", (40, 24), 1)
 PALETTE.putpalette([0, 0, 0, 255, 0, 0])
 JPEG = encoded(photo(), "JPEG")
@@ -73,6 +78,7 @@ READ = {
     "bilevel": (encoded(Image.new("1", (40, 24), 1), "PNG"), (40, 24), (255, 255, 255)),
     "16-bit grey PNG": (encoded(GREY16.transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"), (4, 1), (255, 255, 255)),
     "16-bit grey TIFF": (encoded(GREY16.crop((2, 0, 4, 1)), "TIFF"), (2, 1), (128, 128, 128)),
+    "16-bit grey TIFF, big-endian": (BIG_ENDIAN, (2, 1), (128, 128, 128)),
     "palette": (encoded(PALETTE, "PNG"), (40, 24), (255, 0, 0)),
     "palette with transparency": (encoded(PALETTE, "PNG", transparency=bytes([0, 3])), (40, 24), (255, 0, 0)),
     "palette with a transparent colour": (encoded(PALETTE, "GIF", transparency=1), (40, 24), (255, 0, 0)),

@@ -202,7 +202,7 @@ def test_a_file_that_is_cut_off(run, whole, tmp_path, fault, name, kill):
         if not kill:
             line = said(tmp_path).splitlines()[-1]
             assert line.startswith("error: checkpoint-6 could not be written: ")
-            assert "bytes free. checkpoint-3 is whole: free space, then continue with --resume_from" in line
+            assert "bytes free. Earlier ones are as they were: free space, then continue with --resume_from" in line
             assert not list((tmp_path / "run/unfinished").iterdir())
         assert training_runs.tree(tmp_path / "run/checkpoint-3") == training_runs.tree(tmp_path / "before")
         assert run("shared prefix", tmp_path, resume="latest") == 0, said(tmp_path)
@@ -224,7 +224,7 @@ def test_a_full_disk(start, pictures, whole, tmp_path, fault):
         full = json.loads((folder / "full.json").read_text())
         assert full["status"] == 1 and full["left"] == {"checkpoint-3": None}
         assert full["said"].startswith("error: checkpoint-6 could not be written: ")
-        assert "bytes free. checkpoint-3 is whole: free space, then" in full["said"]
+        assert "bytes free. Earlier ones are as they were: free space, then" in full["said"]
         assert json.loads((folder / "result.json").read_text()) == json.loads((expected / "result.json").read_text())
         assert weights(folder / "trained") == weights(expected / "run/trained")
 
@@ -245,6 +245,19 @@ def test_sigterm(run, whole, tmp_path, fault, name, when, step):
         assert not (tmp_path / "run/trained").exists()
         assert run(folder=tmp_path, resume="latest", **RUNS[name]) == 0
         assert_same_run(tmp_path, whole(**RUNS[name]))
+
+
+def test_a_run_goes_on_in_another_folder(run, whole, tmp_path, fault):
+    """The best model so far stays where it was made, and is found from there."""
+    name = "early stopping, best checkpoint"
+    begun, moved = tmp_path / "begun", tmp_path / "moved"
+    with fault("SIGTERM, continued in another folder, SIGTERM, continued there"):
+        assert run(folder=begun, sigterm_at=6, **RUNS[name]) == 143
+        assert run(folder=moved, resume=str(begun / "run/checkpoint-7"), sigterm_at=7, **RUNS[name]) == 143
+        assert "checkpoint-8 after step 8" in said(moved)
+        assert run(folder=moved, resume="latest", **RUNS[name]) == 0
+        assert "Passed over" not in said(moved)
+        assert weights(moved / "run/trained") == weights(whole(**RUNS[name]) / "run/trained") != {}
 
 
 def test_sigterm_to_the_workers_too(start, pictures, run, whole, tmp_path, fault):

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, ViTModel, set_seed
 
+from vlmcap.evaluation.generate import model_record
 from vlmcap.models import blip, vit_gpt2, vit_llama
 from vlmcap.models.load import (
     ModelArguments,
@@ -30,7 +31,7 @@ from vlmcap.models.load import (
     pin_revisions,
     resolve_revision,
 )
-from vlmcap.models.weights import read_adapter
+from vlmcap.models.weights import loading, read_adapter
 
 MINIATURES = Path(__file__).parents[2] / "recipes/miniatures"
 BASE = str(MINIATURES / "qwen2_vl")
@@ -159,6 +160,15 @@ def index_that_leads_out(folder: Path, _: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def another_index(folder: Path, _: Path) -> None:
+    """transformers 5.23 takes the name of the weights from config.json."""
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / "model.safetensors"), "pytorch_model.bin")}
+    (folder / "x.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text()) | {"transformers_weights": "x.safetensors.index.json"}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def adapter_inside(folder: Path, mark: Path) -> None:
     """Left to itself, transformers would load another base, and then the pickle."""
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
@@ -182,6 +192,7 @@ BASE_FAULTS = {
     harmless_bin_alone: "has no weights in safetensors, and others are not loaded",
     index_of_a_bin: r"lies in 'model.bin', and must in a \.safetensors file",
     index_that_leads_out: r"lies in '\.\./model.safetensors', and must in a \.safetensors file",
+    another_index: r"names other weights \(transformers_weights\)",
     adapter_inside: "is an adapter",
     truncated: "cannot be loaded",
     not_whole: "has no weights for",
@@ -277,7 +288,7 @@ CONFIGS = {
     "base rewritten (PiSSA)": ({"init_lora_weights": "pissa"}, "init_lora_weights must be true, false or gaussian"),
     "base rewritten (LoftQ)": ({"loftq_config": {"loftq_bits": 4}}, "loftq_config .*not supported"),
     "parameters by name": ({"target_parameters": ["weight"]}, "target_parameters .*not supported"),
-    "rows beyond the vocabulary": ({"trainable_token_indices": [10**6]}, "does not fit|it has no tensor"),
+    "rows beyond the vocabulary": ({"trainable_token_indices": [10**6]}, "names row 1000000, but a"),
     "negative rows": ({"trainable_token_indices": [-1]}, "trainable_token_indices must be numbers of rows"),
     "a classifier": ({"task_type": "SEQ_CLS"}, "task_type must be CAUSAL_LM or null"),
     "layers in words": ({"layers_to_transform": ["1"]}, "layers_to_transform must be numbers"),
@@ -468,6 +479,33 @@ def test_an_adapter_names_its_base_and_its_commit(on_hub, fault):
         check_adapter_of(found, BASE)
 
 
+def test_a_model_keeps_its_attention(copy):
+    """Beside it stands a skeleton of it, made of its configuration, whose attention is another."""
+    model = load_model(str(BASE), load_in_4bit=False)
+    before = {
+        name: part.config._attn_implementation for name, part in model.named_modules() if hasattr(part, "config")
+    }
+    assert "sdpa" in before.values()
+    loaded = load_adapter(model, str(copy("qwen2_vl")))
+    assert {name: part.config._attn_implementation for name, part in model.named_modules() if name in before} == before
+    assert loaded.get_base_model() is model
+
+
+def test_an_adapter_in_the_cache_is_read_and_recorded(on_hub, monkeypatch, fault):
+    commit = read_adapter("user/adapter").revision
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with fault("no network, and the adapter in the cache"):
+        found = read_adapter("user/adapter", commit)
+        base = load_model(str(BASE), load_in_4bit=False)
+        assert model_record(base, "a/b", None, "user/adapter", found.revision)["adapter_revision"] == commit
+
+
+def test_a_failed_download_is_no_pickle(fault):
+    with fault("a weights file that cannot be read"), pytest.raises(ModelError, match="cannot be loaded: .*denied"):
+        with loading("a/b"):
+            raise PermissionError(13, "Permission denied", "/m/model.safetensors")
+
+
 def test_pickles_on_the_hub(on_hub, fault, mark, tmp_path):
     api, folder = on_hub
     torch.save({"weight": Touch(mark)}, tmp_path / "weights.bin")
@@ -549,6 +587,13 @@ def test_what_the_hub_says_is_told_apart(hub, fault, capsys, monkeypatch):
             load("a/b/c", None)
     with pytest.raises(ModelError, match="user/base is no adapter: it has no adapter_config.json"):
         read_adapter("user/base")
+    hub.fail(method="GET", path="/api/models/", status=429, times=99)
+    with (
+        fault("too many requests"),
+        pytest.raises(ModelError, match="could not be asked for it .*try again later"),
+    ):
+        resolve_revision("user/base", None)
+    hub.faults.clear()
     gone = HfApi(endpoint="http://127.0.0.1:9")
     monkeypatch.setattr("vlmcap.models.load.HfApi", lambda: gone)
     with fault("the Hub is away"), pytest.raises(ModelError, match="could not be asked for it .*try again later"):

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from tests.reporting.documents import PARTS, adapter_document, audit_document, family_document
-from vlmcap.markdown import code_span, markdown_escape, visible
+from vlmcap.markdown import code_span, fenced, markdown_escape, visible
 from vlmcap.reporting.cards import eval_result_entries, render_adapter_card, write_adapter_card
 from vlmcap.reporting.compare import latex_escape
 
@@ -157,6 +157,14 @@ def test_escapes_show_the_text(text):
     cell = markdown_escape(text)
     assert inline(f"| a | b |\n|---|---|\n| x | {cell} |") == f"abx{shown}"
     assert inline(f"x {code_span(text)}").removeprefix("x ").strip() == shown
+
+
+def test_code_shows_spaces():
+    parser = MarkdownIt("commonmark")
+    for text in (" a ", "a ", " ` ", "   "):
+        (code,) = [child for token in parser.parse(code_span(text)) for child in token.children or []]
+        assert (code.type, code.content.strip()) == ("code_inline", text.strip()) and len(code.content) >= len(text)
+    assert fenced("犬の絵\u3000を\t見る\u200b") == "```text\n犬の絵 を 見る\\u200b\n```"
 
 
 def test_latex_keeps_to_its_cell():

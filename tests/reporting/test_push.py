@@ -31,6 +31,9 @@ def adapter_dir(tmp_path):
         "training_args.bin",
         "optimizer.pt",
         "rng_state.pth",
+        "old.pt",
+        "weights.pkl",
+        "predictions.rank0.jsonl",
         "samples.html",
     ):
         (folder / name).write_bytes(b"not for others")

@@ -170,6 +170,13 @@ def test_a_checkpoint_of_another_run_is_refused(
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_other_image_sizes_make_other_batches(miniature_dir, rows, tmp_path, checkpoint):
+    smaller = load_processor(str(miniature_dir), min_pixels=28 * 28, max_pixels=2 * 28 * 28)
+    trainer = caption_trainer(miniature_dir, smaller, rows, config(tmp_path))
+    with pytest.raises(CheckpointError, match=r"image sizes \w+ \(was \w+\)\..*min_pixels and max_pixels"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
 @pytest.fixture(scope="module")
 def checkpoint(miniature_dir, processor, folder, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("run")

@@ -412,7 +412,7 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         keep_trailing_newline=True,
     )
     environment.filters |= {"change": _change_text, "thousands": "{:,}".format}
-    environment.filters |= {"visible": _visible, "cell": _cell, "prose": prose}
+    environment.filters |= {"visible": _visible, "prose": prose}
     return environment.get_template(f"{args.card or args.source}_captions.md.j2").render(
         summary,
         metadata=metadata.to_yaml(),
@@ -440,11 +440,6 @@ def _visible(text: str) -> str:
     return code_span(escape_unseen(text)).replace("|", "\\|") if text else "nothing"
 
 
-def _cell(text: str) -> str:
-    """Text that keeps to one cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
@@ -461,7 +456,7 @@ def _replacing(output_dir: Path) -> Iterator[Path]:
 
     Raises DataError when another build is at work there, and on a disk that is full or cannot be written.
     """
-    work = output_dir.with_name(f".{output_dir.name}.building")
+    work = output_dir.parent / f".{output_dir.name}.building"
     new, old = work / "new", work / "old"
     try:
         work.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ def load_captions(
         raise DatasetError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
     if split not in splits:
         raise DatasetError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
-    check_columns(rows, f"{dataset} ({split})", ["image_id", "captions"])
+    check_columns(rows, f"{dataset} ({split})", ["image_id", "captions", "file_name"])
     if "image" in rows.column_names:
         try:
             rows = rows.cast_column("image", datasets.Image(decode=False))
@@ -108,7 +108,6 @@ def load_captions(
     folder = Path(image_dir)
     if not folder.is_dir():
         raise DatasetError(f"--image_dir {image_dir} is not a folder")
-    check_columns(rows, f"{dataset} ({split})", ["file_name"])
     paths = []
     for name in rows["file_name"]:
         if not is_plain_path(name):
@@ -148,8 +147,10 @@ def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
 
 
 def _check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
-    """Raises DatasetError when a picture is neither embedded nor a file of the dataset: a path in a dataset may name
-    any file of this machine."""
+    """Raises DatasetError when a picture is null, or neither embedded nor a file of the dataset: a path in a dataset
+    may name any file of this machine."""
+    if any(chunk.null_count for chunk in rows.select_columns("image").with_format("arrow")[:]["image"].chunks):
+        raise DatasetError(f"{dataset} ({split}): the column image has empty places (null)")
     roots = [folder.resolve() for folder in (Path(dataset), *map(Path, CACHES)) if folder.is_dir()]
     for _, path in _outside(rows):
         if path and ("\0" in path or not any(Path(path).resolve().is_relative_to(root) for root in roots)):
@@ -213,7 +214,7 @@ def _check(image: Image.Image) -> None:
 def _pixels(image: Image.Image) -> Image.Image:
     turn = TURNS.get(_orientation(image))
     if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value * (1 / 256), "L")  # convert() would make all above 255 white
+        image = image.convert("I").point(lambda value: value * (1 / 256))  # else all above 255 would be white
     image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-import reprlib
 import stat
 import tarfile
 import zipfile
@@ -344,7 +343,7 @@ def _field(entry: dict, key: str, kind: type, name: str, place: str, index: int)
         raise DataError(f"{name}: {place}[{index}] {found}, the key {key!r} is missing.") from error
     if type(value) is not kind:
         wanted = {int: "a whole number", str: "a text"}[kind]
-        raise DataError(f"{name}: {place}[{index}] has {key} {reprlib.repr(value)}, expected {wanted}.")
+        raise DataError(f"{name}: {place}[{index}] has {key} {shown(value)}, expected {wanted}.")
     if kind is int and not 0 <= value < 2**63:
         raise DataError(f"{name}: {place}[{index}] has {key} {value}, expected a number from 0 to 2^63 - 1.")
     return value
@@ -353,4 +352,4 @@ def _field(entry: dict, key: str, kind: type, name: str, place: str, index: int)
 def _kind(value: object) -> str:
     if value == []:
         return "an empty list"
-    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(value), reprlib.repr(value))
+    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(value), shown(value))

@@ -4,7 +4,6 @@ The table is a YAML file (recipes/configs/baselines.yaml, which explains every k
 """
 
 import re
-import reprlib
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import datasets
 import transformers
 from transformers.utils import cached_file
 
-from vlmcap.documents import parse_json, parse_yaml
+from vlmcap.documents import parse_json, parse_yaml, shown
 from vlmcap.errors import UserError
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.evaluation.scoring import SCORE_LABELS, write_metrics
@@ -73,7 +72,7 @@ def _read_yaml(path: str | Path) -> dict:
     except (OSError, ValueError) as error:
         raise BaselineError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(document, dict):
-        raise BaselineError(f"{path}: a mapping is needed, but this is {reprlib.repr(document)}")
+        raise BaselineError(f"{path}: a mapping is needed, but this is {shown(document)}")
     return document
 
 
@@ -94,7 +93,7 @@ def read_table(path: str | Path) -> BaselineTable:
 
 def _read_row(where: str, key: str, row: dict) -> Baseline:
     if not isinstance(row, dict):
-        raise BaselineError(f"{where}: a mapping is needed, but this is {reprlib.repr(row)}")
+        raise BaselineError(f"{where}: a mapping is needed, but this is {shown(row)}")
     if not isinstance(key, str) or not re.fullmatch(r"\w[\w.-]*", key):
         raise BaselineError(f"{where}: the key names a folder; use letters, digits, ., - and _")
     row = {"model_class" if name == "class" else name: value for name, value in row.items()} | {"key": key}
@@ -102,17 +101,17 @@ def _read_row(where: str, key: str, row: dict) -> Baseline:
     for name in row.keys() - known.keys():
         raise BaselineError(f"{where}: unknown key `{name}`")
     for name, known_field in known.items():
-        shown = "class" if name == "model_class" else name
+        label = "class" if name == "model_class" else name
         required = known_field.default is MISSING and known_field.default_factory is MISSING
         if required and name not in row:
-            raise BaselineError(f"{where}: `{shown}` is missing")
+            raise BaselineError(f"{where}: `{label}` is missing")
         if name in row and not _is_kind(row[name], name):
-            raise BaselineError(f"{where}: `{shown}` cannot be {reprlib.repr(row[name])}")
+            raise BaselineError(f"{where}: `{label}` cannot be {shown(row[name])}")
     for corpus in (*CORPORA, "note"):
         value = row["saw"].get(corpus)
         if corpus == "note" and not value or corpus != "note" and value not in SEEN:
             allowed = "a text" if corpus == "note" else f'one of {", ".join(SEEN)} (quote "no" in YAML)'
-            raise BaselineError(f"{where}: `saw.{corpus}` must be {allowed}, but is {reprlib.repr(value)}")
+            raise BaselineError(f"{where}: `saw.{corpus}` must be {allowed}, but is {shown(value)}")
     if row["revision"] is not None and not COMMIT.fullmatch(row["revision"]):
         raise BaselineError(f"{where}: `revision` must be a commit of 40 hexadecimal digits or null")
     if row["model_class"] not in ("remote", "package") and not hasattr(transformers, row["model_class"]):
@@ -232,7 +231,7 @@ def check_remote_code(name: str, revision: str | None, row: Baseline | None, tru
 def _strings(value) -> list[str]:
     if isinstance(value, str):
         return [value]
-    items = value.values() if isinstance(value, dict) else value or []
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return [text for item in items for text in _strings(item)]
 
 

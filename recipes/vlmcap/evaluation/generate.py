@@ -12,7 +12,6 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
@@ -404,15 +403,12 @@ def model_record(
 
     Args:
         revision: the commit that was loaded, see `resolve_revision`; None for a folder.
-        adapter: the trained weights, also where they are a whole model's. Their revision is their commit on the Hub,
-            or their hash.
+        adapter: the trained weights, also where they are a whole model's.
+        adapter_revision: their commit on the Hub, see `read_adapter`. Of a folder the hash of the weights is recorded.
     """
     base = base_model(model)
-    if adapter:
-        local = Path(adapter).exists()
-        adapter_revision = (
-            weights_hash(Path(adapter)) if local else HfApi().model_info(adapter, revision=adapter_revision).sha
-        )
+    if adapter and Path(adapter).exists():
+        adapter_revision = weights_hash(Path(adapter))
     return {
         "id": provenance.public_name(name),
         "revision": revision,

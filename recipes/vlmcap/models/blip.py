@@ -76,8 +76,8 @@ class BlipArguments:
 def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
     """BLIP as published, on this process's device, in `compute_dtype()`; its tokenizer completed by [DEC] and [ENC].
 
-    Safetensors alone are loaded. The main branch of Salesforce/blip-image-captioning-base may have none: the error
-    then says how to find the conversion that the Hub's bot keeps in a pull request.
+    Safetensors alone are loaded. The main branch of Salesforce/blip-image-captioning-base may have none:
+    `resolve_revision` finds the conversion that the Hub's bot keeps in a pull request.
 
     Raises:
         ModelError: there is no such model, it is no BLIP captioner, or its tokenizer does not fit its embeddings.

@@ -6,9 +6,9 @@ built for that without memory (device "meta"). No weight is read before.
 """
 
 import copy
+import itertools
 import os
 import re
-import reprlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +26,10 @@ from huggingface_hub.errors import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
-from vlmcap.documents import parse_json
+from vlmcap.documents import parse_json, shown
 from vlmcap.errors import UserError
 
 # Else transformers asks a Space on the Hub to convert the pickles of a repository's main branch, and takes the answer
@@ -38,7 +38,6 @@ from vlmcap.errors import UserError
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERTER = "SFconvertbot"  # the account of the Hub's Space safetensors/convert
 CARD_FILES = ("README.md", ".gitattributes")
@@ -68,7 +67,7 @@ def loading(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, HTTPError) as error:
-        if "safetensors" in str(error):
+        if "file named" in str(error) and "safetensors" in str(error):  # a failed download's address may say it too
             raise ModelError(only_pickles(name)) from error
         raise ModelError(
             f"{name} cannot be loaded: {_first_line(error)} A gated model: accept its licence at"
@@ -160,6 +159,8 @@ def load_weights(kind: type, name: str, revision: str | None, *args, new: str = 
 
 def check_index(name: str, revision: str | None) -> None:
     """An index of sharded weights names files beside it, safetensors alone; else ModelError."""
+    if PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("transformers_weights"):
+        raise ModelError(f"config.json of {name} names other weights (transformers_weights): they belong into {INDEX}")
     path = cached_file(name, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return
@@ -169,7 +170,7 @@ def check_index(name: str, revision: str | None) -> None:
     for key, shard in shards.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise ModelError(
-                f"{INDEX} of {name}: {key} lies in {reprlib.repr(shard)}, and must in a .safetensors file beside it"
+                f"{INDEX} of {name}: {key} lies in {shown(shard)}, and must in a .safetensors file beside it"
             )
 
 
@@ -239,7 +240,9 @@ def hub_errors(name: str, revision: str | None, what: str) -> Iterator[None]:
         raise
     except (HTTPError, OSError, HFValidationError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, HFValidationError | RepositoryNotFoundError) or (status and status < 500 != 429):
+        if isinstance(error, HFValidationError | RepositoryNotFoundError) or (
+            status and status != 429 and status < 500
+        ):
             raise ModelError(
                 f"{name} is no folder, and the Hub does not have it as {what}, or not at revision {revision}, or not"
                 f" for you ({_first_line(error)})"
@@ -304,18 +307,18 @@ def read_lora_config(path: Path, name: str) -> LoraConfig:
         "revision": (lambda v: isinstance(v, str), "a text"),
     }
     if found.get("peft_type") != "LORA":
-        raise ModelError(f"{where}: peft_type is {reprlib.repr(found.get('peft_type'))}, and only LORA is loaded")
+        raise ModelError(f"{where}: peft_type is {shown(found.get('peft_type'))}, and only LORA is loaded")
     kept = {}
     for key, value in found.items():
         if key in DESCRIPTIVE or value is None or value is False or value in ("", {}, []):
             continue
         if key not in accepted:
             raise ModelError(
-                f"{where}: {key} is {reprlib.repr(value)}, which is not supported: only LoRA without it is loaded"
+                f"{where}: {key} is {shown(value)}, which is not supported: only LoRA without it is loaded"
             )
         fits, wanted = accepted[key]
         if not fits(value):
-            raise ModelError(f"{where}: {key} must be {wanted}, but is {reprlib.repr(value)}")
+            raise ModelError(f"{where}: {key} must be {wanted}, but is {shown(value)}")
         kept[key] = value
     for key in ("r", "target_modules", "base_model_name_or_path"):
         if key not in kept:
@@ -353,8 +356,9 @@ def read_header(path: Path, name: str) -> dict[str, tuple[int, ...]]:
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """A model without weights (device "meta"), with the modules of the one given before any quantisation."""
+    config = copy.deepcopy(model.config)  # transformers 5.23 sets the attention in the config that it is given
     with torch.device("meta"):
-        return type(model)._from_config(model.config, attn_implementation="eager")
+        return type(model)._from_config(config, attn_implementation="eager")
 
 
 def check_adapter(adapter: Adapter, base: PreTrainedModel, name: str, revision: str | None) -> None:
@@ -404,6 +408,11 @@ def expected_tensors(base: PreTrainedModel, config: LoraConfig, where: str) -> d
         for target in getattr(config, key) or []:
             if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
                 raise ModelError(f"{where}: {key} names {target}, which a {type(base).__name__} does not have")
+    indices = config.trainable_token_indices or []
+    rows = itertools.chain(*(indices.values() if isinstance(indices, dict) else [indices]))
+    last, size = max(rows, default=-1), base.get_input_embeddings().num_embeddings
+    if last >= size:  # on device "meta" no index is looked at
+        raise ModelError(f"{where}: trainable_token_indices names row {last}, but a {type(base).__name__} has {size}")
     try:
         with torch.device("meta"):
             model = PeftModel(base, copy.deepcopy(config))
@@ -419,7 +428,7 @@ def _read_json(path: Path, where: str) -> dict:
     except (OSError, ValueError) as error:
         raise ModelError(f"{where} cannot be read: {_first_line(error)}") from error
     if not isinstance(document, dict):
-        raise ModelError(f"{where} must be a JSON object, but is {reprlib.repr(document)}")
+        raise ModelError(f"{where} must be a JSON object, but is {shown(document)}")
     return document
 
 

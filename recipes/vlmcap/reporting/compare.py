@@ -8,7 +8,6 @@ document of an adapter holds the one of its base, which is no run of its own unl
 import csv
 import json
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import datasets
 from PIL import Image
 
 from vlmcap.data.images import BadImageError, DatasetError, dataset_record, load_captions, open_image
+from vlmcap.documents import shown
 from vlmcap.evaluation.scoring import (
     SCORE_LABELS,
     ScoreError,
@@ -439,6 +439,8 @@ def _read_run(name: str, path: Path) -> Run:
                 "score these predictions again with scripts/eval_captioning.py"
             )
     flagged = _read_object(audit).get("flagged", {}) if audit.is_file() else {}
+    if not isinstance(flagged, dict):
+        raise ScoreError(f"{audit}: flagged must be an object (image -> reasons), but is {shown(flagged)}")
     return Run(name, path, metrics, captions, {str(image): reasons for image, reasons in flagged.items()})
 
 
@@ -448,7 +450,7 @@ def _read_object(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ScoreError(f"{path} is not JSON in UTF-8: {error}") from error
     if not isinstance(document, dict):
-        raise ScoreError(f"{path}: a JSON object is needed, but this is {reprlib.repr(document)}")
+        raise ScoreError(f"{path}: a JSON object is needed, but this is {shown(document)}")
     return document
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from vlmcap.files import write_atomically
+from vlmcap.models.weights import PICKLES
 from vlmcap.reporting.cards import (
     LLAMA,
     built_with_llama,
@@ -27,20 +28,17 @@ NEEDED = [
     ("tokenizer_config.json",),
     ("metrics.json",),
 ]
-# What stays here: the trainer's own state, pickles, and sample pages, which carry photographs that are not ours to
-# publish.
+# What stays here: the trainer's own state, pickles, captions of an unfinished run, and sample pages, which carry
+# photographs that are not ours to publish.
 PRIVATE = [
     "checkpoint-*/*",
     "global_step*/*",
     "runs/*",
     "events.out.tfevents.*",
-    "optimizer.*",
     "optimizer_*/*",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
     "trainer_state.json",
-    "*.bin",
+    *(f"*{ending}" for ending in PICKLES),
+    "*.rank*.jsonl",
     "*.html",
 ]
 
@@ -102,7 +100,7 @@ def check_adapter_folder(adapter_dir: Path) -> None:
 _WRITTEN_BY = (
     "The recipe writes the whole folder, weights, processor and metrics.json, at its end:\n"
     "  accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/sft_qwen2vl_jp.py\n"
-    "(add --resume_from_checkpoint to continue a run that was interrupted); it is OUTPUT_DIR/adapter, and\n"
+    "(add --resume_from_checkpoint latest to continue a run that was interrupted); it is OUTPUT_DIR/adapter, and\n"
     "OUTPUT_DIR/model of recipes/sft_vit_gpt2_food.py."
 )
 

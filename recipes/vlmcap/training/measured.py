@@ -241,7 +241,8 @@ class MeasuredTrainer:
             raise CheckpointError(
                 f"{checkpoint} is of a run with other settings or data: {', '.join(refused)}. Gone on from it, the run"
                 " would see some captions twice and others never: set them back (the training captions are those of"
-                " dataset, revision, split and images that can be read), or start anew in another --output_dir."
+                " dataset, revision, split and images that can be read, the image sizes those of min_pixels and"
+                " max_pixels), or start anew in another --output_dir."
             )
         said = changes(self.resumed["course"], self.course)
         if said and self.args.should_save:
@@ -270,12 +271,7 @@ class MeasuredTrainer:
             "hits_and_tokens": self.accelerator.gather(self.hits_and_tokens[None]).tolist(),
             "last_logged": self._globalstep_last_logged,
         }
-        earlier = max((int(path.name.split("-")[1]) for path in checkpoints.checkpoints(output_dir)), default=None)
-        mend = (
-            f"checkpoint-{earlier} is whole: free space, then continue with --resume_from_checkpoint latest."
-            if earlier is not None
-            else "It was the first: free space, then start again."
-        )
+        mend = "Earlier ones are as they were: free space, then continue with --resume_from_checkpoint latest."
         with checkpoints.reported(name, output_dir, mend):
             try:
                 self.saving_to = output_dir / UNFINISHED
@@ -285,12 +281,13 @@ class MeasuredTrainer:
                     self.state.best_model_checkpoint = str(output_dir / name)
                 best = self.state.best_model_checkpoint
                 if self.args.should_save:
-                    record = {"best": best and Path(best).name, "since_log": since_log}
+                    record = {"best": best and os.path.relpath(best, output_dir), "since_log": since_log}
                     record |= {"order": self.order, "course": self.course}
                     checkpoints.complete(self.saving_to / name, output_dir / name, record)
                     checkpoints.rotate(output_dir, self.args.save_total_limit, best)
                     with suppress(OSError):  # holds what an earlier run left
                         self.saving_to.rmdir()
+                self.accelerator.wait_for_everyone()  # no process ends before the checkpoint has its name
             except BaseException:
                 shutil.rmtree(self.saving_to / name, ignore_errors=True)
                 raise

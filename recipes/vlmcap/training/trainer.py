@@ -1,5 +1,7 @@
 """TRL's SFTTrainer for captions: one forward a step, a free vision tower, our own model card."""
 
+import hashlib
+import json
 import warnings
 from dataclasses import dataclass, field
 
@@ -135,6 +137,9 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
             )
         free_frozen_parts(self.model)
         self.start_measuring()
+
+    def _order(self) -> dict:
+        return super()._order() | {"image sizes": hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest()}
 
     def _get_train_sampler(self, train_dataset=None) -> SimilarSizeSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
