@@ -122,9 +122,7 @@ every_publish = pytest.mark.parametrize("publish", NAMES, indirect=True)
 def on_hub(hub, publish: Publish) -> dict[str, bytes] | None:
     """What users load by default; None without a repository."""
     repo = hub.repos.get((publish.kind, publish.repo_id))
-    return repo and {
-        path: hub.blobs.read(file) for path, file in repo.at().files.items() if path not in (".gitattributes", "mine")
-    }
+    return repo and {path: hub.blobs.read(file) for path, file in repo.at().files.items() if path != ".gitattributes"}
 
 
 def commits(hub, publish: Publish) -> int:
@@ -291,7 +289,6 @@ def another_version(hub, publish: Publish) -> int:
     new = publish.folder / "more.txt"
     new.write_text("more")
     publish.push()
-    requests = len(hub.log)
     new.write_text("still more")
     hub.log.clear()
     publish.push()
@@ -705,6 +702,6 @@ def test_a_silent_hub_is_given_up(publish, hub, clock, fault, row, monkeypatch):
     monkeypatch.setattr(upload, "TIMEOUT", httpx2.Timeout(0.2))
     hub.fail(method="POST", path="/commit/main", action="delay", seconds=0.6)
     with fault("commit: no answer for longer than the timeout"):
-        assert attempt(hub, publish) is None
+        assert attempt(hub, publish) is None and clock.slept
         assert commits(hub, publish) == 1
     row(publish, "commit", "silent for longer than the timeout", "completes")

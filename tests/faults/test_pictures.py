@@ -147,12 +147,11 @@ def record(content: bytes, number: int = 1) -> dict:
 
 
 @pytest.mark.parametrize("name", READ)
-def test_what_is_read(fault, name):
+def test_what_is_read(name):
     content, size, pixel = READ[name]
-    with fault(name):
-        image = open_image(record(content))
-        assert (image.mode, image.size, image_size(record(content))) == ("RGB", size, size)
-        assert pixel is None or image.getpixel((0, 0)) == pixel
+    image = open_image(record(content))
+    assert (image.mode, image.size, image_size(record(content))) == ("RGB", size, size)
+    assert pixel is None or image.getpixel((0, 0)) == pixel
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -174,13 +173,12 @@ def test_16_bits_keep_their_greys():
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_upright(fault, format, orientation):
+def test_every_orientation_is_turned_upright(format, orientation):
     file = encoded(photo(), format, exif=exif(orientation), **({"lossless": True} if format == "WEBP" else {}))
-    with fault(f"orientation {orientation} in {format}"):
-        with Image.open(io.BytesIO(file)) as image:
-            expected = ImageOps.exif_transpose(image).convert("RGB")
-        assert np.array_equal(open_image(record(file)), expected)
-        assert image_size(record(file)) == expected.size
+    with Image.open(io.BytesIO(file)) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(open_image(record(file)), expected)
+    assert image_size(record(file)) == expected.size
 
 
 def test_the_size_of_a_png_is_read_without_its_pixels(monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import stat
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,7 @@ from tests.faults import ranks
 from vlmcap.data.images import load_captions
 from vlmcap.data.scenes import scenes
 from vlmcap.evaluation.baselines import Baseline
-from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, write_captions
+from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, shares, write_captions
 from vlmcap.evaluation.isolated import IsolatedModel, generate_isolated
 
 RECORD = {
@@ -32,19 +33,31 @@ IMAGES = 5
 SOURCES = "vlmcap/evaluation/generate.py", "vlmcap/files.py"
 
 
-def caption_rows(output: Path, images: int = IMAGES) -> None:
+def caption_rows(output: Path, images: int = IMAGES, word: str = "画像") -> None:
     assert PartialState(cpu=True).num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     rows = datasets.Dataset.from_dict({"image_id": list(range(10, 10 + images))})
-    write_captions(lambda batch: [f"画像{i}" for i in batch["image_id"]], rows, output, RECORD, lambda: None)
+    write_captions(lambda batch: [f"{word}{i}" for i in batch["image_id"]], rows, output, RECORD, lambda: None)
 
 
 def expected(images: int = IMAGES) -> str:
     return "".join(f'{{"image_id": {i}, "caption": "画像{i}"}}\n' for i in range(10, 10 + images))
 
 
-def check(output: Path) -> None:
-    """The whole file in the order of the rows, a complete record, nothing beside them."""
-    assert output.read_text(encoding="utf-8") == expected()
+def kept_lines(output: Path) -> set[str]:
+    """The whole lines of captions that a run has left."""
+    files = [path for path in (output, *shares(output)) if path.exists()]
+    return {line for path in files for line in path.read_text(encoding="utf-8").split("\n")[:-1]}
+
+
+def check(output: Path, kept: Iterable[str] = ()) -> None:
+    """The whole file in the order of the rows, with the lines that were kept, a complete record, nothing beside them.
+
+    A continued run says another word: what it had captioned again would show.
+    """
+    lines = output.read_text(encoding="utf-8").split("\n")[:-1]
+    said = [json.loads(line) for line in lines]
+    assert [entry["image_id"] for entry in said] == list(range(10, 10 + IMAGES)) and set(kept) <= set(lines)
+    assert all(entry["caption"] in (f"画像{entry['image_id']}", f"続き{entry['image_id']}") for entry in said)
     record = json.loads(output.with_suffix(".run.json").read_text(encoding="utf-8"))
     assert record["created"] and record["seconds"] > 0
     assert sorted(path.name for path in output.parent.glob("[!.]*")) == ["predictions.jsonl", "predictions.run.json"]
@@ -82,34 +95,36 @@ def kill_everywhere(folder: Path) -> None:
         output = folder / str(number) / "predictions.jsonl"
         status = forked(killed_at, number, output)
         seen = output.read_text(encoding="utf-8") if output.exists() else expected()
-        caption_rows(output)
-        results.append({"number": number, "line": executed[number - 1], "status": status, "whole": seen == expected()})
+        result = {"number": number, "line": executed[number - 1], "status": status, "whole": seen == expected()}
+        results.append(result | {"kept": sorted(kept_lines(output))})
+        caption_rows(output, word="続き")
     (folder / "results.json").write_text(json.dumps(results))
 
 
 def test_killed_at_every_line(fault, tmp_path):
     assert ranks.run(kill_everywhere, tmp_path, log=tmp_path / "log", timeout=300) == 0, ranks.tail(tmp_path / "log")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) > 100
+    assert len(results) > 100 and {len(result["kept"]) for result in results} == {0, 2, 4, 5}
     for result in results:
         with fault(f"kill -9 of captioning at {result['line']}, the {result['number']}-th line that it executes"):
             assert (result["status"], result["whole"]) == (-signal.SIGKILL, True)
-            check(tmp_path / str(result["number"]) / "predictions.jsonl")
+            check(tmp_path / str(result["number"]) / "predictions.jsonl", result["kept"])
 
 
 @pytest.mark.parametrize("name", ["predictions.jsonl", "predictions.rank0.jsonl"])
 def test_half_a_line_is_cut_off(fault, tmp_path, name):
-    """A line that was cut at any byte is captioned again; the whole lines before it are kept."""
+    """A line that was cut behind any byte is captioned again; the whole line before it is kept."""
     whole = expected(3).encode()
     first, second = whole.index(b"\n") + 1, whole.index(b"\n", whole.index(b"\n") + 1) + 1
-    for cut in range(first, second + 1):
+    for cut in range(first + 1, second):
         output = tmp_path / str(cut) / "predictions.jsonl"
         output.parent.mkdir()
         (output.parent / name).write_bytes(whole[:cut])
         output.with_suffix(".run.json").write_text(json.dumps(RECORD | {"seconds": 1.0}))
         with fault(f"{name} cut at byte {cut}"):
-            caption_rows(output)
-            check(output)
+            caption_rows(output, word="続き")
+            check(output, [whole[: first - 1].decode()])
+            assert "続き11" in output.read_text(encoding="utf-8")
 
 
 def killed_rank(line: int, victim: int, output: Path) -> None:
@@ -133,11 +148,12 @@ def test_several_processes(fault, tmp_path, first, victim, line, then):
     with fault(f"kill -9 of process {victim} of {first} at line {line} of captioning, continued by {then}"):
         statuses = ranks.run_ranks(first, killed_rank, line, victim, output, log=log)
         assert statuses[victim] == -signal.SIGKILL, (statuses, ranks.tail(log))
+        kept, again = kept_lines(output), (caption_rows, output, IMAGES, "続き")
         if then == 1:
-            assert ranks.run(caption_rows, output, log=log) == 0, ranks.tail(log)
+            assert ranks.run(*again, log=log) == 0, ranks.tail(log)
         else:
-            assert ranks.run_ranks(then, caption_rows, output, log=log) == [0] * then, ranks.tail(log)
-        check(output)
+            assert ranks.run_ranks(then, *again, log=log) == [0] * then, ranks.tail(log)
+        check(output, kept)
 
 
 def test_a_killed_join_is_not_joined_twice(fault, tmp_path):
@@ -298,3 +314,5 @@ def test_isolated_models_are_continued(fault, pictures, tmp_path, victim):
         assert ranks.run(isolated, folder, pictures, output, log=log) == 0, ranks.tail(log)
         said = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
         assert [line["image_id"] for line in said] == list(range(6)) and output.read_bytes().startswith(kept)
+        # A kill may fall between the runner's count and the line of its caption.
+        assert (folder / "count.count").stat().st_size <= 7

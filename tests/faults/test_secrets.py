@@ -90,22 +90,18 @@ def publish(repo_root, environment, tmp_path) -> subprocess.CompletedProcess:
     return run(repo_root, environment, "scripts/publish_datasets.py", *words)
 
 
+def recipe(folder: Path) -> list:
+    command = ["recipes/sft_qwen2vl_jp.py", *SETTINGS, "--dataset", "user/scenes"]
+    return [*command, "--output_dir", folder / "run", "--instances", folder / "scenes/instances.json"]
+
+
 def test_a_token_of_the_environment_is_nowhere(fault, world, repo_root, tmp_path):
     """Dataset and adapter are published; every file is searched, checkpoints and caches among them."""
     environment = world | {"HF_TOKEN": TOKEN}
     with fault("a token planted in the environment of a run that publishes"):
         published = publish(repo_root, environment, tmp_path)
         assert published.returncode == 0, published.stderr
-        command = [
-            "recipes/sft_qwen2vl_jp.py",
-            *SETTINGS,
-            "--dataset",
-            "user/scenes",
-            "--output_dir",
-            tmp_path / "run",
-        ]
-        command += ["--instances", tmp_path / "scenes/instances.json"]
-        done = run(repo_root, environment, *command, "--push_to_hub", "--hub_model_id", "user/adapter")
+        done = run(repo_root, environment, *recipe(tmp_path), "--push_to_hub", "--hub_model_id", "user/adapter")
         assert done.returncode == 0, done.stderr
         assert HfApi(token=TOKEN).model_info("user/adapter").private
         names = {path.name for path in (tmp_path / "run").rglob("*")}
@@ -121,15 +117,7 @@ def test_a_token_of_the_login_is_only_in_its_file(fault, world, repo_root, tmp_p
     (tmp_path / "hf_home/token").write_text(TOKEN)
     with fault("a token planted in the login of a run that fails"):
         assert publish(repo_root, world, tmp_path).returncode == 0
-        command = [
-            "recipes/sft_qwen2vl_jp.py",
-            *SETTINGS,
-            "--dataset",
-            "user/scenes",
-            "--output_dir",
-            tmp_path / "run",
-        ]
-        command += ["--instances", tmp_path / "scenes/instances.json"]
+        command = recipe(tmp_path)
         command += ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--early_stopping_patience", 0]
         command += ["--push_to_hub", "--hub_model_id", "user/adapter", "--num_beams", -1]
         done = run(repo_root, world, *command)
@@ -139,14 +127,18 @@ def test_a_token_of_the_login_is_only_in_its_file(fault, world, repo_root, tmp_p
 
 
 def test_a_refused_push_does_not_say_the_token(fault, world, repo_root, hub, tmp_path, monkeypatch):
-    for reason in ("another's namespace", "unknown token"):
+    for reason, answer in (
+        ("another's namespace", "user can push to user only"),
+        ("unknown token", "does not say who you are"),
+    ):
         with fault(f"a planted token that may not push: {reason}"):
             if reason == "unknown token":
                 monkeypatch.delitem(hub.users, TOKEN)
             command = ["recipes/sft_qwen2vl_jp.py", *SETTINGS, "--dataset", "user/scenes", "--output_dir"]
             command += [tmp_path / "run", "--push_to_hub", "--hub_model_id", "other/adapter"]
             done = run(repo_root, world | {"HF_TOKEN": TOKEN}, *command)
-            assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ")
+            said = done.stderr.splitlines()[-1]
+            assert done.returncode == 1 and said.startswith("error: ") and answer in said
             assert holding(tmp_path, TOKEN) == []
 
 

@@ -221,22 +221,45 @@ def test_adapters_come_from_safetensors_alone(kind, copy, mark, fault):
         ADAPTERS[kind](str(folder))
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "processor_config.json"])
-@pytest.mark.parametrize("kind", [*BASES, *ADAPTERS, "vit_gpt2"])
-def test_code_of_a_repository_is_not_run(kind, file, copy, mark, fault, request):
+def load_whole_qwen(folder: str) -> None:
+    load_processor(folder)
+    load_qwen(folder)
+
+
+def load_adapter_and_processor(folder: str) -> None:
+    load_processor(folder)
+    ADAPTERS["qwen2_vl"](folder)
+
+
+# What loads a folder and each of these files in it; the base lies among the miniatures, the others are trained.
+CONFIGURATIONS = ["config.json", "tokenizer_config.json", "processor_config.json"]
+WHOLE = {
+    "qwen2_vl": load_whole_qwen,
+    "blip": blip.load_blip,
+    "qwen2_vl adapter": load_adapter_and_processor,
+    "blip adapter": blip.load_blip_adapter,
+    "vit_llama adapter": vit_llama.load_vit_llama,
+    "vit_gpt2 whole": vit_gpt2.load_vit_gpt2,
+}
+PARTS = {"vit": load_vit, "gpt2": load_gpt2, "llama": load_llama}  # of which their configuration alone is read
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"), [(k, f) for k in WHOLE for f in CONFIGURATIONS] + [(k, "config.json") for k in PARTS]
+)
+def test_code_of_a_repository_is_not_run(kind, file, copy, mark, fault):
     """Known types are loaded by transformers' own classes; an unknown one is refused. Nobody is asked."""
-    is_base = kind in BASES and "adapter" not in request.node.name
-    folder = copy(kind, MINIATURES if is_base else None)
+    name, _, trained = kind.partition(" ")
+    folder = copy(name, None if trained else MINIATURES)
     (folder / "planted.py").write_text(f"from pathlib import Path\nPath({str(mark)!r}).touch()\n")
-    path = folder / (file if (folder / file).exists() else "config.json")
+    path = folder / file
     names = "AutoConfig AutoModel AutoModelForCausalLM AutoModelForImageTextToText AutoProcessor AutoImageProcessor"
     references = dict.fromkeys(names.split(), "planted.Planted") | {"AutoTokenizer": ["planted.Planted", None]}
     document = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps(document | {"auto_map": references}))
-    load = BASES[kind] if is_base else ADAPTERS.get(kind, vit_gpt2.load_vit_gpt2)
-    with fault(f"{kind}: code in {path.name}"):
+    with fault(f"{kind}: code in {file}"):
         try:
-            load(str(folder))
+            (WHOLE | PARTS)[kind](str(folder))
         except ModelError as error:
             assert "needs code of its own repository, which is not run" in str(error)
 
@@ -676,6 +699,9 @@ def test_models_of_the_configurations_are_pinned(hub, repo_root, tmp_path):
 MODELS = {"AutoModel", "BlipForConditionalGeneration", "ViTModel", "VisionEncoderDecoderModel", "LlavaGpt2ForCausalLM"}
 
 
+FORBIDDEN = {"weights_only": False, "use_safetensors": False, "trust_remote_code": True}
+
+
 def calls(tree: ast.AST):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -691,6 +717,10 @@ def test_no_code_goes_round_it(repo_root, folder):
         for node, owner, name in calls(ast.parse(path.read_text(encoding="utf-8"))):
             given = {keyword.arg or getattr(keyword.value, "id", None) for keyword in node.keywords}
             unsafe = (owner, name) in {("pickle", "load"), ("pickle", "loads"), ("yaml", "unsafe_load")}
+            unsafe |= any(
+                isinstance(keyword.value, ast.Constant) and FORBIDDEN.get(keyword.arg, ...) is keyword.value.value
+                for keyword in node.keywords
+            )
             unsafe |= (owner, name) == ("torch", "load") and "weights_only" not in given
             if name == "from_pretrained":
                 unsafe |= owner.startswith("Auto") and not {"trust_remote_code", "pinned"} & given
