@@ -30,7 +30,8 @@ def code_span(text: str) -> str:
     """Text as a code span; in a table's cell, `|` needs a backslash beside."""
     text = visible(text)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    space = " " if not text or text[0] in " `" or text[-1] in " `" else ""
+    ends = {text[:1], text[-1:]}  # a space at both is not shown
+    space = " " if not text.strip() or ends == {" "} or "`" in ends else ""
     return f"{fence}{space}{text}{space}{fence}"
 
 
