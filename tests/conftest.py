@@ -47,6 +47,12 @@ os.environ |= {
 }
 
 
+def processor_flags() -> set[str]:
+    """Instruction sets of an x86 processor under Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+
+
 def pytest_terminal_summary(terminalreporter):
     """The sum of what tests/faults counted, in whichever processes its tests ran."""
     reports = [report for group in terminalreporter.stats.values() for report in group]
@@ -89,6 +95,18 @@ def data_dir(repo_root) -> Path:
 def qwen2vl_dir(data_dir) -> Path:
     """Tokenizer, chat template, processor settings and config of Qwen2-VL-2B-Instruct; no weights."""
     return data_dir / "qwen2_vl_2b"
+
+
+# What a processor with AVX512-BF16 says of itself to bitsandbytes; one that has it runs such tests with its own answer
+# as well, and so with the real kernels.
+@pytest.fixture(params=["flag set", *(["real kernels"] if "avx512_bf16" in processor_flags() else [])])
+def repacking_processor(request, monkeypatch) -> None:
+    """bitsandbytes repacks 4-bit weights, here and in child processes, where the project does not keep it from it."""
+    if request.param == "flag set":
+        import bitsandbytes as bnb
+
+        monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+        monkeypatch.setenv("PYTHONPATH", str(REPO_ROOT / "tests/avx512_bf16"))
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,23 @@ def test_gradients_reach_projection_and_lora_and_nothing_else(adapted, pictures,
     assert moved == expected
 
 
+def test_captions_between_steps_leave_the_4bit_decoder_as_it_is(repacking_processor, adapted, pictures):
+    def step(captions: bool):
+        model, processor = adapted(load_in_4bit=True)
+        if captions:
+            model.eval()
+            model.generate(pixel_values=pictures, generation_config=decoding(processor, max_new_tokens=2))
+        model.train()
+        loss = loss_of(model, pictures, batch(processor))
+        loss.backward()
+        layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        return loss, [layer.weight.data for layer in layers], [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain, captioned = step(captions=False), step(captions=True)
+    assert plain[0] == captioned[0] and plain[1]
+    assert all(map(torch.equal, plain[1], captioned[1])) and all(map(torch.equal, plain[2], captioned[2]))
+
+
 def test_the_encoder_stays_in_eval_mode_and_records_nothing(adapted, pictures):
     model, _ = adapted()
     model.train()

@@ -434,7 +434,7 @@ def _quick_start_with_prompt(metrics: dict, adapter: str) -> str:
     size = {"shortest_edge": decoding["min_pixels"], "longest_edge": decoding["max_pixels"]}
     keys = ("num_beams", "max_new_tokens", "do_sample")
     generate = ", ".join(f"{key}={decoding[key]!r}" for key in keys)
-    quantised, load = "", f'dtype={_quoted(dtype)}, device_map="auto"'
+    quantised, load, unpacked = "", f'dtype={_quoted(dtype)}, device_map="auto"', ""
     if model["quantization"]:
         quantised = f"""
 nf4 = BitsAndBytesConfig(
@@ -445,6 +445,9 @@ nf4 = BitsAndBytesConfig(
     llm_int8_skip_modules=["model.visual", "lm_head"],
 )"""
         load += ", quantization_config=nf4"
+        unpacked = """
+for module in model.modules():  # as in training on every CPU, see bitsandbytes issue 2078
+    module.support_avx512bf16_for_cpu = False"""
     return f"""\
 from peft import PeftModel
 from PIL import Image
@@ -454,7 +457,7 @@ base, adapter = {_quoted(_name(model["id"]))}, {_quoted(adapter)}
 processor = AutoProcessor.from_pretrained(adapter, size={json.dumps(size)}){quantised}
 model = AutoModelForImageTextToText.from_pretrained(
     base{revision}, {load}
-)
+){unpacked}
 model = PeftModel.from_pretrained(model, adapter).eval()
 
 prompt = {_quoted(metrics["prompt"])}
