@@ -33,12 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.data.images import dataset_record, load_captions
 from vlmcap.evaluation.human import HumanError, draw, preference_rows, read_answers, read_key
 from vlmcap.evaluation.human_report import markdown, report
 from vlmcap.evaluation.scoring import read_predictions
-from vlmcap.provenance import public_name
-from vlmcap.reporting.human_page import write_export
 
 
 @dataclass
@@ -83,6 +80,10 @@ class ImportArguments:
 
 
 def export_pages(args: ExportArguments) -> None:
+    from vlmcap.data.images import dataset_record, load_captions
+    from vlmcap.provenance import public_name
+    from vlmcap.reporting.human_page import write_export
+
     captions, records, prompts = {}, {}, set()
     for system in args.systems:
         name, equals, path = system.partition("=")

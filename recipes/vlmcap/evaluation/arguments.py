@@ -1,6 +1,11 @@
-"""Settings of how captions are made. Imports nothing heavy: command lines are read with it."""
+"""Settings of how captions are made and audited. Imports nothing heavy: command lines are read with it."""
 
 from dataclasses import dataclass, field
+
+# What an audit finds wrong with the form of a caption.
+FORM = ("empty", "repetition", "truncated", "non_japanese", "copied_prompt", "special_tokens")
+# What holds a caption back unless other reasons are asked for.
+HELD_BACK = ("hallucination", "gender_mismatch", "gender_unsupported", *FORM)
 
 
 @dataclass
