@@ -80,15 +80,19 @@ class ImportArguments:
 
 
 def export_pages(args: ExportArguments) -> None:
+    files = {}
+    for system in args.systems:
+        name, equals, path = system.partition("=")
+        if not (name and equals and path) or name in files:
+            raise HumanError(f"--systems {system!r} must be NAME=FILE, with a name of its own")
+        files[name] = path
+
     from vlmcap.data.images import dataset_record, load_captions
     from vlmcap.provenance import public_name
     from vlmcap.reporting.human_page import write_export
 
     captions, records, prompts = {}, {}, set()
-    for system in args.systems:
-        name, equals, path = system.partition("=")
-        if not (name and equals and path) or name in captions:
-            raise HumanError(f"--systems {system!r} must be NAME=FILE, with a name of its own")
+    for name, path in files.items():
         captions[name] = read_predictions(path)
         content = Path(path).read_bytes()
         records[name] = {"predictions": public_name(path), "sha256": hashlib.sha256(content).hexdigest()}

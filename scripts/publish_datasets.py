@@ -48,10 +48,12 @@ about a minute (scripts/bench_data.py measures it). `--config file.yaml` gives a
 import sys
 
 from vlmcap.arguments import run_main
-from vlmcap.data.arguments import PublishArguments
+from vlmcap.data.arguments import PublishArguments, check_arguments
 
 
 def main(args: PublishArguments) -> None:
+    check_arguments(args)
+
     from vlmcap.data.build import publish
 
     publish(args)

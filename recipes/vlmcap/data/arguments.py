@@ -3,6 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from vlmcap.errors import UserError
+
+
+class DataError(UserError):
+    """The data cannot be built as asked; the message names the file, the value and the mend."""
+
 
 @dataclass
 class PublishArguments:
@@ -85,3 +91,29 @@ class PublishArguments:
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the folder to the Hub as well."})
     repo_id: str | None = field(default=None, metadata={"help": "Hub dataset to push to, e.g. user/stair-captions."})
     public: bool = field(default=False, metadata={"help": "Create the Hub dataset as a public one."})
+
+
+def check_arguments(args: PublishArguments) -> None:
+    """Raises DataError on arguments that the corpus needs or has no use for."""
+    if args.push_to_hub and not args.repo_id:
+        raise DataError("--push_to_hub needs --repo_id USER/NAME.")
+    if args.karpathy and (args.val_ids or args.test_ids):
+        raise DataError("Give --karpathy or --val_ids and --test_ids, not both.")
+    if bool(args.val_ids) != bool(args.test_ids):
+        raise DataError("--val_ids and --test_ids go together.")
+    if args.yj_annotations and args.source not in ("stair", "uit_viic"):
+        raise DataError(
+            "--yj_annotations goes with --source stair or uit_viic; with --source yj the files are --annotations."
+        )
+    if args.source in ("stair", "yj"):
+        if not args.tokenizer:
+            raise DataError(f"--source {args.source} needs --tokenizer, e.g. --tokenizer Qwen/Qwen2-VL-2B-Instruct.")
+        return
+    if args.karpathy or args.val_ids:
+        raise DataError(f"--karpathy, --val_ids and --test_ids have no meaning with --source {args.source}.")
+    if not args.annotations:
+        what = "the three files uitviic_captions_{train,val,test}2017.json, or the training file alone"
+        what = what if args.source == "uit_viic" else "the CSV with the columns Image_Name and Title"
+        raise DataError(f"--source {args.source} needs --annotations: {what}. This script does not download them.")
+    if not 0 < args.holdout < 0.5:
+        raise DataError(f"--holdout {args.holdout}: expected a share between 0 and 0.5.")

@@ -88,30 +88,6 @@ class Corpus:
     more: dict = field(default_factory=dict)
 
 
-def check_arguments(args: PublishArguments) -> None:
-    """Raises DataError on arguments that the corpus needs or has no use for."""
-    if args.karpathy and (args.val_ids or args.test_ids):
-        raise DataError("Give --karpathy or --val_ids and --test_ids, not both.")
-    if bool(args.val_ids) != bool(args.test_ids):
-        raise DataError("--val_ids and --test_ids go together.")
-    if args.yj_annotations and args.source not in ("stair", "uit_viic"):
-        raise DataError(
-            "--yj_annotations goes with --source stair or uit_viic; with --source yj the files are --annotations."
-        )
-    if args.source in ("stair", "yj"):
-        if not args.tokenizer:
-            raise DataError(f"--source {args.source} needs --tokenizer, e.g. --tokenizer Qwen/Qwen2-VL-2B-Instruct.")
-        return
-    if args.karpathy or args.val_ids:
-        raise DataError(f"--karpathy, --val_ids and --test_ids have no meaning with --source {args.source}.")
-    if not args.annotations:
-        what = "the three files uitviic_captions_{train,val,test}2017.json, or the training file alone"
-        what = what if args.source == "uit_viic" else "the CSV with the columns Image_Name and Title"
-        raise DataError(f"--source {args.source} needs --annotations: {what}. This script does not download them.")
-    if not 0 < args.holdout < 0.5:
-        raise DataError(f"--holdout {args.holdout}: expected a share between 0 and 0.5.")
-
-
 def find_license(args: PublishArguments, files: list[SourceFile]) -> str:
     """--license, else the Creative Commons licence that the annotation files state, else the release's.
 
