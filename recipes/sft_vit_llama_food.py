@@ -45,10 +45,10 @@ def main(
     beam_args: BeamArguments,
     settings: CaptionerFields,
 ) -> None:
-    # What takes seconds to import comes when the command line is known to be right, and there is a dataset.
-    from vlmcap.data.lookup import find_dataset
+    # What takes seconds to import comes when the command line is right and there is a dataset.
+    from vlmcap.training.early import check_early
 
-    find_dataset(data_args.dataset, data_args.dataset_revision)
+    check_early(settings, data_args)
 
     import torch
     from accelerate import PartialState

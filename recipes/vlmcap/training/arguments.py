@@ -84,7 +84,8 @@ class MeasuredFields:
         metadata={"help": "Of accelerate; by default batches travel to the GPU from pinned memory, beside its work."},
     )
     dataloader_pin_memory: bool | None = field(
-        default=None, metadata={"help": "Page-locked memory for batches; left out: on GPUs."}
+        default=None,
+        metadata={"help": "Page-locked memory for batches; left out: on GPUs.", "nargs": "?", "const": True},
     )
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing of the caption tokens."})
     early_stopping_patience: int | None = field(
