@@ -32,9 +32,9 @@ from tests.reporting.documents import adapter_document, family_document
 from vlmcap import upload
 from vlmcap.data import build
 from vlmcap.data.sources import DataError
-from vlmcap.reporting.hub import PRIVATE, check_push_rights, push_adapter
+from vlmcap.reporting.hub import PRIVATE, push_adapter
 from vlmcap.reporting.metric_space import push_metric_space, write_metric_space
-from vlmcap.upload import PushError
+from vlmcap.upload import PushError, check_push_rights
 
 FOR_EVER = 10**6
 NAMES = ("adapter", "dataset", "space")

@@ -24,8 +24,9 @@ from transformers import AutoTokenizer
 
 from vlmcap import provenance
 from vlmcap.data import splits
+from vlmcap.data.arguments import PublishArguments, check_arguments
 from vlmcap.data.clean import CaptionCleaner
-from vlmcap.data.corpora import READ, RELEASE, PublishArguments, check_arguments, find_license
+from vlmcap.data.corpora import READ, RELEASE, find_license
 from vlmcap.data.images import BadImageError, open_image
 from vlmcap.data.lengths import caption_lengths, token_limit
 from vlmcap.data.sources import DataError, SourceFile
@@ -56,8 +57,6 @@ def publish(args: PublishArguments) -> dict:
 
     Raises DataError as `build` and `push` do.
     """
-    if args.push_to_hub and not args.repo_id:
-        raise DataError("--push_to_hub needs --repo_id USER/NAME.")
     summary = build(args)
     print(summary_text(summary))
     if args.push_to_hub:
