@@ -72,8 +72,9 @@ from vlmcap.models.load import (
     takes_prompt,
 )
 from vlmcap.models.weights import COMMIT, read_adapter
+from vlmcap.places import ROOT, script
 
-TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
+TABLE = ROOT / "recipes/configs/baselines.yaml"
 
 
 @dataclass
@@ -220,7 +221,7 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         print(score_prompts(Path(args.output_dir), list(prompts), rows, args.tokenizer))
         return
     print(
-        f"{len(rows):,} captions in {args.output}; score them with\n  python scripts/eval_captioning.py --predictions"
+        f"{len(rows):,} captions in {args.output}; score them with\n  {script('eval_captioning')} --predictions"
         f" {args.output} --dataset {args.dataset} --split {args.split} --output "
         f"{Path(args.output).parent}/metrics.json"
     )

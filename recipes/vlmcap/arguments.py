@@ -12,6 +12,7 @@ from trl import TrlParser
 from vlmcap.credentials import redact, refuse_credentials
 from vlmcap.documents import parse_yaml, shown
 from vlmcap.errors import UserError
+from vlmcap.places import own_file
 
 
 class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -49,6 +50,7 @@ def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None
     """
     parser = TrlParser(dataclasses, description=manual, formatter_class=ManualFormatter)
     words = sys.argv[1:] if command_line is None else command_line
+    words = [own_file(b) if a == "--config" else b for a, b in zip(["", *words], words, strict=False)]
     try:
         config = _read_config(words, dataclasses) if "--config" in words else {}
         arguments = parser.parse_args_and_config(words)

@@ -32,9 +32,10 @@ from vlmcap.data.sources import DataError, SourceFile
 from vlmcap.data.titles import word_counts, write_word_cloud
 from vlmcap.documents import parse_json
 from vlmcap.markdown import code_span, escape_unseen, prose
+from vlmcap.places import ROOT, script
 from vlmcap.upload import PushError, push_folder
 
-CARDS = Path(__file__).resolve().parents[3] / "dataset_cards"
+CARDS = ROOT / "dataset_cards"
 REPORT = "cleaning_report.json"
 WORD_CLOUD = "word_cloud.png"
 COLUMNS = {
@@ -157,7 +158,7 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> tuple[str, s
     """
     folder = Path(folder)
     _check_complete(folder)
-    command = ["python", "scripts/push_dataset.py", "--folder", str(folder), "--repo_id", repo_id]
+    command = [*script("push_dataset").split(), "--folder", str(folder), "--repo_id", repo_id]
     command = shlex.join(command if private else [*command, "--public"])
     try:
         return push_folder(folder, repo_id, "dataset", private, "Upload dataset", command, replace="data/*.parquet")

@@ -43,6 +43,7 @@ from vlmcap.models.weights import (
     read_adapter,
     skeleton,
 )
+from vlmcap.places import MINIATURES
 
 # Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
 # `lm_head` shares the embedding matrix.
@@ -137,6 +138,8 @@ def resolve_revision(name: str, revision: str | None) -> str | None:
     """
     if Path(name).exists():
         return None
+    if name.startswith(MINIATURES):
+        raise ModelError(f"{name} is no folder here: the miniatures are in a clone of the project, in its root")
     if COMMIT.fullmatch(revision or ""):
         return revision
     with hub_errors(name, revision, "a model"):
