@@ -32,7 +32,6 @@ from vlmcap.arguments import run_main
 from vlmcap.data import splits
 from vlmcap.data.build import RELEASE, PublishArguments, build
 from vlmcap.data.sources import read_rows
-from vlmcap.places import ROOT
 
 TRAIN_IMAGES, VAL_IMAGES = 82_783, 40_504  # COCO 2014
 CAPTIONS = RELEASE["stair"]["captions"]
@@ -55,7 +54,8 @@ class BenchArguments:
 
 
 def main(args: BenchArguments) -> None:
-    data_dir = Path(args.data_dir or os.environ.get("VLMCAP_DATA_DIR") or ROOT.parent / "shared" / "data")
+    repository = Path(__file__).resolve().parents[1]
+    data_dir = Path(args.data_dir or os.environ.get("VLMCAP_DATA_DIR") or repository.parent / "shared" / "data")
     with tempfile.TemporaryDirectory() as folder:
         files = generate_corpus(data_dir, Path(folder), args.seed)
         result = measure(

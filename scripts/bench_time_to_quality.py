@@ -54,12 +54,12 @@ from vlmcap.data.scenes import write_scene_dataset
 from vlmcap.evaluation.generate import GenerationArguments, caption_images
 from vlmcap.evaluation.scoring import quick_scores
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
-from vlmcap.places import MINIATURES, ROOT, miniature
 from vlmcap.training.collator import BadImages
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
-DEMO = ROOT / "recipes/configs/sft_qwen2vl_jp/demo.yaml"
-MINIATURE = ROOT / MINIATURES / "qwen2_vl"
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO = REPOSITORY / "recipes/configs/sft_qwen2vl_jp/demo.yaml"
+MINIATURE = REPOSITORY / "recipes/miniatures/qwen2_vl"
 SEEDS = (42, 43, 44)  # of LoRA's weights, dropout and the order of captions
 # Learning rate and steps of the left panel: the demo's before this measurement, which may change demo.yaml.
 SAME_RATE, SAME_STEPS = 5e-3, 300
@@ -414,7 +414,6 @@ def table(result: dict) -> str:
 
 
 def main(args: BenchArguments) -> None:
-    miniature("qwen2_vl")
     folder = Path(args.output_dir)
     timing_path = folder / "timing.json"
     if not args.timing_rounds and not timing_path.exists():

@@ -47,11 +47,11 @@ from vlmcap.arguments import run_main
 from vlmcap.data.scenes import scenes
 from vlmcap.models.load import ModelArguments, base_model, count_parameters, load_model, load_processor, lora_config
 from vlmcap.models.miniature import JAPANESE_PROMPT
-from vlmcap.places import miniature
 from vlmcap.training.collator import BadImages
 from vlmcap.training.shared_prefix import PADDING, PREFIX, SharedPrefixCollator, branch_mask
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 # Steps a round.
 ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_prefix_flex": 3}
 # Widths and depths. The real ones are those of Qwen2-VL-2B-Instruct's config.json. The proxy keeps its proportions:
@@ -431,7 +431,7 @@ def main(args: BenchArguments) -> None:
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        processor = load_processor(str(miniature("qwen2_vl")), max_pixels=args.max_pixels)
+        processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
         build_checkpoint(PRESETS[args.preset], processor, folder / "model", args.seed)
         rows = build_rows(args.images, folder, args.seed)
         trainers = {e: build_trainer(e, args, folder, processor, rows) for e in args.engines}

@@ -72,9 +72,9 @@ from vlmcap.models.load import (
     takes_prompt,
 )
 from vlmcap.models.weights import COMMIT, read_adapter
-from vlmcap.places import ROOT, script
+from vlmcap.places import as_typed_here
 
-TABLE = ROOT / "recipes/configs/baselines.yaml"
+TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
 
 
 @dataclass
@@ -220,10 +220,10 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     if args.prompts:
         print(score_prompts(Path(args.output_dir), list(prompts), rows, args.tokenizer))
         return
+    command = as_typed_here("python scripts/eval_captioning.py")
     print(
-        f"{len(rows):,} captions in {args.output}; score them with\n  {script('eval_captioning')} --predictions"
-        f" {args.output} --dataset {args.dataset} --split {args.split} --output "
-        f"{Path(args.output).parent}/metrics.json"
+        f"{len(rows):,} captions in {args.output}; score them with\n  {command} --predictions {args.output} --dataset"
+        f" {args.dataset} --split {args.split} --output {Path(args.output).parent}/metrics.json"
     )
 
 

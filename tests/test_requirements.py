@@ -14,6 +14,7 @@ ELSEWHERE = ("recipes/vlmcap/evaluation/isolated_runners", "recipes/metric_space
 # `make fuzz` installs it where it can be had, and does without where not.
 OPTIONAL = {"atheris"}
 OURS = {"vlmcap", "tests"}
+DISTRIBUTIONS = metadata.packages_distributions()
 
 
 def normalised(name: str) -> str:
@@ -49,22 +50,20 @@ def imported(folder: Path) -> dict[str, Path]:
     ("folder", "extras"), [("recipes", []), ("scripts", ["meteor"]), ("tests", ["meteor", "test"])]
 )
 def test_every_imported_package_is_declared(repo_root, folder, extras):
-    distributions = metadata.packages_distributions()
     known = declared(repo_root, *extras)
     undeclared = {
         name: str(path.relative_to(repo_root))
         for name, path in imported(repo_root / folder).items()
         if name not in sys.stdlib_module_names | OPTIONAL | OURS
         and not str(path.relative_to(repo_root)).startswith(ELSEWHERE)
-        and known.isdisjoint(map(normalised, distributions.get(name, [name])))
+        and known.isdisjoint(map(normalised, DISTRIBUTIONS.get(name, [name])))
     }
     assert undeclared == {}, "declare these in setup.cfg"
 
 
 def test_a_user_needs_no_test_package(repo_root):
-    """An import at the head of a script would need what `make setup` leaves out; bench_metrics.py says what it needs."""
+    """An import at the head of a script would need what `make setup` leaves out."""
     extra = declared(repo_root, "meteor", "test") - declared(repo_root)
-    distributions = metadata.packages_distributions()
     for folder in ("recipes", "scripts"):
         for path in (repo_root / folder).rglob("*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -72,7 +71,7 @@ def test_a_user_needs_no_test_package(repo_root):
             names = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
             names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
             for name in names:
-                needed = set(map(normalised, distributions.get(name.split(".")[0], [])))
+                needed = set(map(normalised, DISTRIBUTIONS.get(name.split(".")[0], [])))
                 assert not needed or not needed <= extra, f"{path} imports {name}"
 
 

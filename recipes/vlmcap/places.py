@@ -8,6 +8,7 @@ setup.cfg, but for what a clone alone has: miniatures, tests, figures. `python -
 """
 
 import os
+import re
 from pathlib import Path
 
 from vlmcap.errors import UserError
@@ -15,7 +16,7 @@ from vlmcap.errors import UserError
 PACKAGE = Path(__file__).parent
 INSTALLED = (PACKAGE / "model_cards").is_dir()
 ROOT = PACKAGE if INSTALLED else PACKAGE.parents[1]
-MINIATURES = "recipes/miniatures"
+MINIATURES = "recipes/miniatures/"
 
 
 def own_file(path: str) -> str:
@@ -27,9 +28,13 @@ def own_file(path: str) -> str:
     return path
 
 
-def script(name: str) -> str:
-    """What starts a script: `python scripts/NAME.py` in a clone, else `python -m vlmcap.scripts.NAME`."""
-    return f"python -m vlmcap.scripts.{name}" if INSTALLED else f"python scripts/{name}.py"
+def as_typed_here(text: str) -> str:
+    """A manual or message whose commands are those of a clone; in an installed package, with those that work there."""
+    if not INSTALLED:
+        return text
+    text = re.sub(r"(?<![\w/])(?:python )?scripts/(\w+)\.py\b", r"python -m vlmcap.scripts.\1", text)
+    text = re.sub(r"(\baccelerate launch\b[^\n]*?) recipes/(\w+)\.py\b", r"\1 -m vlmcap.recipes.\2", text)
+    return text.replace(" accelerate_configs/", f" {ROOT / 'accelerate_configs'}/")
 
 
 def paths_root() -> Path:
@@ -37,16 +42,12 @@ def paths_root() -> Path:
     return Path.cwd() if INSTALLED else ROOT
 
 
-def miniature(name: str) -> Path:
-    """The folder of a committed miniature.
-
-    Raises:
-        UserError: the package was installed without the clone, which alone has it.
-    """
-    folder = ROOT / MINIATURES / name
-    if not folder.is_dir():
-        raise UserError(f"{MINIATURES}/{name} is in a clone of the project alone: run this in the root of one")
-    return folder
+def check_miniature(name: str) -> None:
+    """Raises UserError where the model `name` is a committed miniature, and is not here: a clone alone has them."""
+    if MINIATURES in name and not os.path.exists(name):
+        raise UserError(
+            f"there is no {name}: the miniatures are in a clone of the project alone, run this in its root"
+        )
 
 
 if __name__ == "__main__":

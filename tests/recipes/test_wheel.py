@@ -65,19 +65,26 @@ def test_the_wheel_holds_every_file(wheel, repo_root):
 def test_it_names_its_own_files_and_what_it_lacks(python, tmp_path):
     code = """
 from vlmcap import places
-print(places.__file__, places.own_file("recipes/configs/baselines.yaml"), places.script("push_adapter"), sep="\\n")
-places.miniature("blip")
+print(places.__file__, places.own_file("recipes/configs/baselines.yaml"), sep="\\n")
+print(places.own_file("recipes/vlmcap/evaluation/lexicons/avoid_persons_ja.txt"))
+print(places.as_typed_here("python scripts/push_adapter.py --public"))
+print(places.as_typed_here("accelerate launch --config_file accelerate_configs/t4.yaml recipes/sft_blip_vi.py --seed"))
+places.check_miniature("recipes/miniatures/blip")
 """
     done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    module, table, command = done.stdout.splitlines()
-    assert Path(module).is_relative_to(python.parents[1])  # not the clone's
-    assert Path(table).is_file() and Path(table).is_relative_to(python.parents[1])
-    assert command == "python -m vlmcap.scripts.push_adapter"
-    assert done.stderr.splitlines()[-1].endswith("is in a clone of the project alone: run this in the root of one")
+    *files, script, recipe = done.stdout.splitlines()
+    assert len(files) == 3, done.stderr
+    for file in map(Path, files):
+        assert file.is_file() and file.is_relative_to(python.parents[1])  # not the clone's
+    assert script == "python -m vlmcap.scripts.push_adapter --public"
+    config = Path(files[0]).parent / "accelerate_configs/t4.yaml"
+    assert config.is_file()
+    assert recipe == f"accelerate launch --config_file {config} -m vlmcap.recipes.sft_blip_vi --seed"
+    assert "the miniatures are in a clone of the project alone" in done.stderr.splitlines()[-1]
 
 
 def test_publish_train_and_write_both_cards(python, miniature_dir, tmp_path, without_meteor):
-    write_scene_dataset(tmp_path / "scenes", train=8, validation=2, test=3)
+    write_scene_dataset(tmp_path / "scenes", train=24, validation=3, test=3)
 
     def run(*words):
         done = subprocess.run([python, *map(str, words)], cwd=tmp_path, env=os.environ, capture_output=True, text=True)

@@ -32,7 +32,7 @@ from vlmcap.data.sources import DataError, SourceFile
 from vlmcap.data.titles import word_counts, write_word_cloud
 from vlmcap.documents import parse_json
 from vlmcap.markdown import code_span, escape_unseen, prose
-from vlmcap.places import ROOT, script
+from vlmcap.places import ROOT, check_miniature
 from vlmcap.upload import PushError, push_folder
 
 CARDS = ROOT / "dataset_cards"
@@ -90,6 +90,7 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
     release = RELEASE[args.source]
     seconds: dict[str, float] = {}
 
+    check_miniature(args.tokenizer or "")
     with _timed(seconds, "load tokenizer"):
         try:
             tokenizer = (
@@ -158,7 +159,7 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> tuple[str, s
     """
     folder = Path(folder)
     _check_complete(folder)
-    command = [*script("push_dataset").split(), "--folder", str(folder), "--repo_id", repo_id]
+    command = ["python", "scripts/push_dataset.py", "--folder", str(folder), "--repo_id", repo_id]
     command = shlex.join(command if private else [*command, "--public"])
     try:
         return push_folder(folder, repo_id, "dataset", private, "Upload dataset", command, replace="data/*.parquet")

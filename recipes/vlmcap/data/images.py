@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from vlmcap.documents import parse_json
 from vlmcap.errors import UserError
-from vlmcap.places import script
 from vlmcap.provenance import public_name
 
 # Cards of publish_datasets.py have the tag NAME-captions.
@@ -102,9 +101,9 @@ def load_captions(
         return rows
     if not image_dir:
         raise DatasetError(
-            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with"
-            f" `{script('fetch_images')} --dataset {dataset} --split {split} --output_dir images` and add"
-            " `--image_dir images`, or build the dataset with `publish_datasets.py --images DIR`."
+            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python"
+            f" scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir images` and add `--image_dir"
+            " images`, or build the dataset with `publish_datasets.py --images DIR`."
         )
     folder = Path(image_dir)
     if not folder.is_dir():
@@ -259,7 +258,7 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
         except (httpx2.HTTPError, OSError, HFValidationError) as error:
             raise DatasetError(
                 f"{dataset} is no folder, and the Hub does not have it as a dataset ({str(error).splitlines()[0]})."
-                f" Build it with: {script('publish_datasets')} --source stair --tokenizer"
+                " Build it with: python scripts/publish_datasets.py --source stair --tokenizer"
                 f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"
             ) from error
     try:

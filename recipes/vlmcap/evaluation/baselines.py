@@ -16,7 +16,7 @@ from vlmcap.errors import UserError
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.evaluation.scoring import SCORE_LABELS, write_metrics
 from vlmcap.models.weights import COMMIT
-from vlmcap.places import own_file, script
+from vlmcap.places import as_typed_here, own_file
 
 CORPORA = ("STAIR", "YJ", "COCO")
 SOURCES = ("https://", "file://")
@@ -346,4 +346,5 @@ def score_prompts(folder: Path, names: list[str], rows: datasets.Dataset, tokeni
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
     files = " ".join(str(folder / name / "metrics.json") for name in names)
-    return "\n".join([*lines, "", "With intervals and captions side by side:", f"  {script('compare_runs')} {files}"])
+    command = as_typed_here(f"  python scripts/compare_runs.py {files}")
+    return "\n".join([*lines, "", "With intervals and captions side by side:", command])

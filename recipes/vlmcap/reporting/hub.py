@@ -7,7 +7,6 @@ from huggingface_hub import HfApi, hf_hub_download
 
 from vlmcap.files import write_atomically
 from vlmcap.models.weights import PICKLES
-from vlmcap.places import script
 from vlmcap.reporting.cards import (
     LLAMA,
     built_with_llama,
@@ -72,7 +71,7 @@ def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) ->
     decoder = model_parts(metrics["model"]).get("decoder", {"id": ""})
     check_llama_name(repo_id, decoder["id"])
     write_adapter_card(adapter_dir, repo_id)
-    command = [*script("push_adapter").split(), "--adapter_dir", str(adapter_dir), "--repo_id", repo_id]
+    command = ["python", "scripts/push_adapter.py", "--adapter_dir", str(adapter_dir), "--repo_id", repo_id]
     command = shlex.join(command if private else [*command, "--public"])
     if built_with_llama(metrics):
         _add_llama_licence(adapter_dir, decoder, command)

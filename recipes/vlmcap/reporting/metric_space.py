@@ -7,7 +7,7 @@ from pathlib import Path
 
 import vlmcap
 from vlmcap import evaluation
-from vlmcap.places import ROOT, script
+from vlmcap.places import ROOT
 from vlmcap.upload import push_folder
 
 NAME = "japanese_caption_metrics"
@@ -53,7 +53,7 @@ def push_metric_space(folder: str | Path, repo_id: str, private: bool = True) ->
 
     Raises PushError when the Hub refuses or cannot be reached, and when an existing Space has the other visibility.
     """
-    command = [*script("publish_metric").split(), "--output_dir", str(Path(folder).parent), "--push_to_hub"]
+    command = ["python", "scripts/publish_metric.py", "--output_dir", str(Path(folder).parent), "--push_to_hub"]
     command += ["--repo_id", repo_id] + ([] if private else ["--public"])
     url, _ = push_folder(folder, repo_id, "space", private, "Upload the metric and its page", shlex.join(command))
     return url
