@@ -110,5 +110,5 @@ def test_publish_train_and_write_both_cards(python, miniature_dir, tmp_path, wit
     metrics, card = read(adapter / "metrics.json"), (adapter / "README.md").read_text(encoding="utf-8")
     assert metrics["training"]["steps"] == 2 and metrics["counts"]["images"] == 3
     assert metrics["commit"] is None  # of no checkout
-    assert "`data/scenes` (a local folder)" in card and 'load_adapter = "outputs/run/adapter"' not in card
+    assert "`data/scenes` (a local folder)" in card and '"outputs/run/adapter"' in card
     assert str(tmp_path) not in card and str(miniature_dir.parent) not in card
