@@ -2,16 +2,16 @@
 # `make test PYTHON=python3.12` sets up and uses .venv-3.12, with that Python, instead.
 UV := .uv/bin/uv
 ifeq ($(origin PYTHON),command line)
-ENV := .venv-$(patsubst python%,%,$(notdir $(PYTHON)))
+VENV := .venv-$(patsubst python%,%,$(notdir $(PYTHON)))
 WANTED := $(PYTHON)
 else
-ENV := .venv
+VENV := .venv
 WANTED := >=3.11,<3.14
 endif
-ENV_PYTHON := $(ENV)/bin/python
+VENV_PYTHON := $(VENV)/bin/python
 DEMO := outputs/demo
 FAMILY := outputs/demo_family
-LAUNCH := $(ENV)/bin/accelerate launch --config_file accelerate_configs/cpu.yaml
+LAUNCH := $(VENV)/bin/accelerate launch --config_file accelerate_configs/cpu.yaml
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 # How long threads spin while they wait for each other. At its default a small model is five times slower on a busy
@@ -20,22 +20,22 @@ export GOMP_SPINCOUNT = 20000
 
 .PHONY: setup setup-test test lint fuzz demo demo-family ablation miniature clean
 
-setup: $(ENV)/.ready
+setup: $(VENV)/.ready
 
 # transformers 5.23 needs Python 3.11: uv takes the machine's if it is new enough, else it fetches one. Compiled now (half
 # a minute), packages are imported in half the time also where PYTHONDONTWRITEBYTECODE is set, as in many containers.
 # METEOR's jar, 100 MB, is of use where Java is.
-INSTALL := $(UV) pip install --quiet --python $(ENV_PYTHON) --constraint constraints.txt --compile-bytecode
-$(ENV)/.ready: setup.cfg constraints.txt pyproject.toml
+INSTALL := $(UV) pip install --quiet --python $(VENV_PYTHON) --constraint constraints.txt --compile-bytecode
+$(VENV)/.ready: setup.cfg constraints.txt pyproject.toml
 	test -x $(UV) || python3 -m pip install --quiet --target .uv "uv==0.13.8"
-	test -x $(ENV_PYTHON) || $(UV) venv --quiet --python "$(WANTED)" $(ENV)
+	test -x $(VENV_PYTHON) || $(UV) venv --quiet --python "$(WANTED)" $(VENV)
 	$(INSTALL) --editable ".$(if $(shell command -v java),[meteor])"
 	touch $@
 
 # What tests and linter need beside that.
-setup-test: $(ENV)/.ready-test
+setup-test: $(VENV)/.ready-test
 
-$(ENV)/.ready-test: $(ENV)/.ready
+$(VENV)/.ready-test: $(VENV)/.ready
 	$(INSTALL) --editable ".[meteor,test]"
 	touch $@
 
@@ -43,16 +43,16 @@ $(ENV)/.ready-test: $(ENV)/.ready
 # that a second thread costs more than it brings.
 test: export OMP_NUM_THREADS = 1
 test: setup-test lint
-	$(ENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup-test
-	$(ENV)/bin/ruff check .
-	$(ENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 # Ten minutes of damaged and hostile input for every reader, metric, card and page; failures go to outputs/fuzz.
 fuzz: setup-test
-	$(UV) pip install --quiet --python $(ENV_PYTHON) "atheris==3.0.0" || echo "atheris does not install here: hypothesis alone"
-	$(ENV_PYTHON) -m tests.fuzz --seconds 600
+	$(UV) pip install --quiet --python $(VENV_PYTHON) "atheris==3.0.0" || echo "atheris does not install here: hypothesis alone"
+	$(VENV_PYTHON) -m tests.fuzz --seconds 600
 
 # Drawn scenes -> published dataset -> QLoRA of the miniature -> scores, audit, model card, comparison. Offline.
 demo: export HF_HUB_OFFLINE = 1
@@ -61,12 +61,12 @@ demo: setup
 	$(MAKE) $(DEMO)/dataset/README.md
 	$(LAUNCH) recipes/sft_qwen2vl_jp.py \
 		--config recipes/configs/sft_qwen2vl_jp/demo.yaml
-	$(ENV_PYTHON) scripts/compare_runs.py base=$(DEMO)/base adapter=$(DEMO)/adapter --dataset $(DEMO)/dataset \
+	$(VENV_PYTHON) scripts/compare_runs.py base=$(DEMO)/base adapter=$(DEMO)/adapter --dataset $(DEMO)/dataset \
 		--output_dir $(DEMO)/comparison
 
 $(DEMO)/dataset/README.md: | setup
-	$(ENV_PYTHON) scripts/draw_scenes.py --output_dir $(DEMO)/scenes
-	$(ENV_PYTHON) scripts/publish_datasets.py --source stair --tokenizer recipes/miniatures/qwen2_vl \
+	$(VENV_PYTHON) scripts/draw_scenes.py --output_dir $(DEMO)/scenes
+	$(VENV_PYTHON) scripts/publish_datasets.py --source stair --tokenizer recipes/miniatures/qwen2_vl \
 		--annotations $(DEMO)/scenes/stair_train.json $(DEMO)/scenes/stair_val.json --images $(DEMO)/scenes/images \
 		--yj_annotations $(DEMO)/scenes/yj.json --val_ids $(DEMO)/scenes/val_ids.txt \
 		--test_ids $(DEMO)/scenes/test_ids.txt --output_dir $(DEMO)/dataset \
@@ -76,19 +76,19 @@ $(DEMO)/dataset/README.md: | setup
 demo-family: export HF_HUB_OFFLINE = 1
 demo-family: setup
 	rm -rf $(FAMILY)
-	$(ENV_PYTHON) scripts/draw_scenes.py --kind vietnamese --output_dir $(FAMILY)/scenes_vi
-	$(ENV_PYTHON) scripts/publish_datasets.py uit_viic --annotations $(FAMILY)/scenes_vi/uitviic_captions_train2017.json \
+	$(VENV_PYTHON) scripts/draw_scenes.py --kind vietnamese --output_dir $(FAMILY)/scenes_vi
+	$(VENV_PYTHON) scripts/publish_datasets.py uit_viic --annotations $(FAMILY)/scenes_vi/uitviic_captions_train2017.json \
 		$(FAMILY)/scenes_vi/uitviic_captions_val2017.json $(FAMILY)/scenes_vi/uitviic_captions_test2017.json \
 		--images $(FAMILY)/scenes_vi/images --output_dir $(FAMILY)/dataset_vi --card scenes_vi \
 		--pretty_name "Drawn scenes with Vietnamese captions" --license cc0-1.0
-	$(ENV_PYTHON) scripts/draw_scenes.py --kind titles --output_dir $(FAMILY)/scene_titles
-	$(ENV_PYTHON) scripts/publish_datasets.py food_titles --annotations $(FAMILY)/scene_titles/titles.csv \
+	$(VENV_PYTHON) scripts/draw_scenes.py --kind titles --output_dir $(FAMILY)/scene_titles
+	$(VENV_PYTHON) scripts/publish_datasets.py food_titles --annotations $(FAMILY)/scene_titles/titles.csv \
 		--images $(FAMILY)/scene_titles/images --output_dir $(FAMILY)/dataset_titles --card scene_titles \
 		--pretty_name "Drawn scenes with titles" --license cc0-1.0
 	$(LAUNCH) recipes/sft_blip_vi.py --config recipes/configs/sft_blip_vi/demo.yaml
 	$(LAUNCH) recipes/sft_vit_gpt2_food.py --config recipes/configs/sft_vit_gpt2_food/demo.yaml
 	$(LAUNCH) recipes/sft_vit_llama_food.py --config recipes/configs/sft_vit_llama_food/demo.yaml
-	$(ENV_PYTHON) scripts/compare_runs.py --overview --output_dir $(FAMILY)/overview \
+	$(VENV_PYTHON) scripts/compare_runs.py --overview --output_dir $(FAMILY)/overview \
 		"BLIP, zero-shot=$(FAMILY)/blip_vi/base" "BLIP + LoRA=$(FAMILY)/blip_vi/adapter" \
 		"ViT + GPT-2, untrained=$(FAMILY)/vit_gpt2_food/base" "ViT + GPT-2=$(FAMILY)/vit_gpt2_food/model" \
 		"ViT + Llama, untrained=$(FAMILY)/vit_llama_food/base" "ViT + Llama + LoRA=$(FAMILY)/vit_llama_food/adapter"
@@ -96,12 +96,12 @@ demo-family: setup
 # A grid of settings on the miniature: rank, depth, projector, label smoothing, resolution, two seeds each.
 ablation: export HF_HUB_OFFLINE = 1
 ablation: setup $(DEMO)/dataset/README.md
-	$(ENV_PYTHON) scripts/run_ablation.py --config recipes/configs/sft_qwen2vl_jp/ablation_demo.yaml
+	$(VENV_PYTHON) scripts/run_ablation.py --config recipes/configs/sft_qwen2vl_jp/ablation_demo.yaml
 
 # The committed checkpoints of the miniatures, pretrained again from their seeds.
 miniature: setup
 	for model in qwen2_vl blip vit gpt2 llama; do \
-		$(ENV_PYTHON) scripts/pretrain_miniature.py --model $$model --output_dir recipes/miniatures/$$model || exit 1; done
+		$(VENV_PYTHON) scripts/pretrain_miniature.py --model $$model --output_dir recipes/miniatures/$$model || exit 1; done
 
 clean:
 	rm -rf outputs build .venv .venv-* .uv

@@ -21,10 +21,13 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def declared(repo_root: Path, *extras: str) -> set[str]:
+def declared(repo_root: Path, extras: bool = False, tests: bool = False) -> set[str]:
+    """What every installation has; `extras`: with the optional packages, `tests`: with those of the tests too."""
     config = configparser.ConfigParser()
     config.read(repo_root / "setup.cfg", encoding="utf-8")
-    lists = [config["options"]["install_requires"], *(config["options.extras_require"][extra] for extra in extras)]
+    optional = dict(config["options.extras_require"]) if extras or tests else {}
+    lists = [config["options"]["install_requires"]]
+    lists += [text for extra, text in optional.items() if tests or extra != "test"]
     lines = [line for text in lists for line in text.split("\n") if line and not line.startswith("#")]
     return {normalised(re.match(r"[\w.-]+", line)[0]) for line in lines}
 
@@ -46,11 +49,9 @@ def imported(folder: Path) -> dict[str, Path]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("folder", "extras"), [("recipes", []), ("scripts", ["meteor"]), ("tests", ["meteor", "test"])]
-)
-def test_every_imported_package_is_declared(repo_root, folder, extras):
-    known = declared(repo_root, *extras)
+@pytest.mark.parametrize("folder", ["recipes", "scripts", "tests"])
+def test_every_imported_package_is_declared(repo_root, folder):
+    known = declared(repo_root, extras=True, tests=folder == "tests")
     undeclared = {
         name: str(path.relative_to(repo_root))
         for name, path in imported(repo_root / folder).items()
@@ -61,9 +62,9 @@ def test_every_imported_package_is_declared(repo_root, folder, extras):
     assert undeclared == {}, "declare these in setup.cfg"
 
 
-def test_a_user_needs_no_test_package(repo_root):
-    """An import at the head of a script would need what `make setup` leaves out."""
-    extra = declared(repo_root, "meteor", "test") - declared(repo_root)
+def test_a_user_needs_no_extra(repo_root):
+    """An import at the head of a module would need what `make setup` leaves out."""
+    extra = declared(repo_root, tests=True) - declared(repo_root)
     for folder in ("recipes", "scripts"):
         for path in (repo_root / folder).rglob("*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -78,7 +79,7 @@ def test_a_user_needs_no_test_package(repo_root):
 def test_constraints_hold_every_declared_package(repo_root):
     lines = (repo_root / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {normalised(line.split("==")[0]) for line in lines if "==" in line}
-    assert declared(repo_root, "meteor", "test") - pinned == set()
+    assert declared(repo_root, tests=True) - pinned == set()
 
 
 def test_this_python_is_one_that_was_tried(repo_root):
