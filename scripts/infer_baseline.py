@@ -49,6 +49,7 @@ from vlmcap.arguments import run_main
 from vlmcap.errors import UserError
 from vlmcap.evaluation.arguments import GenerationArguments
 from vlmcap.evaluation.tokenise import TOKENIZERS
+from vlmcap.places import as_typed_here
 
 TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
 
@@ -223,10 +224,10 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     if args.prompts:
         print(score_prompts(Path(args.output_dir), list(prompts), rows, args.tokenizer))
         return
+    command = as_typed_here("python scripts/eval_captioning.py")
     print(
-        f"{len(rows):,} captions in {args.output}; score them with\n  python scripts/eval_captioning.py --predictions"
-        f" {args.output} --dataset {args.dataset} --split {args.split} --output "
-        f"{Path(args.output).parent}/metrics.json"
+        f"{len(rows):,} captions in {args.output}; score them with\n  {command} --predictions {args.output} --dataset"
+        f" {args.dataset} --split {args.split} --output {Path(args.output).parent}/metrics.json"
     )
 
 

@@ -33,9 +33,10 @@ from vlmcap.data.sources import DataError, SourceFile
 from vlmcap.data.titles import word_counts, write_word_cloud
 from vlmcap.documents import parse_json
 from vlmcap.markdown import code_span, escape_unseen, prose
+from vlmcap.places import ROOT, check_miniature
 from vlmcap.upload import PushError, push_folder
 
-CARDS = Path(__file__).resolve().parents[3] / "dataset_cards"
+CARDS = ROOT / "dataset_cards"
 REPORT = "cleaning_report.json"
 WORD_CLOUD = "word_cloud.png"
 COLUMNS = {
@@ -88,6 +89,7 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
     release = RELEASE[args.source]
     seconds: dict[str, float] = {}
 
+    check_miniature(args.tokenizer or "")
     with _timed(seconds, "load tokenizer"):
         try:
             tokenizer = (

@@ -22,6 +22,7 @@ from vlmcap.evaluation.arguments import BeamArguments, GenerationArguments
 from vlmcap.evaluation.constraints import constraints
 from vlmcap.files import write_atomically
 from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
+from vlmcap.places import own_file
 
 
 class PredictionsError(UserError):
@@ -103,11 +104,12 @@ def read_words(path: str | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        words = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = Path(own_file(path)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PredictionsError(
             f"--avoid_words {path} cannot be read as UTF-8 text, one word a line: {error}"
         ) from error
+    words = [line.strip() for line in lines if line.strip()]
     if not words:
         raise PredictionsError(f"--avoid_words {path} holds no word. Write one a line, or leave the option out.")
     return words

@@ -43,6 +43,7 @@ from vlmcap.models.weights import (
     read_adapter,
     skeleton,
 )
+from vlmcap.places import check_miniature
 
 # Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
 # `lm_head` shares the embedding matrix.
@@ -98,6 +99,7 @@ def resolve_revision(name: str, revision: str | None) -> str | None:
     """
     if Path(name).exists():
         return None
+    check_miniature(name)
     if COMMIT.fullmatch(revision or ""):
         return revision
     with hub_errors(name, revision, "a model"):
@@ -259,7 +261,9 @@ def load_processor(
 
     Raises:
         ModelError: as `load_model`; or bounds were given, and the processor has none.
+        UserError: it is a miniature that is not here.
     """
+    check_miniature(name)
     with loading(name):
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if takes_pixel_bounds(processor):

@@ -21,9 +21,9 @@ from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.files import write_atomically
 from vlmcap.markdown import code_span, escape_unseen, fenced, prose, visible
+from vlmcap.places import ROOT, paths_root
 
-REPOSITORY = Path(__file__).parents[3]
-TEMPLATES = REPOSITORY / "model_cards"
+TEMPLATES = ROOT / "model_cards"
 EVAL_RESULTS = ".eval_results/captioning.yaml"
 # The smallest published bases, BLIP and ViT with GPT-2, have more than 200 million parameters, the miniatures a few.
 MINIATURE_PARAMETERS = 100_000_000
@@ -390,14 +390,15 @@ def is_hub_id(name: str) -> bool:
     """Whether a model or dataset id is "user/name" of the Hub and not a local folder that happens to look like one."""
     if len(name) > 96 or not HUB_ID.fullmatch(name):  # huggingface_hub's limit
         return False
-    return not Path(name).exists() and not (REPOSITORY / name).exists()
+    return not Path(name).exists() and not (paths_root() / name).exists()
 
 
 def local_name(path: str) -> str:
-    """How a card names a local folder: relative to this repository when inside it, else by its last part alone, so
-    that no card tells the world where somebody's home folder is."""
-    full = Path(os.path.abspath(REPOSITORY / path))
-    return full.relative_to(REPOSITORY).as_posix() if full.is_relative_to(REPOSITORY) else full.name
+    """How a card names a local folder: relative to the clone, or to the working folder of an installed package, when
+    inside it, else by its last part alone, so that no card tells the world where somebody's home folder is."""
+    root = paths_root()
+    full = Path(os.path.abspath(root / path))
+    return full.relative_to(root).as_posix() if full.is_relative_to(root) else full.name
 
 
 def load_snippet(base_id: str, repo_id: str, recipe: str = "sft_qwen2vl_jp") -> str:
