@@ -12,6 +12,7 @@ from trl import TrlParser
 from vlmcap.credentials import redact, refuse_credentials
 from vlmcap.documents import parse_yaml, shown
 from vlmcap.errors import UserError
+from vlmcap.versions import report_untested_versions
 
 
 class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -32,6 +33,7 @@ def run_main(
     if config and "--config" not in words:
         words = ["--config", str(config), *words]
     arguments = parse(manual, *dataclasses, command_line=words)
+    report_untested_versions()
     try:
         main(*arguments)
     except (OSError, UserError) as error:
