@@ -13,6 +13,7 @@ from vlmcap.credentials import redact, refuse_credentials
 from vlmcap.documents import parse_yaml, shown
 from vlmcap.errors import UserError
 from vlmcap.places import as_typed_here, own_file
+from vlmcap.versions import report_untested_versions
 
 
 class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -33,6 +34,7 @@ def run_main(
     if config and "--config" not in words:
         words = ["--config", str(config), *words]
     arguments = parse(manual, *dataclasses, command_line=words)
+    report_untested_versions()
     try:
         main(*arguments)
     except (OSError, UserError) as error:

@@ -1,0 +1,40 @@
+"""The library versions that the tests ran on, and one line where another is installed."""
+
+import os
+import sys
+from importlib import metadata
+
+# Libraries whose private methods this project overrides or calls (library_overrides.yaml). setup.cfg accepts these
+# minor versions and no others. `pip install -U transformers` installs another all the same.
+TESTED = {
+    "transformers": ("5.23.0", "5.24.0"),
+    "trl": ("1.16.0",),
+    "peft": ("0.21.2",),
+    "accelerate": ("1.15.0",),
+    "bitsandbytes": ("0.50.2",),
+    "evaluate": ("0.4.6",),
+    "sacrebleu": ("2.6.0",),
+}
+
+
+def minor(version: str) -> str:
+    """5.23 of 5.23.0."""
+    return ".".join(version.split(".")[:2])
+
+
+def untested_versions() -> str | None:
+    """A line that names each library of another minor version than the tested ones, and those; None without any."""
+    found = {name: metadata.version(name) for name in TESTED}
+    others = [
+        f"{name} {version} is installed, and tested is {' and '.join(TESTED[name])}"
+        for name, version in found.items()
+        if minor(version) not in map(minor, TESTED[name])
+    ]
+    return f"Note: {'; '.join(others)}. Results may differ." if others else None
+
+
+def report_untested_versions() -> None:
+    """Prints `untested_versions` to stderr, in one process of a run."""
+    line = untested_versions()
+    if line and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
