@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM = false
 # machine; without any (OMP_WAIT_POLICY = PASSIVE) it is twice as slow on every one.
 export GOMP_SPINCOUNT = 20000
 
-.PHONY: setup setup-test test lint fuzz demo demo-family ablation miniature clean
+.PHONY: setup setup-test test test-all lint fuzz demo demo-family ablation miniature clean
 
 setup: $(VENV)/.ready
 
@@ -41,9 +41,16 @@ $(VENV)/.ready-test: $(VENV)/.ready
 
 # Two processes, each with a hub of its own; much of the time goes into starting Python and Java. The models are so small
 # that a second thread costs more than it brings.
-test: export OMP_NUM_THREADS = 1
-test: setup-test lint
-	$(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test test-all: export OMP_NUM_THREADS = 1
+
+# Quick: needs no network, browser, Java or real data. Its last line says what was left out (tests/conftest.py).
+test: setup-test
+	$(PYTEST) --quick
+
+# Everything. A test that is skipped because a tool is missing fails; real data may be missing.
+test-all: setup-test lint
+	$(PYTEST) --complete -rs
 
 lint: setup-test
 	$(VENV)/bin/ruff check .

@@ -80,7 +80,7 @@ def test_in_4bit_on_every_processor(run_script, repo_root, dataset, miniature_di
     for name, path in (("plain", ""), ("forced", f"{forced}:{forced / 'kernels_installed'}")):
         output = tmp_path / name / "predictions.jsonl"
         arguments = ("--model", miniature_dir, "--load_in_4bit", "--output", output, *dataset)
-        done = run_script("infer_baseline.py", *arguments, env={"PYTHONPATH": path})
+        done = run_script("infer_baseline.py", *arguments, env={"PYTHONPATH": path}, fresh=True)
         assert "kernels-community" not in done.stderr
         captions.append(output.read_text(encoding="utf-8"))
     assert captions[0] == captions[1]

@@ -77,7 +77,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     again = tmp_path / "again/predictions.jsonl"
     model = ["--model", "recipes/miniatures/qwen2_vl", "--adapter", "user/miniature-ja", "--load_in_4bit"]
     data = ["--dataset", "user/scenes", "--output", again, "--generation_batch_size", 50, "--max_new_tokens", 24]
-    run_script("infer_baseline.py", *model, *data, env={"HF_HOME": str(tmp_path / "clean_home")})
+    run_script("infer_baseline.py", *model, *data, env={"HF_HOME": str(tmp_path / "clean_home")}, fresh=True)
     assert captions(again) == captions(run / "adapter/predictions.jsonl")
     references = ["--dataset", "user/scenes", "--split", "test"]
     run_script("eval_captioning.py", "--predictions", again, *references, "--output", tmp_path / "again/metrics.json")

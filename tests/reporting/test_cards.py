@@ -3,10 +3,7 @@
 import ast
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -292,7 +289,7 @@ def test_what_makes_no_honest_card_is_refused(tmp_path):
         write(tmp_path, other)
 
 
-def test_quick_start_runs(tmp_path, miniature_dir, repo_root, repacking_processor):
+def test_quick_start_runs(fresh_python, tmp_path, miniature_dir, repo_root, repacking_processor):
     """The card's own code, in a fresh process, on the miniature in NF4 with an untrained adapter."""
     from peft import LoraConfig, get_peft_model
     from PIL import Image
@@ -308,9 +305,7 @@ def test_quick_start_runs(tmp_path, miniature_dir, repo_root, repacking_processo
         run["model"]["quantization"] = "nf4"
     code = snippet(render_adapter_card(metrics)).replace('"adapter"', repr(str(tmp_path / "adapter")))
     code = code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg")))
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("\n")
+    assert fresh_python(code, folder=repo_root).endswith("\n")
 
 
 HUB = {
@@ -478,7 +473,7 @@ def saved_by(recipe: str, folder, miniatures):
 
 
 @pytest.mark.parametrize("recipe", PARTS)
-def test_quick_starts_of_the_family_run(recipe, tmp_path, repo_root):
+def test_quick_starts_of_the_family_run(fresh_python, recipe, tmp_path, repo_root):
     """The card's own code, in a fresh process, on what the recipe saves; BLIP's without `vlmcap` says the same."""
     from PIL import Image
 
@@ -493,9 +488,5 @@ def test_quick_starts_of_the_family_run(recipe, tmp_path, repo_root):
         code = code.replace('"user/Llama-x"', repr(str(folder))).replace(
             '"photo.jpg"', repr(str(tmp_path / "photo.jpg"))
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=repo_root, env=os.environ, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+        said.append(fresh_python(code, folder=repo_root))
     assert said[0].endswith("\n") and len(set(said)) == 1

@@ -112,7 +112,7 @@ def visit(browser, beacon):
     def open_page(path: Path) -> int | None:
         contexts.append(browser.new_context())
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(300_000)
         page.on("dialog", lambda dialog: dialog.dismiss())
         page.goto(path.as_uri())
         done = page.evaluate(PROBES.replace("BEACON", beacon.url))
