@@ -6,9 +6,9 @@
 One command, from publish to card. It builds the model that recipes/configs/sft_qwen2vl_jp/base.yaml names from its
 configuration, tokenizer and processor alone (Qwen2-VL-2B-Instruct: 2,208,985,600 random weights in bfloat16). It
 publishes a few pictures with scripts/publish_datasets.py and runs recipes/sft_qwen2vl_jp.py with that configuration:
-two steps of two images, captions of base and adapter, scores, audit and card. Then it prints the memory that the recipe
-expected beside what was measured, and the seconds of a step. What breaks at the real size breaks here. The captions and
-scores mean nothing: nobody has trained these weights.
+two steps of two images, captions of base and adapter, scores, audit and card. Then it prints the memory that the
+recipe expected beside what was measured, and the seconds of a step. What breaks at the real size breaks here. The
+captions and scores mean nothing: nobody has trained these weights.
 
 It needs about 13 GiB of free memory and 8 GB of disk, and takes ten minutes on two CPU cores that do nothing else; it
 checks for both before it starts. On a machine with a GPU it uses that.
