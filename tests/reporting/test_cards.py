@@ -430,6 +430,36 @@ def test_what_the_licence_of_llama_asks_for_is_on_the_card():
         assert "Built with Llama" not in card and "Meta" not in card
 
 
+def test_smollm2_is_under_its_own_licence_and_no_derivative_of_llama():
+    metrics = family_document("sft_vit_llama_food")
+    for run in (metrics, metrics["base"]):
+        run["model"]["parts"]["decoder"]["id"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    card = render_adapter_card(metrics, "user/dishes")
+    data = ModelCard(card).data
+    assert data.license == "apache-2.0" and "miniature" not in data.tags
+    assert data.base_model == ["google/vit-base-patch16-224-in21k", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert "under Apache-2.0, as SmolLM2 is" in prose(card) and "ViT is under Apache-2.0 too" in prose(card)
+    assert not re.search("Built with Llama|Llama 3.2|asks you to accept|miniature", card)
+
+
+def test_a_miniature_encoder_is_said_where_the_text_weights_are_real():
+    metrics = family_document("sft_vit_llama_food", miniature=True)
+    for run in (metrics, metrics["base"]):
+        run["model"] |= {"parameters": 135_234_567}
+        run["model"]["parts"]["decoder"]["id"] = "outputs/smollm2/SmolLM2-135M-Instruct"
+    card = render_adapter_card(metrics)
+    data = ModelCard(card).data
+    assert data.license == "apache-2.0" and "miniature" in data.tags and data.base_model is None
+    assert "It sees through the project's miniature" in card and "no evidence about titles of photographs" in prose(
+        card
+    )
+    assert "was trained on rendered scenes" in prose(card) and "It knows coloured shapes only" in card
+    assert "scripts/fetch_smollm2.py" in card and "The miniature ViT is under Apache-2.0" in prose(card)
+    assert not re.search(
+        "Built with Llama|allergies|machinery learns|local folder \\(`recipes/miniatures/vit \\+", card
+    )
+
+
 def test_nf4_is_said_where_the_quick_start_is():
     metrics = family_document("sft_vit_llama_food")
     assert "NF4" not in render_adapter_card(metrics)

@@ -28,6 +28,8 @@ EVAL_RESULTS = ".eval_results/captioning.yaml"
 # The smallest published bases, BLIP and ViT with GPT-2, have more than 200 million parameters, the miniatures a few.
 MINIATURE_PARAMETERS = 100_000_000
 LLAMA = "llama-3.2"  # in the id of every model under the licence of Llama 3.2
+SMOLLM2 = "smollm2"  # in the id of every SmolLM2: of Llama's architecture, trained by others, under Apache-2.0
+MINIATURES = "recipes/miniatures/"
 # What a document must hold before a card can be printed: the scorer's part, the run record's, the recipe's.
 REQUIRED = (
     "scores signatures counts model dataset prompt decoding saw hardware seconds images_per_second peak_memory_bytes "
@@ -238,7 +240,9 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
             training=training,
             title=_title(metrics),
             miniature=is_miniature(metrics),
+            miniature_encoder=miniature_encoder(metrics),
             built_with_llama=built_with_llama(metrics),
+            smollm2=_is_decoder(metrics, SMOLLM2),
             base_on_hub=_on_hub(metrics),
             base_name=" + ".join(_name(part["id"]) for part in parts.values()),
             base_link=Markup(" with ".join(_link(part["id"]) for part in parts.values())),
@@ -381,9 +385,19 @@ def is_miniature(metrics: dict) -> bool:
     return metrics["base"]["model"]["parameters"] < MINIATURE_PARAMETERS
 
 
+def miniature_encoder(metrics: dict) -> bool:
+    """Whether pictures are seen by a miniature of the project, while the text model is a real one."""
+    encoder = model_parts(metrics["model"]).get("encoder", {"id": ""})["id"]
+    return encoder.startswith(MINIATURES) and not is_miniature(metrics)
+
+
 def built_with_llama(metrics: dict) -> bool:
     """Whether the licence of Llama 3.2 holds for what was trained: its decoder is one, by its name."""
-    return LLAMA in model_parts(metrics["model"]).get("decoder", {"id": ""})["id"].lower()
+    return _is_decoder(metrics, LLAMA)
+
+
+def _is_decoder(metrics: dict, name: str) -> bool:
+    return name in model_parts(metrics["model"]).get("decoder", {"id": ""})["id"].lower()
 
 
 def is_hub_id(name: str) -> bool:
@@ -543,7 +557,7 @@ def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
         library_name="transformers" if whole else "peft",
         license=_license(metrics),
         pipeline_tag=recipe.pipeline_tag,
-        tags=tags + (["miniature"] if is_miniature(metrics) else []),
+        tags=tags + (["miniature"] if is_miniature(metrics) or miniature_encoder(metrics) else []),
         model_name=repo_id.split("/")[1] if repo_id else _title(metrics),
         eval_results=results,
     )
@@ -551,7 +565,7 @@ def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
 
 def _license(metrics: dict) -> str:
     license_ = recipe_of(metrics).license
-    if is_miniature(metrics):
+    if is_miniature(metrics) or _is_decoder(metrics, SMOLLM2):
         return "apache-2.0"
     return "other" if license_ == "llama3.2" and not built_with_llama(metrics) else license_
 
