@@ -29,7 +29,7 @@ setup: $(VENV)/.ready
 INSTALL := $(UV) pip install --quiet --python $(VENV_PYTHON) --constraint constraints.txt --compile-bytecode
 $(VENV)/.ready: setup.cfg constraints.txt pyproject.toml
 	test -x $(UV) || python3 -m pip install --quiet --target .uv "uv==0.13.8"
-	test -x $(VENV_PYTHON) || $(UV) venv --quiet --python "$(WANTED)" $(VENV)
+	test -x $(VENV_PYTHON) || $(UV) venv --quiet --seed --python "$(WANTED)" $(VENV)
 	$(INSTALL) --editable ".$(if $(shell command -v java),[meteor])"
 	touch $@
 
