@@ -348,7 +348,7 @@ def other_version(tmp_path):
 def test_another_version_prints_one_line(run_script, other_version, tmp_path):
     """Of a script that begins, and not of its help. Another patch of a tested minor version prints nothing."""
     environment = other_version(trl="9.9.9", peft="0.0.1", accelerate="1.15.99")
-    arguments = ("draw_scenes.py", "--output_dir", tmp_path / "scenes", "--train_images", 2)
+    arguments = ("draw_scenes.py", "--output_dir", tmp_path / "scenes", "--train", 2, "--validation", 1, "--test", 1)
     done = run_script(*arguments, env=environment)
     notes = [line for line in done.stderr.splitlines() if line.startswith("Note:")]
     assert notes == [
