@@ -22,8 +22,7 @@ setup: .venv/.ready
 	$(UV) pip install --quiet --python $(PYTHON) --constraint constraints.txt --compile-bytecode --editable ".[test]"
 	touch $@
 
-# Two processes, each with a hub of its own; much of the time goes into starting Python and Java. The models are so small
-# that a second thread costs more than it brings.
+# Two processes, each with a hub of its own. The models are so small that a second thread costs more than it brings.
 PYTEST = $(PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test test-all: export OMP_NUM_THREADS = 1
 
