@@ -40,9 +40,8 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	$(INSTALL) --editable ".[meteor,test]"
 	touch $@
 
-# Two processes, each with a hub of its own; much of the time goes into starting Python and Java. The models are so small
-# that a second thread costs more than it brings.
-PYTEST := $(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two processes, each with a hub of its own. The models are so small that a second thread costs more than it brings.
+PYTEST = $(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test test-all: export OMP_NUM_THREADS = 1
 
 # Quick: needs no network, browser, Java or real data. Its last line says what was left out (tests/conftest.py).

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.faults import ranks
 from tests.local_hub import Hub
@@ -58,18 +59,28 @@ def processor_flags() -> set[str]:
     return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
 
 
-# What `make test` leaves out (--quick), by where a test stands below tests/ or by a fixture that it uses.
-SLOW = {
-    "faults/": "inject faults",
-}
-FIXTURES = {
-    "browser": "need Chromium",
-    "java": "need Java",
-    "compiler": "need a C++ compiler",
-    "environments": "need a package index",
-    "data_dir": "need real data",
-    "fresh_python": "start Python anew",
-}
+# What `make test` leaves out (--quick): tests below a place in tests/ that use a fixture ("": all there), and why.
+SLOW = [
+    ("", "browser", "need Chromium"),
+    ("", "java", "need Java"),
+    ("", "compiler", "need a C++ compiler"),
+    ("", "environments", "need a package index"),
+    ("", "data_dir", "need real data"),
+    ("", "fresh_python", "start Python anew"),
+    ("", "grid_to_run", "launch recipes"),
+    ("recipes/", "run_script", "launch recipes"),
+    ("recipes/test_wheel.py", "python", "launch recipes"),
+    ("test_startup.py", "answers", "start Python anew"),
+    ("training/test_bench.py", "run_script", "run a benchmark"),
+    ("invariants/test_processes.py", "", "train in several processes"),
+    ("invariants/test_processors.py", "", "train in several processes"),
+    ("faults/test_training.py", "", "kill or stop processes"),
+    ("faults/test_processes.py", "", "kill or stop processes"),
+    ("faults/test_predictions.py", "", "kill or stop processes"),
+    ("faults/test_builds.py", "", "kill or stop processes"),
+    ("faults/test_secrets.py", "", "search all files of a run"),
+    ("fuzz/", "", "fuzz"),
+]
 # `make test-all` (--complete) fails a test that is skipped, but for what nobody can install.
 MAY_BE_SKIPPED = ("needs real data", "this kernel ", "this processor ")
 LEFT_OUT: Counter[str] = Counter()
@@ -81,24 +92,21 @@ def pytest_addoption(parser):
     group.addoption("--complete", action="store_true", help="fail a test that is skipped because a tool is missing")
 
 
-def slow(item) -> str | None:
-    """The entry of SLOW that a test falls under."""
-    path = item.path.relative_to(REPO_ROOT / "tests").as_posix()
-    return next((key for key in SLOW if path.startswith(key)), None)
-
-
 def pytest_collection_modifyitems(config, items):
-    # The longest first: no process has to wait for another at the end.
-    items.sort(key=lambda item: slow(item) is None)
+    why = {item: slow(item) for item in items}
+    items.sort(key=lambda item: why[item] is None)  # the longest first: no process waits for another at the end
     if not config.getoption("quick"):
         return
-    kept, left_out = [], []
-    for item in items:
-        why = next((FIXTURES[name] for name in FIXTURES if name in item.fixturenames), SLOW.get(slow(item)))
-        (left_out if why else kept).append(item)
-        LEFT_OUT.update([why] if why else [])
+    LEFT_OUT.update(filter(None, why.values()))
+    left_out, items[:] = ([item for item in items if (why[item] is None) is kept] for kept in (False, True))
     config.hook.pytest_deselected(items=left_out)
-    items[:] = kept
+
+
+def slow(item) -> str | None:
+    """Why a quick run leaves a test out; None if it does not."""
+    path = item.path.relative_to(REPO_ROOT / "tests").as_posix()
+    rules = (why for place, name, why in SLOW if path.startswith(place) and (not name or name in item.fixturenames))
+    return next(rules, None)
 
 
 def pytest_sessionfinish(session):
@@ -127,6 +135,11 @@ def pytest_runtest_makereport(item, call):
         if not reason.startswith(MAY_BE_SKIPPED):
             report.outcome, report.longrepr = "failed", f"--complete, and this would be skipped: {reason}"
     return report
+
+
+# Hypothesis fails an example that takes 0.2 s, and a draw that takes 1 s: on a busy machine any does.
+settings.register_profile("vlmcap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vlmcap")
 
 
 def pytest_terminal_summary(terminalreporter):

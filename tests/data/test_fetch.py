@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vlmcap.data.fetch
 from tests.faults import ranks
 from tests.local_hub import Fault
 from vlmcap.data.fetch import FetchStopped, fetch_dataset_images, fetch_images
@@ -363,6 +364,7 @@ def test_one_photograph_in_two_splits_is_fetched_once(server, rows, tmp_path):
 def fetch(rows, folder) -> None:
     # A shell starts background jobs with SIGINT ignored, and children inherit that: the tests may run in one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    vlmcap.data.fetch.TIMEOUT = (3600, 3600)  # the stalled photograph is waited for until this process is killed
     fetch_images(rows, folder, concurrency=2)
 
 

@@ -89,6 +89,7 @@ def _run_file(path, words, folder, environment, out, err):
         with file.open("ab") as opened:
             os.dup2(opened.fileno(), number)
     os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)  # Python's own choice again, not that of this process
     sys.argv, sys.path[:0] = [str(path), *words], [str(path.parent)]
     runpy.run_path(str(path), run_name="__main__")
 

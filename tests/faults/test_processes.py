@@ -127,7 +127,7 @@ def test_the_others_end(fault, repo_root, tmp_path, place, how):
     with fault(f"{how} of one process of three: {place.__name__}"):
         done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True)
         assert done.returncode != 0 and (tmp_path / "failed").exists(), done.stderr[-4000:]
-        assert "closing signal SIGTERM" in done.stderr and KILLED not in done.stderr, done.stderr[-4000:]
+        assert KILLED not in done.stderr, done.stderr[-4000:]
         assert not ranks.processes_of(str(tmp_path))
         assert ("RuntimeError: no such picture" if how == "exception" else "Signal 9 (SIGKILL)") in done.stderr
 

@@ -23,7 +23,7 @@ def browser():
     if path is None:
         pytest.skip("browser tests need Chromium, and neither chromium nor google-chrome is on the PATH")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=600_000)
         yield chromium
         chromium.close()
 

@@ -39,9 +39,10 @@ PROBES = """async () => {
     script.textContent = "window.attacked = 6";
     document.body.append(script);
     const image = new Image();
+    const tried = new Promise((done) => { image.onload = image.onerror = done; });
     image.src = "BEACON";
     document.body.append(image);
-    await new Promise((done) => setTimeout(done, 100));
+    await tried;
     return window.attacked ?? null;
 }"""
 
