@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, set_seed
 
 from vlmcap.data.scenes import write_scene_dataset
 from vlmcap.documents import parse_json, parse_yaml
@@ -107,8 +107,8 @@ def write_random_weights(folder: Path, seed: int) -> None:
     set_seed(seed)
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    # The tokenizer's end of text, which a model published without this file would not know.
-    model.generation_config.eos_token_id = config.get_text_config().eos_token_id
+    if (folder / "generation_config.json").is_file():  # with the tokens that end a caption
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.save_pretrained(folder)
 
 
