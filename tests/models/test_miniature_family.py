@@ -1,5 +1,7 @@
 """The other miniatures are small, of the real models' kind, know what they should, and can be made again."""
 
+import runpy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -140,3 +142,8 @@ def test_pretraining_is_seeded_and_started_by_the_script(tmp_path, run_script):
     for key in a:
         torch.testing.assert_close(a[key], b[key])
     assert (tmp_path / "a/tokenizer.json").read_bytes() == (tmp_path / "b/tokenizer.json").read_bytes()
+
+
+def test_the_script_offers_every_model(repo_root):
+    script = runpy.run_path(str(repo_root / "scripts/pretrain_miniature.py"))
+    assert script["MODELS"] == ("qwen2_vl", *PRETRAIN)

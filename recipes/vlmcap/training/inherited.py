@@ -78,15 +78,18 @@ def read_fields(classes: tuple[tuple[str, str], ...]) -> type:
     """A dataclass with the fields of the last of the classes and of its parents, read from their source files.
 
     Raises:
-        LookupError: a file does not hold the class, or a field is defined with something that is not known here.
+        LookupError: a file does not hold the class, it has other parents, or a field is defined with something that is
+            not known here.
         OSError: there is no such file.
     """
-    names = dict(KNOWN)
+    names, parents = dict(KNOWN), []
     for path, name in classes:
         package = path.split("/")[0]
         file = Path(find_spec(package).submodule_search_locations[0]).parent / path
         module = ast.parse(file.read_text(encoding="utf-8"))
         definition = _class(module, name)
+        if [ast.unparse(base) for base in definition.bases] != parents:
+            raise LookupError(f"{name} has other parents than {parents}")
         definition.body = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
         loaded = [
             node for node in ast.walk(definition) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
@@ -95,6 +98,7 @@ def read_fields(classes: tuple[tuple[str, str], ...]) -> type:
             if used not in names and not hasattr(builtins, used):
                 names[used] = _enumeration(module, file, used)
         exec(compile(ast.Module([definition], []), str(file), "exec"), names)
+        parents = [name]
     return names[name]
 
 
