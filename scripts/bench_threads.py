@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.places import check_miniature
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -65,6 +66,7 @@ class BenchArguments:
 def main(args: BenchArguments) -> None:
     if unknown := [name for name in args.settings if name not in SETTINGS]:
         sys.exit(f"error: {unknown[0]!r} is none of {', '.join(SETTINGS)}")
+    check_miniature(str(REPOSITORY / "recipes/miniatures/qwen2_vl"))
     with tempfile.TemporaryDirectory() as folder:
         result = bench(args, Path(folder))
     if args.json:

@@ -25,12 +25,12 @@ from vlmcap.evaluation.generate import caption_images
 from vlmcap.evaluation.scoring import quick_scores
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.models.load import load_model, load_processor, lora_config
+from vlmcap.places import ROOT
 from vlmcap.training.collator import BadImages
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
-RECIPES = Path(__file__).resolve().parents[2]
-DEMO = RECIPES / "configs/sft_qwen2vl_jp/demo.yaml"
-MINIATURE = RECIPES / "miniatures/qwen2_vl"
+DEMO = ROOT / "recipes/configs/sft_qwen2vl_jp/demo.yaml"
+MINIATURE = ROOT / "recipes/miniatures/qwen2_vl"
 SEEDS = (42, 43, 44)  # of LoRA's weights, dropout and the order of captions
 # Learning rate and steps of the left panel: the demo's before this measurement, which may change demo.yaml.
 SAME_RATE, SAME_STEPS = 5e-3, 300
