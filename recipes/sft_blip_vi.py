@@ -25,25 +25,11 @@ import gc
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-from transformers import set_seed
-
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.generate import BeamArguments, model_record
-from vlmcap.evaluation.tokenise import tokenizer_signature
-from vlmcap.models.blip import BlipArguments, add_lora, learn_vietnamese, load_blip, load_blip_adapter
-from vlmcap.models.load import resolve_revision
-from vlmcap.reporting.recipe import begin, finish_captioner
-from vlmcap.training.captioner import (
-    REPORTED_SETTINGS,
-    CaptionerDataArguments,
-    CaptionerTrainer,
-    CaptionerTrainingArguments,
-    captioner_report,
-    check_caption_lengths,
-)
-from vlmcap.training.start import load_splits, save_trained
+from vlmcap.evaluation.arguments import BeamArguments
+from vlmcap.models.arguments import BlipArguments
+from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields
+from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_blip_vi/base.yaml"
 
@@ -52,8 +38,32 @@ def main(
     data_args: CaptionerDataArguments,
     model_args: BlipArguments,
     beam_args: BeamArguments,
-    training_args: CaptionerTrainingArguments,
+    settings: CaptionerFields,
 ) -> None:
+    # What takes seconds to import comes when the command line is right and there is a dataset.
+    from vlmcap.training.early import check_early
+
+    check_early(settings, data_args)
+
+    import torch
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from vlmcap.evaluation.generate import model_record
+    from vlmcap.evaluation.tokenise import tokenizer_signature
+    from vlmcap.models.blip import add_lora, learn_vietnamese, load_blip, load_blip_adapter
+    from vlmcap.models.load import resolve_revision
+    from vlmcap.reporting.recipe import begin, finish_captioner
+    from vlmcap.training.captioner import (
+        REPORTED_SETTINGS,
+        CaptionerTrainer,
+        CaptionerTrainingArguments,
+        captioner_report,
+        check_caption_lengths,
+    )
+    from vlmcap.training.start import load_splits, save_trained
+
+    training_args = complete(CaptionerTrainingArguments, settings)
     adapter_dir = Path(training_args.output_dir) / "adapter"
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(beam_args)}
     run = begin(training_args, REPORTED_SETTINGS, **groups)
@@ -106,7 +116,7 @@ def main(
     )
 
 
-ARGUMENTS = (CaptionerDataArguments, BlipArguments, BeamArguments, CaptionerTrainingArguments)
+ARGUMENTS = (CaptionerDataArguments, BlipArguments, BeamArguments, parsed_as(CaptionerFields, TRAINING_ARGUMENTS))
 
 if __name__ == "__main__":
     run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)

@@ -28,37 +28,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.audit import read_instances, write_audit
-from vlmcap.evaluation.generate import (
-    GenerationArguments,
-    decoding_record,
-    generate,
-    image_size_record,
-    model_record,
-)
-from vlmcap.evaluation.lexicon import Lexicon
-from vlmcap.evaluation.tokenise import tokenizer_signature
-from vlmcap.models.load import (
-    ModelArguments,
-    chat_prompt,
-    load_adapter,
-    load_model,
-    load_processor,
-    lora_config,
-    resolve_revision,
-)
-from vlmcap.reporting.cards import write_adapter_card
-from vlmcap.reporting.hub import push_adapter
-from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
-from vlmcap.training.features import cache_features
-from vlmcap.training.report import training_report
-from vlmcap.training.start import SplitArguments, load_splits, save_trained
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
-from vlmcap.training.validation import CaptionValidation
+from vlmcap.evaluation.arguments import GenerationArguments
+from vlmcap.models.arguments import ModelArguments
+from vlmcap.training.arguments import CaptionSFTFields, SplitArguments
+from vlmcap.training.inherited import SFT_CONFIG, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
 
@@ -117,8 +91,38 @@ def main(
     data_args: DataArguments,
     model_args: ModelArguments,
     generation_args: GenerationArguments,
-    training_args: CaptionSFTConfig,
+    settings: CaptionSFTFields,
 ) -> None:
+    # What takes seconds to import comes when the command line is right and there is a dataset.
+    from vlmcap.training.early import check_early
+
+    check_early(settings, data_args)
+
+    import torch
+    from accelerate import PartialState
+
+    from vlmcap.evaluation.audit import read_instances, write_audit
+    from vlmcap.evaluation.generate import decoding_record, generate, image_size_record, model_record
+    from vlmcap.evaluation.lexicon import Lexicon
+    from vlmcap.evaluation.tokenise import tokenizer_signature
+    from vlmcap.models.load import (
+        chat_prompt,
+        load_adapter,
+        load_model,
+        load_processor,
+        lora_config,
+        resolve_revision,
+    )
+    from vlmcap.reporting.cards import write_adapter_card
+    from vlmcap.reporting.hub import push_adapter
+    from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
+    from vlmcap.training.features import cache_features
+    from vlmcap.training.report import training_report
+    from vlmcap.training.start import load_splits, save_trained
+    from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+    from vlmcap.training.validation import CaptionValidation
+
+    training_args = complete(CaptionSFTConfig, settings)
     adapter_dir = Path(training_args.output_dir) / "adapter"
     is_main = PartialState().is_main_process
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
@@ -217,7 +221,7 @@ def main(
         print(f"Pushed to {push_adapter(adapter_dir, run.push_to)}")
 
 
-ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, CaptionSFTConfig)
+ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, parsed_as(CaptionSFTFields, SFT_CONFIG))
 
 if __name__ == "__main__":
     run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)

@@ -23,51 +23,48 @@ metrics.json each, the whole model with its processor and model card in `model/`
 """
 
 import gc
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.generate import BeamArguments
-from vlmcap.evaluation.tokenise import tokenizer_signature
-from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
-from vlmcap.reporting.recipe import begin, finish_captioner
-from vlmcap.training.captioner import (
-    REPORTED_SETTINGS,
-    CaptionerDataArguments,
-    CaptionerTrainer,
-    CaptionerTrainingArguments,
-    captioner_report,
-    check_caption_lengths,
-    resolve_parts,
-    two_part_record,
-)
-from vlmcap.training.start import load_splits, save_trained
+from vlmcap.evaluation.arguments import BeamArguments
+from vlmcap.models.arguments import VitGpt2Arguments
+from vlmcap.training.arguments import CaptionerDataArguments, FoodFields
+from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_gpt2_food/base.yaml"
-
-
-@dataclass
-class FoodTrainingArguments(CaptionerTrainingArguments):
-    """CaptionerTrainingArguments with a learning rate for each half."""
-
-    encoder_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the ViT; learning_rate if left out."}
-    )
-    decoder_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of GPT-2 and its cross-attention; learning_rate if left out."}
-    )
 
 
 def main(
     data_args: CaptionerDataArguments,
     model_args: VitGpt2Arguments,
     beam_args: BeamArguments,
-    training_args: FoodTrainingArguments,
+    settings: FoodFields,
 ) -> None:
+    # What takes seconds to import comes when the command line is right and there is a dataset.
+    from vlmcap.training.early import check_early
+
+    check_early(settings, data_args)
+
+    import torch
+    from accelerate import PartialState
+
+    from vlmcap.evaluation.tokenise import tokenizer_signature
+    from vlmcap.models.vit_gpt2 import build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
+    from vlmcap.reporting.recipe import begin, finish_captioner
+    from vlmcap.training.captioner import (
+        REPORTED_SETTINGS,
+        CaptionerTrainer,
+        FoodTrainingArguments,
+        captioner_report,
+        check_caption_lengths,
+        resolve_parts,
+        two_part_record,
+    )
+    from vlmcap.training.start import load_splits, save_trained
+
+    training_args = complete(FoodTrainingArguments, settings)
     model_dir = Path(training_args.output_dir) / "model"
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(beam_args)}
     reported = [*REPORTED_SETTINGS, "encoder_learning_rate", "decoder_learning_rate"]
@@ -123,7 +120,7 @@ def main(
     )
 
 
-ARGUMENTS = (CaptionerDataArguments, VitGpt2Arguments, BeamArguments, FoodTrainingArguments)
+ARGUMENTS = (CaptionerDataArguments, VitGpt2Arguments, BeamArguments, parsed_as(FoodFields, TRAINING_ARGUMENTS))
 
 if __name__ == "__main__":
     run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)

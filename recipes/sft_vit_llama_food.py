@@ -30,27 +30,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-from transformers import set_seed
-
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.generate import BeamArguments
-from vlmcap.evaluation.tokenise import tokenizer_signature
-from vlmcap.models.vit_llama import VitLlamaArguments, add_lora, build_vit_llama, load_vit_llama
-from vlmcap.reporting.hub import check_llama_name
-from vlmcap.reporting.recipe import begin, finish_captioner
-from vlmcap.training.captioner import (
-    REPORTED_SETTINGS,
-    CaptionerDataArguments,
-    CaptionerTrainer,
-    CaptionerTrainingArguments,
-    captioner_report,
-    check_caption_lengths,
-    resolve_parts,
-    two_part_record,
-)
-from vlmcap.training.start import load_splits, save_trained
+from vlmcap.evaluation.arguments import BeamArguments
+from vlmcap.models.arguments import VitLlamaArguments
+from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields
+from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_llama_food/base.yaml"
 
@@ -59,8 +43,33 @@ def main(
     data_args: CaptionerDataArguments,
     model_args: VitLlamaArguments,
     beam_args: BeamArguments,
-    training_args: CaptionerTrainingArguments,
+    settings: CaptionerFields,
 ) -> None:
+    # What takes seconds to import comes when the command line is right and there is a dataset.
+    from vlmcap.training.early import check_early
+
+    check_early(settings, data_args)
+
+    import torch
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from vlmcap.evaluation.tokenise import tokenizer_signature
+    from vlmcap.models.vit_llama import add_lora, build_vit_llama, load_vit_llama
+    from vlmcap.reporting.hub import check_llama_name
+    from vlmcap.reporting.recipe import begin, finish_captioner
+    from vlmcap.training.captioner import (
+        REPORTED_SETTINGS,
+        CaptionerTrainer,
+        CaptionerTrainingArguments,
+        captioner_report,
+        check_caption_lengths,
+        resolve_parts,
+        two_part_record,
+    )
+    from vlmcap.training.start import load_splits, save_trained
+
+    training_args = complete(CaptionerTrainingArguments, settings)
     adapter_dir = Path(training_args.output_dir) / "adapter"
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(beam_args)}
     run = begin(training_args, REPORTED_SETTINGS, **groups)
@@ -111,7 +120,7 @@ def main(
     )
 
 
-ARGUMENTS = (CaptionerDataArguments, VitLlamaArguments, BeamArguments, CaptionerTrainingArguments)
+ARGUMENTS = (CaptionerDataArguments, VitLlamaArguments, BeamArguments, parsed_as(CaptionerFields, TRAINING_ARGUMENTS))
 
 if __name__ == "__main__":
     run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)

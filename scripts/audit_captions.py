@@ -30,13 +30,9 @@ model's, finds the captions that were cut at max_new_tokens; without it the last
 
 from dataclasses import dataclass, field
 
-import datasets
-from transformers import AutoTokenizer
-
 from vlmcap.arguments import run_main
-from vlmcap.data.images import DatasetError, load_captions
-from vlmcap.evaluation.audit import HELD_BACK, AuditError, audit_table, read_audit, write_audit, write_review_queue
-from vlmcap.evaluation.scoring import dataset_references, read_references
+from vlmcap.errors import UserError
+from vlmcap.evaluation.arguments import HELD_BACK
 
 
 @dataclass
@@ -71,8 +67,12 @@ class AuditArguments:
     output: str = field(default="audit.json", metadata={"help": "Where to write the audit."})
 
 
-def load_rows(dataset: str, split: str, image_dir: str | None) -> datasets.Dataset:
+def load_rows(dataset: str, split: str, image_dir: str | None):
     """A split with its pictures where they are at hand, without them otherwise."""
+    import datasets
+
+    from vlmcap.data.images import DatasetError, load_captions
+
     try:
         return load_captions(dataset, split, image_dir)
     except DatasetError:
@@ -82,11 +82,17 @@ def load_rows(dataset: str, split: str, image_dir: str | None) -> datasets.Datas
 
 
 def main(args: AuditArguments) -> None:
+    if args.predictions is None and not args.compare:
+        raise UserError("give --predictions FILE, or --compare with two audits")
+
+    from transformers import AutoTokenizer
+
+    from vlmcap.evaluation.audit import audit_table, read_audit, write_audit, write_review_queue
+    from vlmcap.evaluation.scoring import dataset_references, read_references
+
     if args.compare:
         print(audit_table({path: read_audit(path) for path in args.compare}))
         return
-    if args.predictions is None:
-        raise AuditError("give --predictions FILE, or --compare with two audits")
     references = read_references(args.references) if args.references else None
     if args.dataset and references is None:
         references = dataset_references(args.dataset, args.split, args.dataset_revision)

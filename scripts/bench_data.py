@@ -29,12 +29,9 @@ import psutil
 from tqdm.auto import tqdm
 
 from vlmcap.arguments import run_main
-from vlmcap.data import splits
-from vlmcap.data.build import RELEASE, PublishArguments, build
-from vlmcap.data.sources import read_rows
+from vlmcap.data.arguments import PublishArguments
 
 TRAIN_IMAGES, VAL_IMAGES = 82_783, 40_504  # COCO 2014
-CAPTIONS = RELEASE["stair"]["captions"]
 MAX_SECONDS, MAX_BYTES = 90, 3_000_000_000
 LICENSES = [
     {"id": id, "name": name, "url": f"http://creativecommons.org/licenses/{short}/2.0/"}
@@ -81,6 +78,10 @@ def generate_corpus(data_dir: Path, folder: Path, seed: int) -> list[Path]:
 
     Every YJ image is a train2014 image and every Karpathy validation and test image a val2014 image, as in COCO.
     """
+    from vlmcap.data import splits
+    from vlmcap.data.corpora import RELEASE
+    from vlmcap.data.sources import read_rows
+
     rng = random.Random(seed)
     yj_rows, _ = read_rows([data_dir / "yj_subset" / "yjcaptions_subset.json"], "yj")
     train_ids = {row["image_id"] for row in yj_rows}
@@ -92,7 +93,7 @@ def generate_corpus(data_dir: Path, folder: Path, seed: int) -> list[Path]:
 
     clauses = [re.split("(?<=、)", caption) for row in yj_rows for caption in row["captions"]]
     paths = []
-    with tqdm(total=CAPTIONS, desc="generating captions", unit="caption") as progress:
+    with tqdm(total=RELEASE["stair"]["captions"], desc="generating captions", unit="caption") as progress:
         for part, ids in (("train", sorted(train_ids)), ("val", sorted(val_ids))):
             images = [_image(id, f"{part}2014", rng) for id in ids]
             annotations = []
@@ -151,6 +152,8 @@ def _captions(clauses: list[list[str]], count: int, rng: random.Random) -> list[
 
 def measure(args: PublishArguments) -> dict:
     """Runs `build` in a new process and samples the resident memory of it and its children."""
+    from vlmcap.data.build import build
+
     peak = 0
     start = time.perf_counter()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

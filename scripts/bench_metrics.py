@@ -34,7 +34,6 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmcap import provenance
 from vlmcap.arguments import run_main
 from vlmcap.evaluation.bootstrap import resampled_scores
 from vlmcap.evaluation.external import chrf_statistics
@@ -112,6 +111,8 @@ def timed(function: Callable, *args) -> tuple[float, object]:
 
 def bench(args: BenchArguments) -> dict:
     """All figures, as they go into the JSON file."""
+    from vlmcap import provenance
+
     predictions, references = made_up_corpus(args.images, args.references_per_image, args.seed)
     flat = [caption for captions in references.values() for caption in captions]
 

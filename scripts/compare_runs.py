@@ -35,7 +35,6 @@ from pathlib import Path
 
 from vlmcap.arguments import run_main
 from vlmcap.evaluation.scoring import SCORE_LABELS
-from vlmcap.reporting.compare import read_runs, write_comparison, write_overview
 
 
 @dataclass
@@ -72,6 +71,8 @@ class CompareArguments:
 
 
 def main(args: CompareArguments) -> None:
+    from vlmcap.reporting.compare import read_runs, write_comparison, write_overview
+
     if args.overview:
         path, text = write_overview(read_runs(args.runs), args.output_dir)
         print(f"{text}\n\n{path}")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from vlmcap.arguments import run_main
-from vlmcap.data.scenes import write_scene_dataset, write_title_scenes, write_vietnamese_scenes
 
 
 @dataclass
@@ -29,6 +28,8 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    from vlmcap.data.scenes import write_scene_dataset, write_title_scenes, write_vietnamese_scenes
+
     folder, sizes = Path(args.output_dir), (args.train, args.validation, args.test)
     if args.kind == "titles":
         write_title_scenes(folder, sum(sizes), args.seed)

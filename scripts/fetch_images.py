@@ -20,7 +20,6 @@ import sys
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import run_main
-from vlmcap.data.fetch import fetch_dataset_images
 
 
 @dataclass
@@ -38,6 +37,8 @@ class FetchArguments:
 
 
 def main(args: FetchArguments) -> None:
+    from vlmcap.data.fetch import fetch_dataset_images
+
     try:
         report = fetch_dataset_images(
             args.dataset, args.output_dir, args.split, args.revision, args.concurrency, args.base_url

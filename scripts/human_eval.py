@@ -33,12 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.data.images import dataset_record, load_captions
 from vlmcap.evaluation.human import HumanError, draw, preference_rows, read_answers, read_key
 from vlmcap.evaluation.human_report import markdown, report
 from vlmcap.evaluation.scoring import read_predictions
-from vlmcap.provenance import public_name
-from vlmcap.reporting.human_page import write_export
 
 
 @dataclass
@@ -83,11 +80,19 @@ class ImportArguments:
 
 
 def export_pages(args: ExportArguments) -> None:
-    captions, records, prompts = {}, {}, set()
+    files = {}
     for system in args.systems:
         name, equals, path = system.partition("=")
-        if not (name and equals and path) or name in captions:
+        if not (name and equals and path) or name in files:
             raise HumanError(f"--systems {system!r} must be NAME=FILE, with a name of its own")
+        files[name] = path
+
+    from vlmcap.data.images import dataset_record, load_captions
+    from vlmcap.provenance import public_name
+    from vlmcap.reporting.human_page import write_export
+
+    captions, records, prompts = {}, {}, set()
+    for name, path in files.items():
         captions[name] = read_predictions(path)
         content = Path(path).read_bytes()
         records[name] = {"predictions": public_name(path), "sha256": hashlib.sha256(content).hexdigest()}

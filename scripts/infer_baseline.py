@@ -45,33 +45,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
 from vlmcap.arguments import run_main
-from vlmcap.data.images import check_images, dataset_record, load_captions
-from vlmcap.evaluation.baselines import (
-    BaselineError,
-    check_remote_code,
-    choose_prompts,
-    read_table,
-    saw_record,
-    score_prompts,
-    table_text,
-    without_prompt,
-)
-from vlmcap.evaluation.generate import GenerationArguments, generate, model_record
-from vlmcap.evaluation.isolated import generate_isolated, isolated_record, start_isolated
+from vlmcap.errors import UserError
+from vlmcap.evaluation.arguments import GenerationArguments
 from vlmcap.evaluation.tokenise import TOKENIZERS
-from vlmcap.models.load import (
-    check_adapter_of,
-    load_adapter,
-    load_model,
-    load_processor,
-    resolve_revision,
-    takes_prompt,
-)
-from vlmcap.models.weights import COMMIT, read_adapter
+from vlmcap.places import as_typed_here
 
 TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
 
@@ -156,14 +134,41 @@ class Arguments:
 
 
 def main(args: Arguments, generation_args: GenerationArguments) -> None:
+    where = "output_dir" if args.prompts else "output"
+    if not args.list and not ((args.model or args.baseline) and args.dataset and getattr(args, where)):
+        raise UserError(f"--model or --baseline, --dataset and --{where} are needed; --help shows examples")
+
+    import torch
+    from accelerate import PartialState
+
+    from vlmcap.data.images import check_images, dataset_record, load_captions
+    from vlmcap.evaluation.baselines import (
+        BaselineError,
+        check_remote_code,
+        choose_prompts,
+        read_table,
+        saw_record,
+        score_prompts,
+        table_text,
+        without_prompt,
+    )
+    from vlmcap.evaluation.generate import generate, model_record
+    from vlmcap.evaluation.isolated import generate_isolated, isolated_record, start_isolated
+    from vlmcap.models.load import (
+        check_adapter_of,
+        load_adapter,
+        load_model,
+        load_processor,
+        resolve_revision,
+        takes_prompt,
+    )
+    from vlmcap.models.weights import COMMIT, read_adapter
+
     PartialState(cpu=not torch.cuda.is_available())  # else processes on CPUs would each believe to be alone
     table = read_table(args.table or TABLE)
     if args.list:
         print(table_text(table))
         return
-    if not (args.model or args.baseline) or not args.dataset or not (args.output_dir if args.prompts else args.output):
-        where = "--output_dir" if args.prompts else "--output"
-        raise BaselineError(f"--model or --baseline, --dataset and {where} are needed; --help shows examples")
     row = table.row(args.baseline) if args.baseline else None
     name = args.model or row.id
     revision = args.model_revision or (row.revision if row and not args.model else None)
@@ -219,10 +224,10 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     if args.prompts:
         print(score_prompts(Path(args.output_dir), list(prompts), rows, args.tokenizer))
         return
+    command = as_typed_here("python scripts/eval_captioning.py")
     print(
-        f"{len(rows):,} captions in {args.output}; score them with\n  python scripts/eval_captioning.py --predictions"
-        f" {args.output} --dataset {args.dataset} --split {args.split} --output "
-        f"{Path(args.output).parent}/metrics.json"
+        f"{len(rows):,} captions in {args.output}; score them with\n  {command} --predictions {args.output} --dataset"
+        f" {args.dataset} --split {args.split} --output {Path(args.output).parent}/metrics.json"
     )
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.models.load import pin_revisions
 
 
 @dataclass
@@ -20,6 +19,8 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    from vlmcap.models.load import pin_revisions
+
     for file in args.files:
         print(file, *pin_revisions(Path(file)), sep="\n  ")
 

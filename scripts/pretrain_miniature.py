@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.models import miniature, miniature_family
 
-PRETRAIN = {"qwen2_vl": miniature.pretrain} | miniature_family.PRETRAIN
+MODELS = ("qwen2_vl", "blip", "vit", "gpt2", "llama")
 
 
 @dataclass
@@ -26,16 +25,17 @@ class Arguments:
     output_dir: str = field(
         metadata={"help": "Folder for the model and its processor or tokenizer, e.g. recipes/miniatures/blip."}
     )
-    model: str = field(
-        default="qwen2_vl", metadata={"help": f"One of {', '.join(PRETRAIN)}.", "choices": list(PRETRAIN)}
-    )
+    model: str = field(default="qwen2_vl", metadata={"help": f"One of {', '.join(MODELS)}.", "choices": list(MODELS)})
     steps: int | None = field(default=None, metadata={"help": "Optimizer steps; default each model's own."})
     seed: int = field(default=0, metadata={"help": "Seed of scenes, weights and batches."})
 
 
 def main(args: Arguments) -> None:
+    from vlmcap.models import miniature, miniature_family
+
+    pretrain = {"qwen2_vl": miniature.pretrain} | miniature_family.PRETRAIN
     steps = {} if args.steps is None else {"steps": args.steps}
-    if measured := PRETRAIN[args.model](Path(args.output_dir), seed=args.seed, **steps):
+    if measured := pretrain[args.model](Path(args.output_dir), seed=args.seed, **steps):
         print("on held-out scenes: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))
 
 

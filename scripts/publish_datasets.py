@@ -48,11 +48,19 @@ about a minute (scripts/bench_data.py measures it). `--config file.yaml` gives a
 import sys
 
 from vlmcap.arguments import run_main
-from vlmcap.data.build import publish
-from vlmcap.data.corpora import PublishArguments
+from vlmcap.data.arguments import PublishArguments, check_arguments
+
+
+def main(args: PublishArguments) -> None:
+    check_arguments(args)
+
+    from vlmcap.data.build import publish
+
+    publish(args)
+
 
 if __name__ == "__main__":
     words = sys.argv[1:]
     if words and not words[0].startswith("-"):
         words.insert(0, "--source")
-    run_main(publish, __doc__, PublishArguments, command_line=words)
+    run_main(main, __doc__, PublishArguments, command_line=words)

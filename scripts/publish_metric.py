@@ -15,7 +15,6 @@ import sys
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import run_main
-from vlmcap.reporting.metric_space import push_metric_space, write_metric_space
 
 
 @dataclass
@@ -29,6 +28,9 @@ class PublishMetricArguments:
 def main(args: PublishMetricArguments) -> None:
     if args.push_to_hub and not args.repo_id:
         sys.exit("error: --push_to_hub needs --repo_id you/name")
+
+    from vlmcap.reporting.metric_space import push_metric_space, write_metric_space
+
     folder = write_metric_space(args.output_dir, args.repo_id)
     print(f"written to {folder}")
     if args.push_to_hub:

@@ -17,8 +17,6 @@ taken from LICENSE.txt in the folder) and published beside it, as it demands.
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import run_main
-from vlmcap.reporting.cards import load_snippet, read_metrics
-from vlmcap.reporting.hub import push_adapter
 
 
 @dataclass
@@ -31,6 +29,9 @@ class PushArguments:
 
 
 def main(args: PushArguments) -> None:
+    from vlmcap.reporting.cards import load_snippet, read_metrics
+    from vlmcap.reporting.hub import push_adapter
+
     url = push_adapter(args.adapter_dir, args.repo_id, private=not args.public)
     print(f"Pushed to {url} ({'public' if args.public else 'private'}). To load it:\n")
     metrics = read_metrics(args.adapter_dir)

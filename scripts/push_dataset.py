@@ -11,7 +11,6 @@ not in the folder are deleted in the same commit.
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import run_main
-from vlmcap.data.build import push
 
 
 @dataclass
@@ -22,6 +21,8 @@ class PushDatasetArguments:
 
 
 def main(args: PushDatasetArguments) -> None:
+    from vlmcap.data.build import push
+
     url, revision = push(args.folder, args.repo_id, private=not args.public)
     print(f"pushed to {url} (revision {revision})")
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from vlmcap.arguments import run_main
 from vlmcap.markdown import markdown_table, text_table
-from vlmcap.reporting.compare import read_runs, write_comparison
 from vlmcap.training.ablation import (
     cells,
     read_grid,
@@ -42,6 +41,9 @@ def main(args: AblationArguments) -> None:
         for cell in cells(grid):
             print(f"{cell.state()['status']:<9} {cell.name}")
         return
+
+    from vlmcap.reporting.compare import read_runs, write_comparison
+
     all_cells = run_grid(grid)
     finished = [cell for cell in all_cells if cell.finished()]
     output_dir = Path(grid.output_dir)

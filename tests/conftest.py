@@ -5,15 +5,19 @@ environment is set here, before any of them is. Child processes inherit it and s
 """
 
 import atexit
+import multiprocessing.forkserver
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+from tests.faults import ranks
 from tests.local_hub import Hub
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
@@ -39,12 +43,104 @@ os.environ |= {
     "HF_TOKEN": "hf_user_write",
     "HF_HUB_DISABLE_XET": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_ETAG_TIMEOUT": "600",  # seconds; the hub of the tests may share a busy machine
+    "HF_HUB_DOWNLOAD_TIMEOUT": "600",
     "DO_NOT_TRACK": "1",
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
     "NO_PROXY": "127.0.0.1,localhost",  # a proxy of the machine must not stand between a client and the hub
     "no_proxy": "127.0.0.1,localhost",
 }
+
+
+def processor_flags() -> set[str]:
+    """Instruction sets of an x86 processor under Linux."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+
+
+# What `make test` leaves out (--quick): tests below a place in tests/ that use a fixture ("": all there), and why.
+SLOW = [
+    ("", "browser", "need Chromium"),
+    ("", "java", "need Java"),
+    ("", "compiler", "need a C++ compiler"),
+    ("", "environments", "need a package index"),
+    ("", "data_dir", "need real data"),
+    ("", "fresh_python", "start Python anew"),
+    ("", "grid_to_run", "launch recipes"),
+    ("evaluation/test_baselines_script.py", "run_script", "start Python anew"),
+    ("recipes/", "run_script", "launch recipes"),
+    ("recipes/test_wheel.py", "python", "launch recipes"),
+    ("test_startup.py", "answers", "start Python anew"),
+    ("training/test_bench.py", "run_script", "run a benchmark"),
+    ("invariants/test_processes.py", "", "train in several processes"),
+    ("invariants/test_processors.py", "", "train in several processes"),
+    ("faults/test_training.py", "", "kill or stop processes"),
+    ("faults/test_processes.py", "", "kill or stop processes"),
+    ("faults/test_predictions.py", "", "kill or stop processes"),
+    ("faults/test_builds.py", "", "kill or stop processes"),
+    ("faults/test_secrets.py", "", "search all files of a run"),
+    ("fuzz/", "", "fuzz"),
+]
+# `make test-all` (--complete) fails a test that is skipped, but for what nobody can install.
+MAY_BE_SKIPPED = ("needs real data", "this kernel ", "this processor ")
+LEFT_OUT: Counter[str] = Counter()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("vlmcap")
+    group.addoption("--quick", action="store_true", help="leave out what takes long or needs more than Python")
+    group.addoption("--complete", action="store_true", help="fail a test that is skipped because a tool is missing")
+
+
+def pytest_collection_modifyitems(config, items):
+    why = {item: slow(item) for item in items}
+    items.sort(key=lambda item: why[item] is None)  # the longest first: no process waits for another at the end
+    if not config.getoption("quick"):
+        return
+    LEFT_OUT.update(filter(None, why.values()))
+    left_out, items[:] = ([item for item in items if (why[item] is None) is kept] for kept in (False, True))
+    config.hook.pytest_deselected(items=left_out)
+
+
+def slow(item) -> str | None:
+    """Why a quick run leaves a test out; None if it does not."""
+    path = item.path.relative_to(REPO_ROOT / "tests").as_posix()
+    rules = (why for place, name, why in SLOW if path.startswith(place) and (not name or name in item.fixturenames))
+    return next(rules, None)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = dict(LEFT_OUT)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Every process of pytest-xdist collects, and leaves out, the same."""
+    LEFT_OUT.update(Counter(getattr(node, "workeroutput", {}).get("left_out", {})) - LEFT_OUT)
+
+
+def pytest_unconfigure(config):
+    """The last line of a quick run."""
+    if LEFT_OUT and not hasattr(config, "workeroutput"):
+        counts = ", ".join(f"{count} that {why}" for why, count in LEFT_OUT.most_common())
+        config.get_terminal_writer().line(f"Left out: {counts}. `make test-all` runs everything.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and item.config.getoption("complete") and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(MAY_BE_SKIPPED):
+            report.outcome, report.longrepr = "failed", f"--complete, and this would be skipped: {reason}"
+    return report
+
+
+# Hypothesis fails an example that takes 0.2 s, and a draw that takes 1 s: on a busy machine any does.
+settings.register_profile("vlmcap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vlmcap")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -86,29 +182,79 @@ def data_dir(repo_root) -> Path:
 
 
 @pytest.fixture(scope="session")
+def java() -> str:
+    """The path of Java, for METEOR and the PTB tokenizer."""
+    return shutil.which("java") or pytest.skip("needs Java: no `java` on the PATH")
+
+
+@pytest.fixture(scope="session")
+def compiler() -> str:
+    """The path of a C++ compiler, which FlexAttention needs on a CPU."""
+    return shutil.which("c++") or pytest.skip("needs a C++ compiler: no `c++` on the PATH")
+
+
+@pytest.fixture(scope="session")
 def qwen2vl_dir(data_dir) -> Path:
     """Tokenizer, chat template, processor settings and config of Qwen2-VL-2B-Instruct; no weights."""
     return data_dir / "qwen2_vl_2b"
 
 
+# What a processor with AVX512-BF16 says of itself to bitsandbytes; one that has it runs such tests with its own answer
+# as well, and so with the real kernels.
+@pytest.fixture(params=["flag set", *(["real kernels"] if "avx512_bf16" in processor_flags() else [])])
+def repacking_processor(request, monkeypatch) -> None:
+    """bitsandbytes repacks 4-bit weights, here and in child processes, where the project does not keep it from it."""
+    if request.param == "flag set":
+        import bitsandbytes as bnb
+
+        monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+        monkeypatch.setenv("PYTHONPATH", str(REPO_ROOT / "tests/avx512_bf16"))
+
+
 @pytest.fixture(scope="session")
-def run_script(repo_root):
+def run_script(repo_root, tmp_path_factory):
     """run_script("eval_captioning.py", "--output", path): a script in a process of its own, as a user starts it.
 
     The name is a file of scripts/, or a path from the repository's root. Fails, with what the script printed,
-    unless it exits with `expect`.
+    unless it exits with `expect`. The process is a fork of one that has imported torch and the rest; `fresh`
+    starts Python anew, for variables in `env` that libraries read when they are imported.
     """
+    multiprocessing.forkserver.ensure_running()  # before a test changes the environment, which the server inherits
 
-    def run(name: str, *args, expect: int = 0, timeout: float = 300, env: dict | None = None):
-        path = name if "/" in name else f"scripts/{name}"
-        command = [sys.executable, path, *map(str, args)]
-        environment = os.environ | (env or {})
-        done = subprocess.run(
-            command, cwd=repo_root, env=environment, timeout=timeout, capture_output=True, text=True, errors="replace"
-        )
-        if done.returncode != expect:
-            output = f"--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
-            pytest.fail(f"{' '.join(command)}\nexited with {done.returncode}, not {expect}\n{output}", pytrace=False)
-        return done
+    def run(name: str, *args, expect: int = 0, env: dict | None = None, fresh: bool = False):
+        path = repo_root / (name if "/" in name else f"scripts/{name}")
+        words, environment = list(map(str, args)), os.environ | (env or {})
+        if fresh:
+            return finished([path, *words], expect, cwd=repo_root, env=environment)
+        out, err = (tmp_path_factory.mktemp("script") / name for name in ("stdout", "stderr"))
+        status = ranks.run_file(path, *words, folder=repo_root, environment=environment, out=out, err=err)
+        printed = [file.read_text(encoding="utf-8", errors="replace") for file in (out, err)]
+        return checked(subprocess.CompletedProcess([path, *words], status, *printed), expect)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fresh_python():
+    """fresh_python(code, *words): what a new Python prints that runs this code with these words in sys.argv.
+
+    For tests whose subject is that nothing was imported before. They take seconds, and a quick run leaves them out.
+    """
+
+    def run(code: str, *words: str, folder: Path | None = None, env: dict | None = None) -> str:
+        return finished(["-c", code, *words], 0, cwd=folder, env=os.environ | (env or {})).stdout
+
+    return run
+
+
+def finished(command: list, expect: int, **where) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *command], **where, capture_output=True, text=True, errors="replace")
+    return checked(done, expect)
+
+
+def checked(done: subprocess.CompletedProcess, expect: int) -> subprocess.CompletedProcess:
+    if done.returncode != expect:
+        output = f"--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}"
+        message = f"{' '.join(map(str, done.args))}\nexited with {done.returncode}, not {expect}\n{output}"
+        pytest.fail(message, pytrace=False)
+    return done

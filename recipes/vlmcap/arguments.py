@@ -12,6 +12,7 @@ from trl import TrlParser
 from vlmcap.credentials import redact, refuse_credentials
 from vlmcap.documents import parse_yaml, shown
 from vlmcap.errors import UserError
+from vlmcap.places import as_typed_here, own_file
 from vlmcap.versions import report_untested_versions
 
 
@@ -37,7 +38,7 @@ def run_main(
     try:
         main(*arguments)
     except (OSError, UserError) as error:
-        sys.exit(f"error: {redact(str(error))}")
+        sys.exit(f"error: {redact(as_typed_here(str(error)))}")
 
 
 def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None) -> tuple:
@@ -49,8 +50,9 @@ def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None
     another type than its field ends the program with a message that names it. So does a token or a password in a
     setting.
     """
-    parser = TrlParser(dataclasses, description=manual, formatter_class=ManualFormatter)
+    parser = TrlParser(dataclasses, description=as_typed_here(manual), formatter_class=ManualFormatter)
     words = sys.argv[1:] if command_line is None else command_line
+    words = [own_file(b) if a == "--config" else b for a, b in zip(["", *words], words, strict=False)]
     try:
         config = _read_config(words, dataclasses) if "--config" in words else {}
         arguments = parser.parse_args_and_config(words)

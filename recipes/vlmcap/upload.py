@@ -130,6 +130,22 @@ def push_folder(
     return f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}", revision
 
 
+def check_push_rights(repo_id: str | None) -> None:
+    """Raises PushError unless the Hub's token may write to `repo_id`'s namespace: asked before hours of work."""
+    if not repo_id or "/" not in repo_id:
+        raise PushError(f"--push_to_hub needs --hub_model_id USER/NAME, not {repo_id!r}")
+    try:
+        account = patiently(HfApi().whoami)
+    except FAILURES as error:
+        mend = "`hf auth login` logs in" if is_refused(error) else "start again when it can, or without --push_to_hub"
+        raise PushError(f"--push_to_hub: the Hub does not say who you are: {reason(error)}; {mend}") from error
+    namespaces = [account["name"], *(org["name"] for org in account.get("orgs", []))]
+    if repo_id.split("/")[0] not in namespaces:
+        raise PushError(f"--hub_model_id {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PushError(f"--push_to_hub: the token of {account['name']} may only read; log in with one that may write")
+
+
 def patiently(call: Callable[[], T]) -> T:
     """What `call` returns; called again while it fails with what may pass, for PATIENCE seconds at most.
 

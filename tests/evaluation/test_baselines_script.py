@@ -73,6 +73,19 @@ def test_a_row_of_the_table(script, dataset, miniature_dir, tmp_path):
         script(*row, "--prompt_kind", "common", "--output", output, *dataset)
 
 
+def test_in_4bit_on_every_processor(run_script, repo_root, dataset, miniature_dir, tmp_path):
+    """Where bitsandbytes would repack weights and load compiled code from the Hub: same captions, no such code."""
+    forced = repo_root / "tests/avx512_bf16"
+    captions = []
+    for name, path in (("plain", ""), ("forced", f"{forced}:{forced / 'kernels_installed'}")):
+        output = tmp_path / name / "predictions.jsonl"
+        arguments = ("--model", miniature_dir, "--load_in_4bit", "--output", output, *dataset)
+        done = run_script("infer_baseline.py", *arguments, env={"PYTHONPATH": path}, fresh=True)
+        assert "kernels-community" not in done.stderr
+        captions.append(output.read_text(encoding="utf-8"))
+    assert captions[0] == captions[1]
+
+
 def test_a_model_that_takes_no_prompt(script, dataset, repo_root, tmp_path):
     """BLIP's row on the miniature's weights, which describe drawn scenes in English as they come."""
     output, weights = tmp_path / "predictions.jsonl", repo_root / "recipes/miniatures/blip"

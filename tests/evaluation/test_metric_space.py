@@ -1,9 +1,6 @@
 """The metric for Hugging Face's evaluate: from its folder, from a folder that needs no vlmcap, and from a Space."""
 
 import json
-import os
-import subprocess
-import sys
 
 import evaluate
 import pytest
@@ -42,12 +39,14 @@ def expected(**options) -> dict:
     return document.pop("scores") | document
 
 
-def load_alone(name, tmp_path, **env) -> dict:
-    command = [sys.executable, "-c", ALONE, str(name), json.dumps(PREDICTIONS), json.dumps(REFERENCES)]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""} | env
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def load_alone(fresh_python, tmp_path):
+    def load_alone(name, **env) -> dict:
+        words = [str(name), json.dumps(PREDICTIONS), json.dumps(REFERENCES)]
+        env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+        return json.loads(fresh_python(ALONE, *words, folder=tmp_path, env=env).splitlines()[-1])
+
+    return load_alone
 
 
 def test_the_metric_is_loaded_from_the_checkout():
@@ -63,15 +62,15 @@ def test_the_metric_says_what_is_wrong():
         metric.compute(predictions=PREDICTIONS, references=[REFERENCES[0], []])
 
 
-def test_the_folder_needs_no_vlmcap_and_no_network(tmp_path):
+def test_the_folder_needs_no_vlmcap_and_no_network(load_alone, tmp_path):
     folder = write_metric_space(tmp_path / "made")
     offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert load_alone(folder, tmp_path, **offline) == expected(resamples=20)
+    assert load_alone(folder, **offline) == expected(resamples=20)
     texts = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     assert "from vlmcap" not in texts and "import vlmcap" not in texts
 
 
-def test_the_script_pushes_a_private_space_that_evaluate_loads(hub, run_script, tmp_path):
+def test_the_script_pushes_a_private_space_that_evaluate_loads(hub, run_script, load_alone, tmp_path):
     done = run_script(
         *("publish_metric.py", "--output_dir", tmp_path, "--push_to_hub", "--repo_id", "user/my_caption_scores")
     )
@@ -87,7 +86,7 @@ def test_the_script_pushes_a_private_space_that_evaluate_loads(hub, run_script, 
     app = HfApi().hf_hub_download("user/my_caption_scores", "app.py", repo_type="space")
     with open(app, encoding="utf-8") as file:
         assert 'evaluate.load("./my_caption_scores.py")' in file.read()
-    assert load_alone("user/my_caption_scores", tmp_path) == expected(resamples=20)
+    assert load_alone("user/my_caption_scores") == expected(resamples=20)
 
 
 def test_a_space_of_the_other_visibility_is_refused(hub, tmp_path):

@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 import sys
 import unicodedata
@@ -99,7 +98,7 @@ O'Brien Hash + Eggs = Brunch, We've Heard
 Jalapeño/Lime Shrimp -- No. 1""".splitlines()
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="needs Java: no `java` on the PATH")
+@pytest.mark.usefixtures("java")
 def test_english_is_the_ptb_tokenizer_of_pycocoevalcap_on_titles():
     theirs = PTBTokenizer().tokenize({i: [{"caption": title}] for i, title in enumerate(TITLES)})
     for i, (title, words) in enumerate(zip(TITLES, tokenise(TITLES, "english"), strict=True)):

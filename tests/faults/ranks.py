@@ -1,8 +1,10 @@
 """Processes that start in milliseconds: forks of a server that has imported the slow libraries once."""
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -11,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["trl", "tests.invariants.tiny", "vlmcap.evaluation.isolated"])
+FORKS.set_forkserver_preload(
+    ["trl", "matplotlib.pyplot", "tests.invariants.tiny", "vlmcap.evaluation.isolated", "vlmcap.reporting.cards"]
+)
 
 
 def start(function: Callable, *args, log: Path, rank: int = 0, ranks: int = 1, port: int | None = None):
@@ -21,14 +25,26 @@ def start(function: Callable, *args, log: Path, rank: int = 0, ranks: int = 1, p
     return process
 
 
-def run(function: Callable, *args, log: Path, timeout: float = 120) -> int:
+def run(function: Callable, *args, log: Path) -> int:
     """Exit status of a process that calls `function(*args)`, negative for a signal."""
     process = start(function, *args, log=log)
-    process.join(timeout)
+    process.join()
     return process.exitcode
 
 
-def run_ranks(ranks: int, function: Callable, *args, log: Path, timeout: float = 120) -> list[int | None]:
+def run_file(path: Path, *words: str, folder: Path, environment: dict, out: Path, err: Path) -> int:
+    """Exit status of the Python file `path`, started in `folder` as `python path words` would start it.
+
+    Its output goes into the files `out` and `err`. What the slow libraries read from the environment when they are
+    imported is that of the tests.
+    """
+    process = FORKS.Process(target=_run_file, args=(path, words, folder, environment, out, err))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def run_ranks(ranks: int, function: Callable, *args, log: Path) -> list[int | None]:
     """Exit statuses of the processes of a gloo group that each call `function(*args)`.
 
     When one of them fails the others are killed, as a launcher does.
@@ -37,9 +53,9 @@ def run_ranks(ranks: int, function: Callable, *args, log: Path, timeout: float =
     processes = [start(function, *args, log=log, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
     waiting = list(processes)
     while waiting:
-        ready = multiprocessing.connection.wait([process.sentinel for process in waiting], timeout)
+        ready = multiprocessing.connection.wait([process.sentinel for process in waiting])
         waiting = [process for process in waiting if process.sentinel not in ready]
-        if not ready or any(process.exitcode for process in processes):
+        if any(process.exitcode for process in processes):
             for process in waiting:
                 process.kill()
                 process.join()
@@ -66,6 +82,18 @@ def _run(function, args, log, rank, ranks, port, environment):
     function(*args)
 
 
+def _run_file(path, words, folder, environment, out, err):
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in ((1, out), (2, err)):
+        with file.open("ab") as opened:
+            os.dup2(opened.fileno(), number)
+    os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)  # Python's own choice again, not that of this process
+    sys.argv, sys.path[:0] = [str(path), *words], [str(path.parent)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 def kill_at_line(count: int, *names: str) -> None:
     """Lets this process end by SIGKILL before the `count`-th line that it executes in the named source files."""
     left = count
@@ -79,6 +107,18 @@ def kill_at_line(count: int, *names: str) -> None:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
         return trace
+
+    sys.settrace(trace)
+
+
+def kill_at_call(count: int, function: str, name: str) -> None:
+    """Lets this process end by SIGKILL at the `count`-th call of a function of the named source file."""
+    calls = itertools.count(1)
+
+    def trace(frame, event, arg):
+        code = frame.f_code
+        if code.co_name == function and code.co_filename.endswith(name) and next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     sys.settrace(trace)
 

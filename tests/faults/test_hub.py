@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,9 +33,9 @@ from tests.reporting.documents import adapter_document, family_document
 from vlmcap import upload
 from vlmcap.data import build
 from vlmcap.data.sources import DataError
-from vlmcap.reporting.hub import PRIVATE, check_push_rights, push_adapter
+from vlmcap.reporting.hub import PRIVATE, push_adapter
 from vlmcap.reporting.metric_space import push_metric_space, write_metric_space
-from vlmcap.upload import PushError
+from vlmcap.upload import PushError, check_push_rights
 
 FOR_EVER = 10**6
 NAMES = ("adapter", "dataset", "space")
@@ -685,23 +686,28 @@ def test_over_xet_a_large_push_is_one_commit_too(tmp_path, fault, row):
 
 # ---- the commands that the messages name -----------------------------------------------------------------------
 @every_publish
-def test_the_command_of_the_message_finishes(publish, hub, clock, fault, repo_root):
+def test_the_command_of_the_message_finishes(publish, hub, clock, fault, run_script):
     hub.fail(method="POST", path="/commit/main", status=403, times=FOR_EVER)
     with fault("commit: 403, then the command"):
         message = attempt(hub, publish)
         hub.faults.clear()
-        command = shlex.split(message.splitlines()[-1])
-        done = subprocess.run([sys.executable, *command[1:]], cwd=repo_root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_script(*shlex.split(message.splitlines()[-1])[1:])
         assert on_hub(hub, publish) == publish.files()
         assert commits(hub, publish) == 1
 
 
 @every_publish
 def test_a_silent_hub_is_given_up(publish, hub, clock, fault, row, monkeypatch):
-    monkeypatch.setattr(upload, "TIMEOUT", httpx2.Timeout(0.2))
-    hub.fail(method="POST", path="/commit/main", action="delay", seconds=0.6)
+    """The commit that it is silent about comes through at last, behind that of the next try."""
+
+    def until_it_is_tried_again() -> None:
+        while not any("/commit/main" in entry["path"] and "status" in entry for entry in list(hub.log)):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(upload, "TIMEOUT", httpx2.Timeout(60, read=1))
+    hub.fail(method="POST", path="/commit/main", action="pass", before=until_it_is_tried_again)
     with fault("commit: no answer for longer than the timeout"):
         assert attempt(hub, publish) is None and clock.slept
+        hub.settle()
         assert commits(hub, publish) == 1
     row(publish, "commit", "silent for longer than the timeout", "completes")

@@ -9,6 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -102,7 +103,7 @@ def kill_everywhere(folder: Path) -> None:
 
 
 def test_killed_at_every_line(fault, tmp_path):
-    assert ranks.run(kill_everywhere, tmp_path, log=tmp_path / "log", timeout=300) == 0, ranks.tail(tmp_path / "log")
+    assert ranks.run(kill_everywhere, tmp_path, log=tmp_path / "log") == 0, ranks.tail(tmp_path / "log")
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) > 100 and {len(result["kept"]) for result in results} == {0, 2, 4, 5}
     for result in results:
@@ -226,15 +227,11 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def script(path: str, *arguments: str) -> None:
+def script(path: str, *arguments: str, kill_at_caption: int | None = None) -> None:
     sys.argv = [path, *arguments]
+    if kill_at_caption:
+        ranks.kill_at_call(kill_at_caption, "_lines", SOURCES[0])  # which makes the line that is written next
     runpy.run_path(path, run_name="__main__")
-
-
-def wait_for_lines(path: Path, count: int, process) -> None:
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert process.is_alive()
-        time.sleep(0.005)
 
 
 def test_infer_baseline_is_continued(fault, pictures, repo_root, miniature_dir, tmp_path):
@@ -244,11 +241,9 @@ def test_infer_baseline_is_continued(fault, pictures, repo_root, miniature_dir, 
     whole, output = tmp_path / "whole/predictions.jsonl", tmp_path / "killed/predictions.jsonl"
     assert ranks.run(script, *command, str(whole), log=log) == 0, ranks.tail(log)
     with fault("kill -9 of infer_baseline.py between captions"):
-        process = ranks.start(script, *command, str(output), log=log)
-        wait_for_lines(output.with_suffix(".rank0.jsonl"), 2, process)
-        process.kill()
-        process.join()
-        assert not output.exists()
+        killed = partial(script, kill_at_caption=3)
+        assert ranks.run(killed, *command, str(output), log=log) == -signal.SIGKILL, ranks.tail(log)
+        assert not output.exists() and len(kept_lines(output)) == 2
         assert ranks.run(script, *command, str(output), log=log) == 0, ranks.tail(log)
         assert output.read_bytes() == whole.read_bytes()
 
@@ -260,8 +255,9 @@ from protocol import serve
 
 def load(header):
     def caption(png, prompt):
-        time.sleep(0.05)
         here = Path(__file__)
+        while here.with_suffix(".hold").exists() and here.with_suffix(".count").stat().st_size == 2:
+            time.sleep(0.01)
         if here.with_suffix(".kill").exists() and here.with_suffix(".count").stat().st_size == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         with here.with_suffix(".count").open("a") as file:
@@ -302,14 +298,16 @@ def test_isolated_models_are_continued(fault, pictures, tmp_path, victim):
             assert "IsolatedError: " in ranks.tail(log) and "ended with exit status -9 (image 2)" in ranks.tail(log)
             (folder / "count.kill").unlink()
         else:
+            (folder / "count.hold").touch()
             process = ranks.start(isolated, folder, pictures, output, log=log)
-            wait_for_lines(share, 2, process)
+            while not share.exists() or share.read_bytes().count(b"\n") < 2:
+                assert process.is_alive(), ranks.tail(log)
+                time.sleep(0.01)
             process.kill()
             process.join()
-            deadline = time.monotonic() + 5
-            while ranks.processes_of(str(folder / "count.py")) and time.monotonic() < deadline:
+            (folder / "count.hold").unlink()
+            while ranks.processes_of(str(folder / "count.py")):  # it ends when it finds that nobody asks
                 time.sleep(0.05)
-            assert not ranks.processes_of(str(folder / "count.py"))
         kept = share.read_bytes()
         assert ranks.run(isolated, folder, pictures, output, log=log) == 0, ranks.tail(log)
         said = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""One process of several fails: the others end within seconds, and the launcher's error has its traceback.
+"""One process of several fails: the others end when they are asked to, and the launcher's error has its traceback.
 
 What takes seconds to import is imported where it is needed: every fault starts three processes of this module.
 """
@@ -18,12 +18,12 @@ from filelock import FileLock
 
 from tests.faults import ranks
 
-SECONDS = 20  # until all have ended: the launcher itself waits for 30 before it kills
+KILLED = "forcefully exiting via"  # what the launcher says of a process that does not end within 30 s of its SIGTERM
 
 
 def fail(folder: Path, how: str) -> None:
-    """Ends this process, by an exception or by SIGKILL, and leaves the time of it."""
-    (folder / "failed").write_text(str(time.time()))
+    """Ends this process, by an exception or by SIGKILL, and says that it came to that."""
+    (folder / "failed").touch()
     if how == "kill -9":
         os.kill(os.getpid(), signal.SIGKILL)
     raise RuntimeError("no such picture")
@@ -125,11 +125,10 @@ def test_the_others_end(fault, repo_root, tmp_path, place, how):
     command += ["-m", "tests.faults.test_processes", place.__name__, str(tmp_path), how]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with fault(f"{how} of one process of three: {place.__name__}"):
-        done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True, timeout=200)
-        seconds = time.time() - float((tmp_path / "failed").read_text())
-        assert done.returncode != 0 and seconds < SECONDS, f"{seconds:.1f} s\n{done.stderr[-4000:]}"
+        done = subprocess.run(command, cwd=repo_root, env=environment, capture_output=True, text=True)
+        assert done.returncode != 0 and (tmp_path / "failed").exists(), done.stderr[-4000:]
+        assert KILLED not in done.stderr, done.stderr[-4000:]
         assert not ranks.processes_of(str(tmp_path))
-        print(f"{place.__name__}, {how}: {seconds:.1f} s")
         assert ("RuntimeError: no such picture" if how == "exception" else "Signal 9 (SIGKILL)") in done.stderr
 
 
@@ -202,7 +201,7 @@ def slurm(repo_root, tmp_path):
 
 
 def test_slurm_starts_a_launcher_a_machine(slurm, tmp_path):
-    assert slurm().wait(120) == 0, ranks.tail(tmp_path / "log")
+    assert slurm().wait() == 0, ranks.tail(tmp_path / "log")
     said = ranks.tail(tmp_path / "log")
     assert "process 0 of 2, local 0" in said and "process 1 of 2, local 0" in said
     assert not (tmp_path / "scontrol").exists()
@@ -211,7 +210,7 @@ def test_slurm_starts_a_launcher_a_machine(slurm, tmp_path):
 def test_slurm_ends_all_machines_when_one_fails(fault, slurm, tmp_path):
     (tmp_path / "fail").touch()
     with fault("exception on one machine of two under SLURM"):
-        assert slurm().wait(120) != 0
+        assert slurm().wait() != 0
         assert "RuntimeError: no such picture" in (tmp_path / "log").read_text(errors="replace")
         assert not (tmp_path / "scontrol").exists(), "a failed job is not queued again"
 
@@ -220,11 +219,11 @@ def test_slurm_queues_a_stopped_job_again(fault, slurm, tmp_path):
     (tmp_path / "wait").touch()
     with fault("SIGTERM to a SLURM job on two machines"):
         job = slurm()
-        deadline = time.monotonic() + 120
-        while len(list(tmp_path.glob("ready.*"))) < 2 and time.monotonic() < deadline:
+        while len(list(tmp_path.glob("ready.*"))) < 2:
+            assert job.poll() is None, ranks.tail(tmp_path / "log")
             time.sleep(0.1)
         job.send_signal(signal.SIGTERM)
-        assert job.wait(60) != 0
+        assert job.wait() != 0
         assert len(list(tmp_path.glob("saved.*"))) == 2, ranks.tail(tmp_path / "log")
         assert re.fullmatch(r"requeue \d+\n", (tmp_path / "scontrol").read_text())
 

@@ -261,8 +261,9 @@ def test_a_run_goes_on_in_another_folder(run, whole, tmp_path, fault):
 
 def test_sigterm_to_the_workers_too(start, pictures, run, whole, tmp_path, fault):
     """As schedulers send it, and scripts/run_ablation.py: to every process of a job."""
-    settings = RUNS["two workers"]
-    process = start(training_runs.recipe, pictures=pictures, folder=tmp_path, sleep=0.2, **settings)
+    settings, hold = RUNS["two workers"], tmp_path / "hold"
+    hold.touch()
+    process = start(training_runs.recipe, pictures=pictures, folder=tmp_path, hold=hold, **settings)
     with fault("SIGTERM to training and its data workers"):
         trace = tmp_path / "trace.txt"
         while not trace.exists() or len(trace.read_text().splitlines()) < 3:
@@ -272,6 +273,7 @@ def test_sigterm_to_the_workers_too(start, pictures, run, whole, tmp_path, fault
         assert len(family) == 2
         for member in [*family, psutil.Process(process.pid)]:
             member.terminate()
+        hold.unlink()
         process.join()
         assert process.exitcode == 143, said(tmp_path)
         assert not [member for member in family if member.is_running()]

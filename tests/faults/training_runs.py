@@ -194,7 +194,7 @@ def recipe(
     sigterm_at: int | None = None,
     sigterm_in_validation: int | None = None,
     kill_in: int | None = None,
-    sleep: float = 0.0,
+    hold: Path | None = None,
     rank: tuple[int, int, int] | None = None,
     size_limit: int | None = None,
     kill: bool = False,
@@ -206,7 +206,7 @@ def recipe(
         sigterm_at, kill_in: sends itself SIGTERM, or SIGKILL, when this many steps are done and the next one runs.
         sigterm_in_validation: sends itself SIGTERM in the validation behind this many steps.
         rank: number of the process, of how many, and a free port.
-        sleep: seconds in front of every batch.
+        hold: a file; while it is there, the second step waits in front of its batches.
         size_limit: bytes a file may have; with `kill`, the process ends in the middle of the write.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,8 @@ def recipe(
 
         def slowly(*call) -> None:
             if trainer.model.training:
-                time.sleep(sleep)
+                while hold is not None and hold.exists() and trainer.state.global_step == 1:
+                    time.sleep(0.02)
                 if trainer.state.global_step == sigterm_at:
                     os.kill(os.getpid(), signal.SIGTERM)
                 if trainer.state.global_step == kill_in:

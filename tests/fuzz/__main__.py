@@ -22,6 +22,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DIS
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--seconds", type=float, default=600, help="for all targets together (default: 600)")
+    arguments.add_argument("--inputs", type=int, help="stop after so many for each target and engine, if time is left")
     arguments.add_argument("--targets", nargs="+", help="names of targets (default: all)")
     arguments.add_argument("--jobs", type=int, default=os.cpu_count(), help="targets at once (default: the cores)")
     arguments.add_argument("--output_dir", default="outputs/fuzz", help="for failing inputs (default: outputs/fuzz)")
@@ -34,7 +35,8 @@ def main() -> None:
     if args.repeat:
         engine.repeat(args.repeat)
         return
-    sys.exit(engine.fuzz(args.seconds, args.targets, args.jobs, args.output_dir, not args.no_atheris))
+    limit = float("inf") if args.inputs is None else args.inputs
+    sys.exit(engine.fuzz(args.seconds, args.targets, args.jobs, args.output_dir, not args.no_atheris, limit))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,8 +81,20 @@ def kind_of(error: BaseException) -> str:
     return f"{type(error).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].name}"
 
 
-def fuzz(seconds: float, names: list[str] | None, jobs: int, output_dir: str | Path, guided: bool = True) -> int:
-    """Fuzzes targets for about so many seconds, prints a table, and returns the exit status."""
+def fuzz(
+    seconds: float,
+    names: list[str] | None,
+    jobs: int,
+    output_dir: str | Path,
+    guided: bool = True,
+    inputs: float = math.inf,
+) -> int:
+    """Fuzzes targets, prints a table, and returns the exit status.
+
+    Args:
+        seconds: for all targets together, about.
+        inputs: after which each engine is done with a target, also before its time is over.
+    """
     guided = guided and importlib.util.find_spec("atheris") is not None
     targets = _load(guided)
     unknown = [name for name in names or () if name not in targets]
@@ -99,7 +113,7 @@ def fuzz(seconds: float, names: list[str] | None, jobs: int, output_dir: str | P
         while waiting or running:
             while waiting and len(running) < jobs:
                 name, engine = waiting.pop(0)
-                running.append(_Run(targets[name], engine, share, Path(scratch) / f"{name}-{engine}"))
+                running.append(_Run(targets[name], engine, share, inputs, Path(scratch) / f"{name}-{engine}"))
             time.sleep(0.1)
             for run in [run for run in running if run.done()]:
                 running.remove(run)
@@ -170,8 +184,8 @@ def _save(failure: Failure, folder: Path) -> Path:
 class _Run:
     """One target with one engine, for its share of the time; started again when its process dies."""
 
-    def __init__(self, target, engine: str, seconds: float, folder: Path):
-        self.target, self.engine, self.folder, self.watch = target, engine, folder, Watch()
+    def __init__(self, target, engine: str, seconds: float, inputs: float, folder: Path):
+        self.target, self.engine, self.inputs, self.folder, self.watch = target, engine, inputs, folder, Watch()
         self.deadline = time.monotonic() + seconds
         self.deaths: list[Failure] = []
         folder.mkdir(parents=True)
@@ -182,7 +196,7 @@ class _Run:
         self.killed_at = time.monotonic() + left + INPUT_SECONDS + GRACE
         known = [failure.kind for failure in self.failures()]
         self.process = FORK.Process(
-            target=_work, args=(self.target, self.engine, left, self.folder, self.watch, known)
+            target=_work, args=(self.target, self.engine, left, self.inputs, self.folder, self.watch, known)
         )
         self.process.start()
 
@@ -199,7 +213,8 @@ class _Run:
         what = f"more than {INPUT_SECONDS} seconds" if slow else f"the process died (status {code})"
         end = _tail(self.folder / "log.txt")
         self.deaths.append(Failure(self.target.name, what, end, self.watch.current()))
-        if time.monotonic() > self.deadline - 1 or len(self.deaths) > 5:
+        over = time.monotonic() > self.deadline - 1 or self.watch.tried.value >= self.inputs
+        if over or len(self.deaths) > 5:
             return True
         self._start()
         return False
@@ -217,7 +232,7 @@ def _tail(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")[-400:] if path.exists() else ""
 
 
-def _work(target, engine: str, seconds: float, folder: Path, watch: Watch, known: list[str]) -> None:
+def _work(target, engine: str, seconds: float, inputs: float, folder: Path, watch: Watch, known: list[str]) -> None:
     """The body of the process: limits, then the engine until the time is over."""
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
@@ -245,7 +260,11 @@ def _work(target, engine: str, seconds: float, folder: Path, watch: Watch, known
         kinds.add(failure.kind)
         (folder / f"failure-{engine}-{len(kinds):03d}.pickle").write_bytes(pickle.dumps(failure))
 
-    (_with_atheris if engine == "atheris" else _with_hypothesis)(target, check, keep, time.monotonic() + seconds)
+    end = time.monotonic() + seconds
+    if engine == "atheris":
+        _with_atheris(target, check, keep, end, inputs)
+    else:
+        _with_hypothesis(target, check, keep, lambda: time.monotonic() > end or watch.tried.value >= inputs)
 
 
 class _Found(Exception):
@@ -253,19 +272,19 @@ class _Found(Exception):
 
 
 class _Over(BaseException):
-    """The time is over."""
+    """The time is over, or the inputs."""
 
 
-def _with_hypothesis(target, check, keep, end: float) -> None:
-    while time.monotonic() < end:
-        if failure := _hunt(target, check, end):
+def _with_hypothesis(target, check, keep, over: Callable[[], bool]) -> None:
+    while not over():
+        if failure := _hunt(target, check, over):
             keep(failure)
 
 
-def _hunt(target, check, end: float) -> Failure | None:
+def _hunt(target, check, over: Callable[[], bool]) -> Failure | None:
     """Draws a thousand inputs, or until one fails; of that kind of failure the smallest input found in a while."""
     smallest: Failure | None = None
-    until = end
+    until = math.inf
 
     @hypothesis_seed(random.getrandbits(64))
     @settings(
@@ -279,7 +298,7 @@ def _hunt(target, check, end: float) -> Failure | None:
     @given(target.inputs)
     def one(value):
         nonlocal smallest, until
-        if time.monotonic() > until:
+        if over() or time.monotonic() > until:
             raise _Over
         failure = check(value)
         if failure and (smallest is None or smallest.kind == failure.kind):
@@ -293,7 +312,7 @@ def _hunt(target, check, end: float) -> Failure | None:
     return smallest
 
 
-def _with_atheris(target, check, keep, end: float) -> None:
+def _with_atheris(target, check, keep, end: float, inputs: float) -> None:
     import atheris
 
     def keep_if_new(value: object) -> None:
@@ -302,6 +321,7 @@ def _with_atheris(target, check, keep, end: float) -> None:
 
     options = [f"-max_total_time={max(1, round(end - time.monotonic()))}", f"-timeout={INPUT_SECONDS + GRACE}"]
     options += ["-rss_limit_mb=0", "-artifact_prefix=./", "-verbosity=0"]
+    options += [f"-runs={inputs}"] if inputs < math.inf else []
     if target.seeds:
         # Bytes as they are: libFuzzer changes files.
         Path("corpus").mkdir(exist_ok=True)

@@ -1,7 +1,6 @@
 """The shared-prefix engine computes what one caption at a time computes: losses and every trainable gradient."""
 
 import pickle
-import shutil
 
 import pytest
 import torch
@@ -83,7 +82,7 @@ def test_eager_attention_is_sdpa(trainer_of, architecture):
     assert_same_step(eager, loss_and_gradients(trainer_of(architecture, **ALL)))
 
 
-@pytest.mark.skipif(not shutil.which("c++"), reason="FlexAttention needs a C++ compiler on a CPU")
+@pytest.mark.usefixtures("compiler")
 def test_flex_attention_is_sdpa(miniature_dir, rows, tmp_path):
     """Forward only: the kernel has no backward on a CPU."""
     logits = []

@@ -130,7 +130,7 @@ def test_the_recipe_is_that_of_one_process(hub, dataset, repo_root, miniature_di
         folder, log, repo = tmp_path / str(count), tmp_path / f"{count}.log", f"user/processes-{count}"
         own = ["--output_dir", folder, "--hub_model_id", repo, "--gradient_accumulation_steps", 2 // count]
         program = partial(processes.script, *map(str, command + own), sharded=sharded and count > 1)
-        statuses = ranks.run_ranks(count, program, log=log, timeout=300)
+        statuses = ranks.run_ranks(count, program, log=log)
         assert statuses == [0] * count, ranks.tail(log)
         metrics = json.loads((folder / "adapter/metrics.json").read_text(encoding="utf-8"))
         said = [(folder / part / "predictions.jsonl").read_bytes() for part in ("base", "adapter")]
@@ -140,6 +140,7 @@ def test_the_recipe_is_that_of_one_process(hub, dataset, repo_root, miniature_di
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         commits = [commit.title for commit in HfApi().list_repo_commits(repo)]
         lines = log.read_text(errors="replace").splitlines()
+        assert f"4 images a step (2 a device x {2 // count} accumulated x {count} process" in "".join(lines)
         prints = [
             sum(line.startswith(start) for line in lines) for start in ("Trainable modules", "BLEU-4", "Pushed to")
         ]

@@ -50,13 +50,14 @@ def build_processor(architecture: str):
     )
 
 
-def build_model(architecture: str, attention: str = "sdpa"):
-    """A random model of four language layers in float32, the same weights each time."""
+def build_model(architecture: str, attention: str = "sdpa", hidden: int = 48):
+    """A random model of four language layers in float32, the same weights each time; `hidden` is their width."""
     tokenizer = build_processor(architecture).tokenizer
     token = tokenizer.convert_tokens_to_ids
-    hidden, text = 48, {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
-    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer), "head_dim": 12}
-    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}}
+    text = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 4, "head_dim": hidden // 4}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    section = [hidden // 8 - 2 * (hidden // 24), hidden // 24, hidden // 24]
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}}
     text |= {"pad_token_id": token("<|endoftext|>"), "bos_token_id": None, "eos_token_id": token("<|im_end|>")}
     vision = {
         "qwen2_vl": {"depth": 3, "embed_dim": 32, "num_heads": 2, "hidden_size": hidden},
@@ -86,9 +87,16 @@ def build_model(architecture: str, attention: str = "sdpa"):
 
 
 def build_trainer(
-    folder: Path, rows, architecture="qwen2_vl", attention="sdpa", train_projector=True, features=None, **settings
+    folder: Path,
+    rows,
+    architecture="qwen2_vl",
+    attention="sdpa",
+    train_projector=True,
+    features=None,
+    model=None,
+    **settings,
 ) -> CaptionTrainer:
-    """A CaptionTrainer on all pictures, one batch an epoch.
+    """A CaptionTrainer on all pictures, one batch an epoch; of a tiny random model where none is given.
 
     LoRA on the top two of four layers, without dropout, with B as random as A: at its usual zeros A had no gradient.
     """
@@ -104,7 +112,7 @@ def build_trainer(
         "logging_steps": 1,
         "save_strategy": "no",
     } | settings
-    model = build_model(architecture, attention)
+    model = model or build_model(architecture, attention)
     arguments = ModelArguments(
         model_name_or_path="tiny", lora_dropout=0.0, lora_top_layers=2, train_projector=train_projector
     )

@@ -1,8 +1,6 @@
 """A frozen ViT with a Llama under LoRA: gradients, padding, generation, saving; on tiny random models."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -199,6 +197,23 @@ def test_gradients_reach_projection_and_lora_and_nothing_else(adapted, pictures,
     assert moved == expected
 
 
+def test_captions_between_steps_leave_the_4bit_decoder_as_it_is(repacking_processor, adapted, pictures):
+    def step(captions: bool):
+        model, processor = adapted(load_in_4bit=True)
+        if captions:
+            model.eval()
+            model.generate(pixel_values=pictures, generation_config=decoding(processor, max_new_tokens=2))
+        model.train()
+        loss = loss_of(model, pictures, batch(processor))
+        loss.backward()
+        layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+        return loss, [layer.weight.data for layer in layers], [p.grad for p in model.parameters() if p.requires_grad]
+
+    plain, captioned = step(captions=False), step(captions=True)
+    assert plain[0] == captioned[0] and plain[1]
+    assert all(map(torch.equal, plain[1], captioned[1])) and all(map(torch.equal, plain[2], captioned[2]))
+
+
 def test_the_encoder_stays_in_eval_mode_and_records_nothing(adapted, pictures):
     model, _ = adapted()
     model.train()
@@ -332,7 +347,7 @@ def test_nf4_on_the_layers_of_the_llama_alone(arguments):
     assert len(quantised) == 2 * 7 and all(name.startswith("decoder.model.layers.") for name in quantised)
 
 
-def test_a_processor_needs_no_code_of_ours(adapted, tmp_path):
+def test_a_processor_needs_no_code_of_ours(fresh_python, adapted, tmp_path):
     """AutoProcessor on the adapter's folder, beside a config.json of a type that transformers does not know."""
     model, processor = adapted()
     model.save_pretrained(tmp_path)
@@ -341,8 +356,8 @@ def test_a_processor_needs_no_code_of_ours(adapted, tmp_path):
         "import sys; from transformers import AutoProcessor; p = AutoProcessor.from_pretrained(sys.argv[1]);"
         "print(p.tokenizer('Rye')['input_ids'], p.tokenizer.pad_token, p.image_processor.size['height'])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert done.stdout.strip() == f"{processor.tokenizer('Rye')['input_ids']} {PAD} {SIZE}", done.stderr
+    printed = fresh_python(code, str(tmp_path))
+    assert printed.strip() == f"{processor.tokenizer('Rye')['input_ids']} {PAD} {SIZE}"
 
 
 def test_adapter_and_parts_from_the_hub(hub, parts, arguments, pictures, tmp_path):

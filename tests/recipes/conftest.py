@@ -5,10 +5,21 @@ from pathlib import Path
 import pytest
 from trl import TrlParser
 
+from vlmcap.training.captioner import CaptionerTrainingArguments, FoodTrainingArguments
+from vlmcap.training.inherited import complete
+from vlmcap.training.trainer import CaptionSFTConfig
+
+TRAINING = {
+    "sft_qwen2vl_jp": CaptionSFTConfig,
+    "sft_blip_vi": CaptionerTrainingArguments,
+    "sft_vit_gpt2_food": FoodTrainingArguments,
+    "sft_vit_llama_food": CaptionerTrainingArguments,
+}
+
 
 @pytest.fixture
 def parser_of(repo_root, tmp_path) -> Callable[[str], Callable]:
-    """parser_of("sft_blip_vi")("base.yaml", "--seed", "1"): the recipe's dataclasses, as a command line fills them."""
+    """parser_of("sft_blip_vi")("base.yaml", "--seed", "1"): the recipe's dataclasses, as `main` has them."""
 
     def parser_of(recipe: str):
         spec = importlib.util.spec_from_file_location(recipe, repo_root / f"recipes/{recipe}.py")
@@ -17,7 +28,8 @@ def parser_of(repo_root, tmp_path) -> Callable[[str], Callable]:
 
         def parse(config: Path | str, *overrides: str):
             command = ["--config", str(config), "--output_dir", str(tmp_path), *overrides]
-            return TrlParser(module.ARGUMENTS).parse_args_and_config(command)
+            *others, settings = TrlParser(module.ARGUMENTS).parse_args_and_config(command)
+            return *others, complete(TRAINING[recipe], settings)
 
         return parse
 

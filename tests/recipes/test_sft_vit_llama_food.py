@@ -25,7 +25,7 @@ def parse(parser_of):
     return parser_of("sft_vit_llama_food")
 
 
-@pytest.mark.parametrize("name", ["base", "demo"])
+@pytest.mark.parametrize("name", ["base", "demo", "smollm2", "smollm2_demo"])
 def test_configurations_parse_and_say_what_they_do(repo_root, parse, name):
     path = repo_root / f"recipes/configs/sft_vit_llama_food/{name}.yaml"
     assert_describes_itself(path)

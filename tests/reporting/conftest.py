@@ -23,7 +23,7 @@ def browser():
     if path is None:
         pytest.skip("browser tests need Chromium, and neither chromium nor google-chrome is on the PATH")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=600_000)
         yield chromium
         chromium.close()
 
@@ -36,7 +36,7 @@ def page(browser):
     """
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(300_000)  # ms; for what takes some on a quiet machine
     errors, page.requests_made = [], []
     page.on("pageerror", lambda error: errors.append(f"uncaught: {error}"))
     page.on("console", lambda message: errors.append(f"console: {message.text}") if message.type == "error" else None)

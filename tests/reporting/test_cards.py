@@ -3,10 +3,7 @@
 import ast
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -292,10 +289,8 @@ def test_what_makes_no_honest_card_is_refused(tmp_path):
         write(tmp_path, other)
 
 
-def test_quick_start_runs(tmp_path, miniature_dir, repo_root):
-    """The card's own code, in a fresh process, on the miniature with an untrained adapter."""
-    if not (miniature_dir / "config.json").exists():
-        pytest.skip(f"needs the committed miniature at {miniature_dir}")
+def test_quick_start_runs(fresh_python, tmp_path, miniature_dir, repo_root, repacking_processor):
+    """The card's own code, in a fresh process, on the miniature in NF4 with an untrained adapter."""
     from peft import LoraConfig, get_peft_model
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -306,11 +301,11 @@ def test_quick_start_runs(tmp_path, miniature_dir, repo_root):
     Image.new("RGB", (84, 84), "red").save(tmp_path / "photo.jpg")
 
     metrics = miniature_document(str(miniature_dir), str(tmp_path / "adapter"))
+    for run in (metrics, metrics["base"]):
+        run["model"]["quantization"] = "nf4"
     code = snippet(render_adapter_card(metrics)).replace('"adapter"', repr(str(tmp_path / "adapter")))
     code = code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg")))
-    done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("\n")
+    assert fresh_python(code, folder=repo_root).endswith("\n")
 
 
 HUB = {
@@ -435,6 +430,32 @@ def test_what_the_licence_of_llama_asks_for_is_on_the_card():
         assert "Built with Llama" not in card and "Meta" not in card
 
 
+def test_smollm2_is_under_its_own_licence_and_no_derivative_of_llama():
+    metrics = family_document("sft_vit_llama_food")
+    for run in (metrics, metrics["base"]):
+        run["model"]["parts"]["decoder"]["id"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    card = render_adapter_card(metrics, "user/dishes")
+    data = ModelCard(card).data
+    assert data.license == "apache-2.0" and "miniature" not in data.tags
+    assert data.base_model == ["google/vit-base-patch16-224-in21k", "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert "under Apache-2.0, as SmolLM2 is" in prose(card) and "ViT is under Apache-2.0 too" in prose(card)
+    assert not re.search("Built with Llama|Llama 3.2|asks you to accept|miniature", card)
+
+
+def test_a_miniature_encoder_is_said_where_the_text_weights_are_real():
+    metrics = family_document("sft_vit_llama_food", miniature=True)
+    for run in (metrics, metrics["base"]):
+        run["model"] |= {"parameters": 135_234_567}
+        run["model"]["parts"]["decoder"]["id"] = "outputs/smollm2/SmolLM2-135M-Instruct"
+    card = render_adapter_card(metrics)
+    data = ModelCard(card).data
+    assert data.license == "apache-2.0" and "miniature" in data.tags and data.base_model is None
+    assert "It sees through the project's miniature" in card and "no evidence about titles of" in card
+    assert "was trained on rendered scenes" in prose(card) and "It knows coloured shapes only" in card
+    assert "scripts/fetch_smollm2.py" in card and "The miniature ViT is under Apache-2.0" in prose(card)
+    assert not re.search("Built with Llama|allergies|machinery learns|read from a local folder", card)
+
+
 def test_nf4_is_said_where_the_quick_start_is():
     metrics = family_document("sft_vit_llama_food")
     assert "NF4" not in render_adapter_card(metrics)
@@ -478,7 +499,7 @@ def saved_by(recipe: str, folder, miniatures):
 
 
 @pytest.mark.parametrize("recipe", PARTS)
-def test_quick_starts_of_the_family_run(recipe, tmp_path, repo_root):
+def test_quick_starts_of_the_family_run(fresh_python, recipe, tmp_path, repo_root):
     """The card's own code, in a fresh process, on what the recipe saves; BLIP's without `vlmcap` says the same."""
     from PIL import Image
 
@@ -493,9 +514,5 @@ def test_quick_starts_of_the_family_run(recipe, tmp_path, repo_root):
         code = code.replace('"user/Llama-x"', repr(str(folder))).replace(
             '"photo.jpg"', repr(str(tmp_path / "photo.jpg"))
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=repo_root, env=os.environ, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+        said.append(fresh_python(code, folder=repo_root))
     assert said[0].endswith("\n") and len(set(said)) == 1

@@ -218,7 +218,8 @@ def test_hostile_captions_are_text(page, url):
     assert page.locator(".card").count() == 40
     page.fill("#text", "<img src=x onerror")
     assert shown(page) == ["7"]
-    page.wait_for_timeout(100)  # an alert or a request would have come by now
+    # An alert or a request would have come by the next frame.
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
     assert page.requests_made == []
 
 

@@ -39,9 +39,10 @@ PROBES = """async () => {
     script.textContent = "window.attacked = 6";
     document.body.append(script);
     const image = new Image();
+    const tried = new Promise((done) => { image.onload = image.onerror = done; });
     image.src = "BEACON";
     document.body.append(image);
-    await new Promise((done) => setTimeout(done, 100));
+    await tried;
     return window.attacked ?? null;
 }"""
 
@@ -112,7 +113,7 @@ def visit(browser, beacon):
     def open_page(path: Path) -> int | None:
         contexts.append(browser.new_context())
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(300_000)
         page.on("dialog", lambda dialog: dialog.dismiss())
         page.goto(path.as_uri())
         done = page.evaluate(PROBES.replace("BEACON", beacon.url))

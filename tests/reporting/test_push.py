@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from tests.local_hub.faults import Fault
 from tests.reporting.documents import adapter_document, family_document, miniature_document
 from vlmcap import upload
-from vlmcap.reporting.hub import PushError, check_llama_name, check_push_rights, push_adapter
+from vlmcap.reporting.hub import PushError, check_llama_name, push_adapter
+from vlmcap.upload import check_push_rights
 
 REPO = "user/adapter"
 

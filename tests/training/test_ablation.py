@@ -64,6 +64,12 @@ def grid_file(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture
+def grid_to_run(grid_file) -> Path:
+    """For tests that start its cells: each is a launcher that imports torch, and a recipe."""
+    return grid_file
+
+
 def test_cells_are_the_reference_and_one_change_at_a_time(grid_file):
     found = cells(read_grid(grid_file))
     # 32 and true are the config's own: the reference, and no cells of their own.
@@ -79,8 +85,10 @@ def test_cells_are_the_reference_and_one_change_at_a_time(grid_file):
     assert len({cell.folder for cell in found}) == 6
 
 
-def test_a_grid_survives_a_failure_and_skips_what_is_finished(grid_file, capsys):
-    grid = read_grid(grid_file)
+def test_a_grid_survives_a_failure_and_skips_what_is_finished(grid_to_run, capsys):
+    document = yaml.safe_load(grid_to_run.read_text()) | {"vary": {"lora_r": [13, 32]}}
+    grid_to_run.write_text(yaml.safe_dump(document))
+    grid = read_grid(grid_to_run)
     ran = run_grid(grid)
     assert [cell.name for cell in ran if not cell.finished()] == ["lora_r=13, seed=1", "lora_r=13, seed=2"]
     assert "rank 13 brings bad luck" in capsys.readouterr().err
@@ -88,9 +96,8 @@ def test_a_grid_survives_a_failure_and_skips_what_is_finished(grid_file, capsys)
     assert [row[:5] for row in rows[1:]] == [
         ["reference", "0.3215", "0.3210", "0.3220", "2 of 2"],
         ["lora_r=13", "-", "-", "-", "0 of 2"],
-        ["train_projector=false", "0.3215", "0.3210", "0.3220", "2 of 2"],
     ]
-    assert markdown_table(rows).count("\n") == 5
+    assert markdown_table(rows).count("\n") == 4
 
     finished = [cell for cell in ran if cell.finished()]
     before = [cell.metrics.stat().st_mtime_ns for cell in finished]
@@ -105,11 +112,11 @@ def test_a_grid_survives_a_failure_and_skips_what_is_finished(grid_file, capsys)
         run_grid(grid)
 
 
-def test_a_grid_says_what_is_trained_and_which_scores_count(grid_file):
-    Path(grid_file.parent / "base.yaml").write_text("lora_r: 32\ntrained: model\nseed: 1\n")
+def test_a_grid_says_what_is_trained_and_which_scores_count(grid_to_run):
+    Path(grid_to_run.parent / "base.yaml").write_text("lora_r: 32\ntrained: model\nseed: 1\n")
     grid = {"vary": {}, "grid": {"seed": [1, 2]}, "trained": "model", "scores": ["rouge_l", "bleu_1", "meteor"]}
-    grid_file.write_text(yaml.safe_dump(yaml.safe_load(grid_file.read_text()) | grid))
-    grid = read_grid(grid_file)
+    grid_to_run.write_text(yaml.safe_dump(yaml.safe_load(grid_to_run.read_text()) | grid))
+    grid = read_grid(grid_to_run)
     ran = run_grid(grid)
     assert [cell.metrics.parent.name for cell in ran if cell.finished()] == ["model", "model"]
     header, row = summary_rows(ran, grid.scores)
@@ -120,12 +127,12 @@ def test_a_grid_says_what_is_trained_and_which_scores_count(grid_file):
     assert len(first) == len(second) and first.index("least") + len("least") == second.index("0.6420") + len("0.6420")
 
 
-def test_sigterm_ends_the_cell_too(grid_file, repo_root, tmp_path):
+def test_sigterm_ends_the_cell_too(grid_to_run, repo_root, tmp_path):
     """As Ctrl-C does: the launcher, the recipe behind it, and the script."""
-    grid_file.write_text(yaml.safe_dump(yaml.safe_load(grid_file.read_text()) | {"vary": {}, "grid": {}}))
-    (cell,) = cells(read_grid(grid_file))
-    (grid_file.parent / "hang").touch()
-    command = [sys.executable, "scripts/run_ablation.py", "--config", str(grid_file)]
+    grid_to_run.write_text(yaml.safe_dump(yaml.safe_load(grid_to_run.read_text()) | {"vary": {}, "grid": {}}))
+    (cell,) = cells(read_grid(grid_to_run))
+    (grid_to_run.parent / "hang").touch()
+    command = [sys.executable, "scripts/run_ablation.py", "--config", str(grid_to_run)]
     process = subprocess.Popen(command, cwd=repo_root, stderr=subprocess.PIPE, text=True)
     while not (cell.folder / "checkpoint-1/trainer_state.json").exists():
         assert process.poll() is None
@@ -133,19 +140,19 @@ def test_sigterm_ends_the_cell_too(grid_file, repo_root, tmp_path):
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2  # launcher and recipe
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate()
     assert process.returncode == 1 and said.strip().endswith("the same command goes on from the last checkpoint")
     assert "Traceback" not in said
     assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_an_interrupted_cell_continues_from_its_checkpoint(grid_file, repo_root):
-    document = yaml.safe_load(grid_file.read_text()) | {"vary": {}, "grid": {}}
-    grid_file.write_text(yaml.safe_dump(document))
-    (cell,) = cells(read_grid(grid_file))
-    hang = grid_file.parent / "hang"
+def test_an_interrupted_cell_continues_from_its_checkpoint(grid_to_run, repo_root):
+    document = yaml.safe_load(grid_to_run.read_text()) | {"vary": {}, "grid": {}}
+    grid_to_run.write_text(yaml.safe_dump(document))
+    (cell,) = cells(read_grid(grid_to_run))
+    hang = grid_to_run.parent / "hang"
     hang.touch()
-    code = f"from vlmcap.training.ablation import *; run_grid(read_grid({str(grid_file)!r}))"
+    code = f"from vlmcap.training.ablation import *; run_grid(read_grid({str(grid_to_run)!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=repo_root, start_new_session=True)
     while not (cell.folder / "checkpoint-1/trainer_state.json").exists():
         assert process.poll() is None
@@ -154,7 +161,7 @@ def test_an_interrupted_cell_continues_from_its_checkpoint(grid_file, repo_root)
     process.wait()
     assert cell.state()["status"] == "running"
     hang.unlink()
-    run_grid(read_grid(grid_file))
+    run_grid(read_grid(grid_to_run))
     assert cell.finished()
     log = (cell.folder / "log.txt").read_text()
     assert "resumed from None" in log and log.rstrip().endswith("resumed from latest")

@@ -261,7 +261,7 @@ def test_two_processes_share_one_build(pictures, model, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=100)
+        process.join()
         assert process.exitcode == 0
     alone = build(pictures, model, tmp_path / "alone")
     for rank in range(2):

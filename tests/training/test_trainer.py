@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -288,3 +290,13 @@ def test_report_says_what_trains_and_how_much(miniature_dir, processor, rows, tm
     assert "language_model.layers.7.mlp.up_proj (LoRA)" in text and "visual.merger.mlp.0" in text
     assert "56 linear layers in NF4" in text
     assert "12 images, 24 captions an epoch; 8 images a step" in text and "6 steps in all" in text
+
+
+def test_memory_that_the_loaded_model_holds_is_not_missing_for_it(
+    miniature_dir, processor, rows, tmp_path, monkeypatch
+):
+    """The report is printed when the model lies in memory: with nothing else free, this small one still fits."""
+    trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    text = training_report(trainer, "a/b", max_pixels=7056, caption_tokens=16)
+    assert "Memory: about 0." in text and "may not fit" not in text

@@ -24,17 +24,19 @@ from transformers import AutoTokenizer
 
 from vlmcap import provenance
 from vlmcap.data import splits
+from vlmcap.data.arguments import PublishArguments, check_arguments
 from vlmcap.data.clean import CaptionCleaner
-from vlmcap.data.corpora import READ, RELEASE, PublishArguments, check_arguments, find_license
+from vlmcap.data.corpora import READ, RELEASE, find_license
 from vlmcap.data.images import BadImageError, open_image
 from vlmcap.data.lengths import caption_lengths, token_limit
 from vlmcap.data.sources import DataError, SourceFile
 from vlmcap.data.titles import word_counts, write_word_cloud
 from vlmcap.documents import parse_json
 from vlmcap.markdown import code_span, escape_unseen, prose
+from vlmcap.places import ROOT, check_miniature
 from vlmcap.upload import PushError, push_folder
 
-CARDS = Path(__file__).resolve().parents[3] / "dataset_cards"
+CARDS = ROOT / "dataset_cards"
 REPORT = "cleaning_report.json"
 WORD_CLOUD = "word_cloud.png"
 COLUMNS = {
@@ -56,8 +58,6 @@ def publish(args: PublishArguments) -> dict:
 
     Raises DataError as `build` and `push` do.
     """
-    if args.push_to_hub and not args.repo_id:
-        raise DataError("--push_to_hub needs --repo_id USER/NAME.")
     summary = build(args)
     print(summary_text(summary))
     if args.push_to_hub:
@@ -89,6 +89,7 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
     release = RELEASE[args.source]
     seconds: dict[str, float] = {}
 
+    check_miniature(args.tokenizer or "")
     with _timed(seconds, "load tokenizer"):
         try:
             tokenizer = (

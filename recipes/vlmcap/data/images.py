@@ -12,14 +12,13 @@ import httpx2
 import numpy as np
 import pyarrow as pa
 import yaml
-from huggingface_hub import DatasetCard, HfApi, hf_hub_download
+from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import HFValidationError
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from vlmcap.data.lookup import DatasetError, find_dataset, missing
 from vlmcap.documents import parse_json
-from vlmcap.errors import UserError
 from vlmcap.provenance import public_name
 
 # Cards of publish_datasets.py have the tag NAME-captions.
@@ -48,10 +47,6 @@ TYPES = {
     "captions": (lambda kind: pa.types.is_list(kind) and pa.types.is_string(kind.value_type), "lists of texts"),
 }
 CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where datasets from the Hub lie
-
-
-class DatasetError(UserError):
-    """A dataset cannot be used as asked. The message names the dataset, the value and the mend."""
 
 
 class BadImageError(OSError):
@@ -252,15 +247,11 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
                 f"{report} is no report of a build ({type(error).__name__}: {error}). Build the dataset again."
             ) from error
     else:
+        revision = find_dataset(dataset, revision)
         try:
-            revision = HfApi().dataset_info(dataset, revision=revision).sha
             card = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=revision)
-        except (httpx2.HTTPError, OSError, HFValidationError) as error:
-            raise DatasetError(
-                f"{dataset} is no folder, and the Hub does not have it as a dataset ({str(error).splitlines()[0]})."
-                " Build it with: python scripts/publish_datasets.py --source stair --tokenizer"
-                f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"
-            ) from error
+        except (httpx2.HTTPError, OSError) as error:
+            raise missing(dataset, error) from error
     try:
         data = DatasetCard.load(card).data
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:

@@ -19,9 +19,9 @@ from pathlib import Path
 from datasets import DownloadConfig, DownloadManager
 from tqdm.auto import tqdm
 
+from vlmcap.data.arguments import DataError
 from vlmcap.data.images import is_plain_path
 from vlmcap.documents import parse_json, shown
-from vlmcap.errors import UserError
 
 # Official releases, both CC BY 4.0: github.com/STAIR-Lab-CIT/STAIR-captions and github.com/yahoojapan/YJCaptions.
 ARCHIVES = {
@@ -45,10 +45,6 @@ MAX_EXPANSION, ROOM = 100, 2**20  # unpacked bytes for a packed one, and 1 MiB m
 MAX_MEMBERS, MAX_HEADER = 1_000, 4_096  # of an archive: members, and bytes of a header that extends tar's own
 LONGEST_INFO = 1_000  # characters of what a file says of itself
 COCO_FILE_NAME = re.compile(r"COCO_(train2014|val2014)_\d{12}\.jpg")
-
-
-class DataError(UserError):
-    """The data cannot be built as asked; the message names the file, the value and the mend."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from vlmcap import provenance
 from vlmcap.documents import parse_json, shown
 from vlmcap.errors import UserError
+from vlmcap.evaluation.arguments import FORM, HELD_BACK
 from vlmcap.evaluation.bootstrap import LEVEL, interval, resampled_scores
 from vlmcap.evaluation.constraints import japanese_characters
 from vlmcap.evaluation.lexicon import Lexicon, analyse
@@ -53,10 +54,7 @@ MARKUP = re.compile(
     r"|^\s*(?:assistant|user|system|ユーザー|アシスタント)\s*[:：\n]|###|USER:|ASSISTANT:",
     re.I,
 )
-FORM = ("empty", "repetition", "truncated", "non_japanese", "copied_prompt", "special_tokens")
 OVERLAP = ("image_in_training", "picture_in_training", "training_caption")
-# What holds a caption back unless other reasons are asked for.
-HELD_BACK = ("hallucination", "gender_mismatch", "gender_unsupported", *FORM)
 
 
 class AuditError(UserError):

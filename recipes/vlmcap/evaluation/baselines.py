@@ -16,6 +16,7 @@ from vlmcap.errors import UserError
 from vlmcap.evaluation.generate import GenerationArguments
 from vlmcap.evaluation.scoring import SCORE_LABELS, write_metrics
 from vlmcap.models.weights import COMMIT
+from vlmcap.places import as_typed_here, own_file
 
 CORPORA = ("STAIR", "YJ", "COCO")
 SOURCES = ("https://", "file://")
@@ -264,7 +265,7 @@ def read_prompts(path: str | Path) -> dict[str, str]:
     Raises:
         BaselineError: naming file and name: no prompts, a prompt that is no text, a name that cannot be a folder.
     """
-    document = _read_yaml(path)
+    document = _read_yaml(own_file(str(path)))
     if isinstance(document.get("prompts"), dict):
         document = document["prompts"]
     if not document:
@@ -345,6 +346,5 @@ def score_prompts(folder: Path, names: list[str], rows: datasets.Dataset, tokeni
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
         lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
     files = " ".join(str(folder / name / "metrics.json") for name in names)
-    return "\n".join(
-        [*lines, "", "With intervals and captions side by side:", f"  python scripts/compare_runs.py {files}"]
-    )
+    command = as_typed_here(f"  python scripts/compare_runs.py {files}")
+    return "\n".join([*lines, "", "With intervals and captions side by side:", command])

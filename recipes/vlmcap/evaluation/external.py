@@ -84,7 +84,9 @@ def meteor_jar() -> Path:
             return jar.resolve()
     if named:
         raise ScorerUnavailable(f"${METEOR_JAR_VARIABLE} names {jar.name}, which is no file")
-    raise ScorerUnavailable(f"no meteor-1.5.jar: set {METEOR_JAR_VARIABLE} to one, or `pip install pycocoevalcap`")
+    raise ScorerUnavailable(
+        f"no meteor-1.5.jar: `pip install pycocoevalcap` brings it, ${METEOR_JAR_VARIABLE} names another"
+    )
 
 
 def meteor_statistics(

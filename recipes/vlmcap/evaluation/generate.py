@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -19,40 +18,11 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from vlmcap import provenance
 from vlmcap.data.images import BadImageError, open_image
 from vlmcap.errors import UserError
+from vlmcap.evaluation.arguments import BeamArguments, GenerationArguments
 from vlmcap.evaluation.constraints import constraints
 from vlmcap.files import write_atomically
 from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
-
-
-@dataclass
-class BeamArguments:
-    """How captions are searched for."""
-
-    num_beams: int = field(default=3, metadata={"help": "Beam width; 1 is greedy search."})
-    max_new_tokens: int = field(default=64, metadata={"help": "A caption is cut after this many tokens."})
-    generation_batch_size: int = field(default=16, metadata={"help": "Images generated for at once."})
-    no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "No n-gram of this many tokens comes twice in a caption; 0 allows it."}
-    )
-
-
-@dataclass
-class GenerationArguments(BeamArguments):
-    """How captions are asked for, searched for and constrained."""
-
-    prompt: str = field(
-        default="この画像を日本語で短く説明してください。", metadata={"help": "The user's text behind the image."}
-    )
-    japanese_only: bool = field(
-        default=False, metadata={"help": "Constrain captions to Japanese script, digits and punctuation."}
-    )
-    avoid_words: str | None = field(
-        default=None,
-        metadata={
-            "help": "File of words, one a line, that no caption may contain, e.g."
-            " recipes/vlmcap/evaluation/lexicons/avoid_persons_ja.txt."
-        },
-    )
+from vlmcap.places import own_file
 
 
 class PredictionsError(UserError):
@@ -134,11 +104,12 @@ def read_words(path: str | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        words = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = Path(own_file(path)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PredictionsError(
             f"--avoid_words {path} cannot be read as UTF-8 text, one word a line: {error}"
         ) from error
+    words = [line.strip() for line in lines if line.strip()]
     if not words:
         raise PredictionsError(f"--avoid_words {path} holds no word. Write one a line, or leave the option out.")
     return words

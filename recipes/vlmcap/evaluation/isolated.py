@@ -26,6 +26,7 @@ from vlmcap.evaluation.baselines import Baseline
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, decoding_record, write_captions
 from vlmcap.evaluation.isolated_runners.protocol import PROTOCOL
 from vlmcap.files import write_atomically
+from vlmcap.places import ROOT
 from vlmcap.provenance import public_name
 
 RUNNERS = Path(__file__).parent / "isolated_runners"
@@ -39,12 +40,12 @@ class IsolatedError(UserError):
 
 
 def find_uv() -> str:
-    """uv from PATH, or the one that `make setup` puts into the repository.
+    """uv from PATH, or the one that `make setup` puts into the clone.
 
     Raises:
         IsolatedError: there is neither.
     """
-    own = Path(__file__).resolve().parents[3] / ".uv/bin/uv"
+    own = ROOT / ".uv/bin/uv"
     found = shutil.which("uv") or (str(own) if own.exists() else None)
     if found is None:
         raise IsolatedError("uv is needed to build the environment of this model: `pip install uv`, or `make setup`")

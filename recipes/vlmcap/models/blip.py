@@ -15,7 +15,6 @@ transformers and PEFT load it too (`merge_and_unload` because of `_keep_head_bia
 import re
 import string
 import unicodedata
-from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -31,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vlmcap.models.arguments import BlipArguments
 from vlmcap.models.load import compute_dtype, local_device
 from vlmcap.models.weights import ModelError, check_adapter, load_weights, loading, read_adapter
 
@@ -44,33 +44,6 @@ TONES = ("", "\u0300", "\u0301", "\u0303", "\u0309", "\u0323")  # none, grave, a
 VOWELS = "".join(unicodedata.normalize("NFC", vowel + tone) for vowel in "aăâeêioôơuưy" for tone in TONES)
 # Every Vietnamese letter in both cases, ASCII letters, digits and punctuation.
 CHARACTERS = VOWELS + VOWELS.upper() + "đĐ" + string.ascii_letters + string.digits + string.punctuation
-
-
-@dataclass
-class BlipArguments:
-    """What is loaded and what of it is trained."""
-
-    model_name_or_path: str = field(
-        default="Salesforce/blip-image-captioning-base", metadata={"help": "BLIP captioner: Hub id or local folder."}
-    )
-    model_revision: str | None = field(
-        default=None,
-        metadata={"help": "Revision of the base model on the Hub, one with safetensors; a commit pins it."},
-    )
-    new_pieces: int = field(
-        default=500,
-        metadata={
-            "help": "How many words the tokenizer learns from the training captions, the most frequent first; rarer"
-            " ones are spelled. UIT-ViIC's 500th is seen five times."
-        },
-    )
-    lora_r: int = field(default=16, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates are multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: "query key value attention.output.dense crossattention.output.dense".split(),
-        metadata={"help": "Linear layers of the text decoder's self- and cross-attention that get LoRA."},
-    )
 
 
 def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditionalGeneration, BlipProcessor]:

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -29,6 +28,7 @@ from transformers.utils import logging
 
 from vlmcap.documents import parse_yaml
 from vlmcap.files import write_atomically
+from vlmcap.models.arguments import ModelArguments
 from vlmcap.models.weights import (
     COMMIT,
     PICKLES,
@@ -43,6 +43,7 @@ from vlmcap.models.weights import (
     read_adapter,
     skeleton,
 )
+from vlmcap.places import check_miniature
 
 # Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
 # `lm_head` shares the embedding matrix.
@@ -53,45 +54,6 @@ MODEL_LINE = re.compile(r"( *)(?:(\w+)_name_or_path|id): *([^\s#]+)")
 REVISION_LINE = re.compile(r"( *)(\w*revision): *null\b(.*)")
 LAYERS_PATTERN = "layers"  # language_model.layers; Qwen's ViT calls its layers `blocks`
 UNQUANTISED = [*VISION_TOWERS, "model.multi_modal_projector", "model.connector", "lm_head"]
-
-
-@dataclass
-class ModelArguments:
-    """What is loaded and what of it is trained."""
-
-    model_name_or_path: str = field(
-        default="Qwen/Qwen2-VL-2B-Instruct", metadata={"help": "Base model: Hub id or local folder."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the Hub."})
-    attn_implementation: str = field(
-        default="sdpa",
-        metadata={
-            "help": "Attention of the language model: sdpa, eager, or flex_attention (block-sparse; NVIDIA GPUs of"
-            " compute capability 8.0 and later)."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=True,
-        metadata={"help": "NF4 with double quantisation for the language model; the vision tower stays unquantised."},
-    )
-    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates are multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
-    lora_top_layers: int = field(default=6, metadata={"help": "LoRA goes on this many of the last language layers"})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "Linear layers inside a language layer that get LoRA."},
-    )
-    train_projector: bool = field(
-        default=True, metadata={"help": "Train the projector (visual.merger) in full; otherwise it is frozen."}
-    )
-    min_pixels: int | None = field(
-        default=56 * 56, metadata={"help": "Images are scaled up to at least this many pixels."}
-    )
-    max_pixels: int | None = field(
-        default=400 * 28 * 28,
-        metadata={"help": "Images are scaled down to at most this many pixels; 28 x 28 of them are one image token."},
-    )
 
 
 def compute_dtype() -> torch.dtype:
@@ -137,6 +99,7 @@ def resolve_revision(name: str, revision: str | None) -> str | None:
     """
     if Path(name).exists():
         return None
+    check_miniature(name)
     if COMMIT.fullmatch(revision or ""):
         return revision
     with hub_errors(name, revision, "a model"):
@@ -298,7 +261,9 @@ def load_processor(
 
     Raises:
         ModelError: as `load_model`; or bounds were given, and the processor has none.
+        UserError: it is a miniature that is not here.
     """
+    check_miniature(name)
     with loading(name):
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     if takes_pixel_bounds(processor):

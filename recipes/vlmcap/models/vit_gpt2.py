@@ -7,9 +7,6 @@ masked that way lose the end of the caption, and the decoder goes on and repeats
 by their length (`vlmcap.training.captioner`), and generation stops at the first `<|endoftext|>` after the start.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -26,47 +23,10 @@ from transformers import (
     ViTModel,
 )
 
+from vlmcap.models.arguments import VitGpt2Arguments
 from vlmcap.models.load import load_part
 from vlmcap.models.weights import ModelError, load_weights, loading
 from vlmcap.provenance import public_name
-
-
-@dataclass
-class VitGpt2Arguments:
-    """The two pretrained parts, and what of them is trained. The cross-attention between them always is."""
-
-    encoder_name_or_path: str = field(
-        default="google/vit-base-patch16-224-in21k", metadata={"help": "Image encoder, a ViT: Hub id or local folder."}
-    )
-    encoder_revision: str | None = field(default=None, metadata={"help": "Revision of the encoder on the Hub."})
-    decoder_name_or_path: str = field(
-        default="openai-community/gpt2", metadata={"help": "Text decoder, a GPT-2: Hub id or local folder."}
-    )
-    decoder_revision: str | None = field(default=None, metadata={"help": "Revision of the decoder on the Hub."})
-    train: Literal["encoder", "decoder", "both"] = field(
-        default="both",
-        metadata={
-            "help": "Part that is trained: encoder, decoder or both. The cross-attention layers are new weights and"
-            " are trained in every mode."
-        },
-    )
-    freeze_vit_blocks: int = field(
-        default=0, metadata={"help": "Freeze the first N blocks of a trained encoder, 0 to its depth (ViT-B: 12)."}
-    )
-    freeze_gpt2_blocks: int = field(
-        default=0,
-        metadata={
-            "help": "Freeze the first N blocks of a trained decoder, 0 to its depth (GPT-2: 12), except for their"
-            " cross-attention, which is new and trained."
-        },
-    )
-    freeze_embeddings: bool = field(
-        default=True,
-        metadata={
-            "help": "Freeze the patch and position embeddings of the encoder, and the token and position embeddings of"
-            " the decoder; GPT-2's output layer is its token embedding. False trains those of a part that is trained."
-        },
-    )
 
 
 def build_vit_gpt2(args: VitGpt2Arguments, seed: int) -> tuple[VisionEncoderDecoderModel, ProcessorMixin]:

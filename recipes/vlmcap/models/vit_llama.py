@@ -7,8 +7,6 @@ The prefix is one pooled vector or one vector a patch (`image_prefix`). An adapt
 """
 
 import os
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -27,6 +25,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from vlmcap.models.arguments import VitLlamaArguments
 from vlmcap.models.load import (
     check_quantisation,
     compute_dtype,
@@ -42,47 +41,6 @@ from vlmcap.models.weights import ModelError, check_adapter, loading, read_adapt
 PAD_TOKEN = "<|finetune_right_pad_id|>"
 # Not just `projection`: PEFT matches the ends of names, and the ViT's patch embedding has a `projection` as well.
 PROJECTION = "image_projection"
-
-
-@dataclass
-class VitLlamaArguments:
-    """Which ViT and Llama are put together, and what of them is trained."""
-
-    encoder_name_or_path: str = field(
-        default="google/vit-base-patch16-224-in21k", metadata={"help": "ViT: Hub id or local folder. Stays frozen."}
-    )
-    encoder_revision: str | None = field(default=None, metadata={"help": "Revision of the ViT on the Hub."})
-    decoder_name_or_path: str = field(
-        default="meta-llama/Llama-3.2-1B",
-        metadata={
-            "help": "Llama: Hub id or local folder. meta-llama/Llama-3.2-1B and -3B are gated: accept Meta's licence"
-            " on their pages and log in with `hf auth login`."
-        },
-    )
-    decoder_revision: str | None = field(default=None, metadata={"help": "Revision of the Llama on the Hub."})
-    image_prefix: Literal["pooled", "patches"] = field(
-        default="pooled",
-        metadata={
-            "help": "What of a picture stands in front of the caption: pooled, one vector ([CLS]), or patches, one for"
-            " each patch (196 at 224 pixels)."
-        },
-    )
-    prefix_size: float = field(
-        default=1.0,
-        metadata={
-            "help": "How large the prefix is at the start, in multiples of the Llama's embeddings (root mean square)."
-        },
-    )
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "NF4 with double quantisation for the Llama; the ViT stays unquantised."}
-    )
-    lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA scale: updates are multiplied by alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"],
-        metadata={"help": "Linear layers inside each layer of the Llama that get LoRA."},
-    )
 
 
 class VitLlamaConfig(PreTrainedConfig):

@@ -21,13 +21,15 @@ from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.files import write_atomically
 from vlmcap.markdown import code_span, escape_unseen, fenced, prose, visible
+from vlmcap.places import ROOT, paths_root
 
-REPOSITORY = Path(__file__).parents[3]
-TEMPLATES = REPOSITORY / "model_cards"
+TEMPLATES = ROOT / "model_cards"
 EVAL_RESULTS = ".eval_results/captioning.yaml"
 # The smallest published bases, BLIP and ViT with GPT-2, have more than 200 million parameters, the miniatures a few.
 MINIATURE_PARAMETERS = 100_000_000
 LLAMA = "llama-3.2"  # in the id of every model under the licence of Llama 3.2
+SMOLLM2 = "smollm2"  # in the id of every SmolLM2: of Llama's architecture, trained by others, under Apache-2.0
+MINIATURES = "recipes/miniatures/"
 # What a document must hold before a card can be printed: the scorer's part, the run record's, the recipe's.
 REQUIRED = (
     "scores signatures counts model dataset prompt decoding saw hardware seconds images_per_second peak_memory_bytes "
@@ -238,7 +240,9 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
             training=training,
             title=_title(metrics),
             miniature=is_miniature(metrics),
+            miniature_encoder=miniature_encoder(metrics),
             built_with_llama=built_with_llama(metrics),
+            smollm2=_is_decoder(metrics, SMOLLM2),
             base_on_hub=_on_hub(metrics),
             base_name=" + ".join(_name(part["id"]) for part in parts.values()),
             base_link=Markup(" with ".join(_link(part["id"]) for part in parts.values())),
@@ -381,23 +385,34 @@ def is_miniature(metrics: dict) -> bool:
     return metrics["base"]["model"]["parameters"] < MINIATURE_PARAMETERS
 
 
+def miniature_encoder(metrics: dict) -> bool:
+    """Whether pictures are seen by a miniature of the project, while the text model is a real one."""
+    encoder = model_parts(metrics["model"]).get("encoder", {"id": ""})["id"]
+    return encoder.startswith(MINIATURES) and not is_miniature(metrics)
+
+
 def built_with_llama(metrics: dict) -> bool:
     """Whether the licence of Llama 3.2 holds for what was trained: its decoder is one, by its name."""
-    return LLAMA in model_parts(metrics["model"]).get("decoder", {"id": ""})["id"].lower()
+    return _is_decoder(metrics, LLAMA)
+
+
+def _is_decoder(metrics: dict, name: str) -> bool:
+    return name in model_parts(metrics["model"]).get("decoder", {"id": ""})["id"].lower()
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a model or dataset id is "user/name" of the Hub and not a local folder that happens to look like one."""
     if len(name) > 96 or not HUB_ID.fullmatch(name):  # huggingface_hub's limit
         return False
-    return not Path(name).exists() and not (REPOSITORY / name).exists()
+    return not Path(name).exists() and not (paths_root() / name).exists()
 
 
 def local_name(path: str) -> str:
-    """How a card names a local folder: relative to this repository when inside it, else by its last part alone, so
-    that no card tells the world where somebody's home folder is."""
-    full = Path(os.path.abspath(REPOSITORY / path))
-    return full.relative_to(REPOSITORY).as_posix() if full.is_relative_to(REPOSITORY) else full.name
+    """How a card names a local folder: relative to the clone, or to the working folder of an installed package, when
+    inside it, else by its last part alone, so that no card tells the world where somebody's home folder is."""
+    root = paths_root()
+    full = Path(os.path.abspath(root / path))
+    return full.relative_to(root).as_posix() if full.is_relative_to(root) else full.name
 
 
 def load_snippet(base_id: str, repo_id: str, recipe: str = "sft_qwen2vl_jp") -> str:
@@ -434,7 +449,7 @@ def _quick_start_with_prompt(metrics: dict, adapter: str) -> str:
     size = {"shortest_edge": decoding["min_pixels"], "longest_edge": decoding["max_pixels"]}
     keys = ("num_beams", "max_new_tokens", "do_sample")
     generate = ", ".join(f"{key}={decoding[key]!r}" for key in keys)
-    quantised, load = "", f'dtype={_quoted(dtype)}, device_map="auto"'
+    quantised, load, unpacked = "", f'dtype={_quoted(dtype)}, device_map="auto"', ""
     if model["quantization"]:
         quantised = f"""
 nf4 = BitsAndBytesConfig(
@@ -445,6 +460,9 @@ nf4 = BitsAndBytesConfig(
     llm_int8_skip_modules=["model.visual", "lm_head"],
 )"""
         load += ", quantization_config=nf4"
+        unpacked = """
+for module in model.modules():  # as in training on every CPU, see bitsandbytes issue 2078
+    module.support_avx512bf16_for_cpu = False"""
     return f"""\
 from peft import PeftModel
 from PIL import Image
@@ -454,7 +472,7 @@ base, adapter = {_quoted(_name(model["id"]))}, {_quoted(adapter)}
 processor = AutoProcessor.from_pretrained(adapter, size={json.dumps(size)}){quantised}
 model = AutoModelForImageTextToText.from_pretrained(
     base{revision}, {load}
-)
+){unpacked}
 model = PeftModel.from_pretrained(model, adapter).eval()
 
 prompt = {_quoted(metrics["prompt"])}
@@ -539,7 +557,7 @@ def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
         library_name="transformers" if whole else "peft",
         license=_license(metrics),
         pipeline_tag=recipe.pipeline_tag,
-        tags=tags + (["miniature"] if is_miniature(metrics) else []),
+        tags=tags + (["miniature"] if is_miniature(metrics) or miniature_encoder(metrics) else []),
         model_name=repo_id.split("/")[1] if repo_id else _title(metrics),
         eval_results=results,
     )
@@ -547,7 +565,7 @@ def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
 
 def _license(metrics: dict) -> str:
     license_ = recipe_of(metrics).license
-    if is_miniature(metrics):
+    if is_miniature(metrics) or _is_decoder(metrics, SMOLLM2):
         return "apache-2.0"
     return "other" if license_ == "llama3.2" and not built_with_llama(metrics) else license_
 

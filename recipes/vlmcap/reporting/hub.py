@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 
 from vlmcap.files import write_atomically
 from vlmcap.models.weights import PICKLES
@@ -16,7 +16,7 @@ from vlmcap.reporting.cards import (
     recipe_of,
     write_adapter_card,
 )
-from vlmcap.upload import FAILURES, PushError, is_refused, patiently, push_folder, reason
+from vlmcap.upload import FAILURES, PushError, patiently, push_folder, reason
 
 WEIGHTS = {
     "adapter": [("adapter_config.json",), ("adapter_model.safetensors",)],
@@ -136,19 +136,3 @@ def _add_llama_licence(adapter_dir: Path, decoder: dict, command: str) -> None:
             f" folder, or log in (`hf auth login`) as someone who accepted that licence; then this finishes it:\n"
             f"  {command}"
         ) from error
-
-
-def check_push_rights(repo_id: str | None) -> None:
-    """Raises PushError unless the Hub's token may write to `repo_id`'s namespace: asked before hours of work."""
-    if not repo_id or "/" not in repo_id:
-        raise PushError(f"--push_to_hub needs --hub_model_id USER/NAME, not {repo_id!r}")
-    try:
-        account = patiently(HfApi().whoami)
-    except FAILURES as error:
-        mend = "`hf auth login` logs in" if is_refused(error) else "start again when it can, or without --push_to_hub"
-        raise PushError(f"--push_to_hub: the Hub does not say who you are: {reason(error)}; {mend}") from error
-    namespaces = [account["name"], *(org["name"] for org in account.get("orgs", []))]
-    if repo_id.split("/")[0] not in namespaces:
-        raise PushError(f"--hub_model_id {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")
-    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PushError(f"--push_to_hub: the token of {account['name']} may only read; log in with one that may write")

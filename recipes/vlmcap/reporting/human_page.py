@@ -8,6 +8,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from vlmcap.data.images import open_image
 from vlmcap.evaluation.human import ANSWERS_FORMAT, HumanError, blinded_items
 from vlmcap.files import write_atomically
+from vlmcap.places import as_typed_here
 from vlmcap.reporting.html import embed, template
 
 README = """\
@@ -59,7 +60,7 @@ def write_export(key: dict, rows: dict[str, dict], output_dir: str | Path) -> No
     for rater in key["raters"]:
         write_atomically(folder / f"rater_{rater}.html", rater_page(key, rater, embedded))
     write_atomically(key_path, text)
-    write_atomically(folder / "README.txt", README.format(raters=len(key["raters"])))
+    write_atomically(folder / "README.txt", as_typed_here(README.format(raters=len(key["raters"]))))
 
 
 def rater_page(key: dict, rater: str, pictures: dict[str, dict]) -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import vlmcap
 from vlmcap import evaluation
+from vlmcap.places import ROOT
 from vlmcap.upload import push_folder
 
 NAME = "japanese_caption_metrics"
-SOURCE = Path(__file__).parents[3] / "recipes" / "metric_space" / NAME
+SOURCE = ROOT / "recipes" / "metric_space" / NAME
 # The scorer and what it imports: modules of vlmcap.evaluation and of vlmcap itself.
 MODULES = {
     name: evaluation.__path__[0] for name in ("bootstrap", "external", "metrics", "register", "scoring", "tokenise")

@@ -18,7 +18,7 @@ from vlmcap.evaluation.scoring import ScoreOptions, read_predictions, write_metr
 from vlmcap.provenance import public_name
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
-from vlmcap.reporting.hub import check_push_rights, push_adapter
+from vlmcap.reporting.hub import push_adapter
 from vlmcap.training.captioner import CaptionerDataArguments, saw_records
 from vlmcap.training.report import settings_report
 from vlmcap.training.start import Splits, find_checkpoint
@@ -44,20 +44,17 @@ class Run:
 
 
 def begin(args: TrainingArguments, reported: Sequence[str], **groups: dict) -> Run:
-    """Checks what can be checked before data are read, and prints every setting.
+    """Finds the checkpoint to go on from and prints every setting; `vlmcap.training.early` has asked the Hub before.
 
     Args:
         reported: names of the trainer's settings that the model card prints.
         groups: the other settings.
 
     Raises:
-        PushError: the Hub's token may not push to `hub_model_id`.
         CheckpointError: the checkpoint to go on from is not whole, or one would be overwritten.
     """
     # The trainer's own push would run in the background at every checkpoint, hiding failures, and without our card.
     push_to = args.hub_model_id if args.push_to_hub else None
-    if args.push_to_hub:
-        check_push_rights(args.hub_model_id)
     args.push_to_hub = False
     output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)

@@ -33,6 +33,7 @@ from vlmcap.documents import parse_json, parse_yaml, shown
 from vlmcap.errors import UserError
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.files import write_atomically
+from vlmcap.places import own_file
 
 REFERENCE = "reference"
 STATE = "cell.json"
@@ -124,11 +125,12 @@ def read_grid(path: str | Path, **overrides) -> Grid:
     launch = document.get("launch", [])
     if not isinstance(launch, list) or not all(isinstance(word, str | int) for word in launch):
         raise AblationError(f"{path}: launch must be a list of words, but is {shown(launch)}")
-    document["launch"] = list(map(str, launch))
+    document["launch"] = [own_file(str(word)) for word in launch]
     for key, kind in {"recipe": "file", "config": "file", "output_dir": "folder", "trained": "folder"}.items():
         if not isinstance(document.get(key, ""), str) or "\0" in document.get(key, ""):
             raise AblationError(f"{path}: {key} must be the name of a {kind}, but is {shown(document[key])}")
     for key in ("recipe", "config"):
+        document[key] = own_file(document[key])
         if not os.path.isfile(document[key]):
             raise AblationError(
                 f"{path}: {key} {document[key]:.200} is no file (paths are relative to the working folder)"
@@ -141,7 +143,7 @@ def read_grid(path: str | Path, **overrides) -> Grid:
 
 def _read_mapping(path: str | Path) -> dict:
     try:
-        document = parse_yaml(Path(path).read_bytes())
+        document = parse_yaml(Path(own_file(str(path))).read_bytes())
     except (OSError, ValueError) as error:
         raise AblationError(f"{path} cannot be read: {error}") from error
     if not isinstance(document, dict):

@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,15 +20,12 @@ from vlmcap import provenance
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.generate import BeamArguments, model_record
 from vlmcap.models.load import count_parameters, resolve_revision
+from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields, FoodFields
 from vlmcap.training.collator import BadImages, caption_examples, read_example
-from vlmcap.training.measured import MeasuredArguments, MeasuredTrainer
+from vlmcap.training.measured import MeasuredTrainer, choose_by_device
 from vlmcap.training.report import trainable_modules
-from vlmcap.training.start import SplitArguments, Splits
+from vlmcap.training.start import Splits
 from vlmcap.training.validation import CaptionValidation
-
-# What may choose the best checkpoint and end a run early.
-VALIDATION_METRICS = "cider_d bleu_1 bleu_2 bleu_3 bleu_4 rouge_l loss loss_and_bleu".split()
-
 
 # The trainer's settings that the model card prints.
 REPORTED_SETTINGS = (
@@ -39,50 +36,17 @@ REPORTED_SETTINGS = (
 
 
 @dataclass
-class CaptionerDataArguments(SplitArguments):
-    """What is trained and evaluated on, and how captions are scored."""
-
-    tokenizer: str = field(default="english", metadata={"help": "Word segmentation for the metrics."})
-    base_saw: list[str] = field(
-        default_factory=lambda: ["unknown", "unknown", "unknown"],
-        metadata={
-            "help": "Whether the untrained model saw STAIR, YJ Captions and COCO, in this order: unknown, no or train."
-            " Goes into the card."
-        },
-    )
-    spice_url: str | None = field(
-        default=None, metadata={"help": "SPICE service; its protocol stands in vlmcap/evaluation/external.py."}
-    )
-    spice_dir: str | None = field(
-        default=None, metadata={"help": "Or a local SPICE: folder with spice-1.0.jar and the CoreNLP jars in lib/."}
-    )
+class CaptionerTrainingArguments(CaptionerFields, TrainingArguments):
+    """TrainingArguments with the defaults that caption training needs."""
 
     def __post_init__(self):
-        if self.spice_url and self.spice_dir:
-            raise ValueError(f"spice_url {self.spice_url} and spice_dir {self.spice_dir}: give one of the two")
-        if len(self.base_saw) != 3:
-            raise ValueError(f"base_saw: {self.base_saw}: give three, for STAIR, YJ Captions and COCO")
+        choose_by_device(self)
+        super().__post_init__()
 
 
 @dataclass
-class CaptionerTrainingArguments(MeasuredArguments, TrainingArguments):
-    """TrainingArguments with the defaults that caption training needs.
-
-    `metric_for_best_model`: a score of validation captions (cider_d, bleu_1 .. bleu_4, rouge_l), `loss` (mean
-    cross-entropy of a validation token, unsmoothed), or `loss_and_bleu`, the mean of BLEU-2 and exp(-loss), the
-    geometric mean of the probabilities of the validation tokens: both lie in 0..1.
-    """
-
-    def __post_init__(self):
-        metric = self.metric_for_best_model
-        if metric is not None and metric not in VALIDATION_METRICS:
-            raise ValueError(
-                f"metric_for_best_model: {metric} is not measured during training; choose one of"
-                f" {', '.join(VALIDATION_METRICS)}"
-            )
-        if metric == "loss_and_bleu":
-            self.greater_is_better = True
-        super().__post_init__()
+class FoodTrainingArguments(FoodFields, CaptionerTrainingArguments):
+    """CaptionerTrainingArguments with a learning rate for each half."""
 
 
 def saw_records(args: CaptionerDataArguments, splits: Splits) -> tuple[dict, dict]:

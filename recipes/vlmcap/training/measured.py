@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -26,6 +25,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from vlmcap import provenance
 from vlmcap.models.load import compute_dtype
 from vlmcap.training import checkpoints
+from vlmcap.training.arguments import MeasuredFields
 from vlmcap.training.checkpoints import UNFINISHED, CheckpointError
 from vlmcap.training.loss import smoothed_cross_entropy
 
@@ -45,65 +45,26 @@ COURSE = (
 ).split()
 
 
-@dataclass
-class MeasuredArguments:
-    """Fields for a TrainingArguments beside it: `class X(MeasuredArguments, TrainingArguments)`.
+def choose_by_device(args: MeasuredFields) -> None:
+    """Sets what was left out and depends on the device: precision, and how batches travel.
 
-    `bf16` and `fp16` may be left out: bfloat16 on compute capability 8.0 and later, float16 on older GPUs, float32 on
-    a CPU. Asking for bf16 on an older GPU is an error, since torch would emulate it.
+    Raises:
+        ValueError: bf16 on a GPU older than compute capability 8.0, where torch would emulate it.
     """
-
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16; left out with fp16, the device decides (see the class)."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Keep false: the collator reads columns that the model does not take."}
-    )
-    accelerator_config: dict | str | None = field(
-        default_factory=lambda: {"non_blocking": torch.cuda.is_available()},
-        metadata={"help": "Of accelerate; by default batches travel to the GPU from pinned memory, beside its work."},
-    )
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Page-locked memory for batches; default: on GPUs."}
-    )
-    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing of the caption tokens."})
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stop when the model has not improved for this many evaluations (every eval_steps with"
-            " eval_strategy: steps). They are ranked by metric_for_best_model, by default cider_d."
-        },
-    )
-    early_stopping_threshold: float = field(
-        default=0.0, metadata={"help": "By how much that metric must be better to count as better."}
-    )
-
-    def __post_init__(self):
-        dtype = compute_dtype()
-        if self.bf16 is None and not self.fp16:
-            self.bf16, self.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-        if self.bf16 and dtype == torch.float16:
-            raise ValueError(
-                f"bf16=true, but {torch.cuda.get_device_name()} has compute capability"
-                f" {'.'.join(map(str, torch.cuda.get_device_capability()))} and no bfloat16. Set fp16: true, or leave"
-                " both out."
-            )
-        self.bf16 = bool(self.bf16)
-        validates = self.eval_strategy != "no"
-        if (self.early_stopping_patience or self.load_best_model_at_end) and not validates:
-            raise ValueError(
-                "early_stopping_patience and load_best_model_at_end rank the model by captions of validation images:"
-                " set eval_strategy: steps and eval_steps, or switch them off (0 and false)"
-            )
-        if self.early_stopping_patience and not self.load_best_model_at_end:
-            raise ValueError(
-                "early_stopping_patience needs load_best_model_at_end: true, or the worse models are kept"
-            )
-        # Without load_best_model_at_end there must be no metric: to keep the best checkpoint, the parent would delete
-        # the latest, from which the run continues.
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "cider_d"
-        super().__post_init__()
+    dtype = compute_dtype()
+    if args.bf16 is None and not args.fp16:
+        args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+    if args.bf16 and dtype == torch.float16:
+        raise ValueError(
+            f"bf16=true, but {torch.cuda.get_device_name()} has compute capability"
+            f" {'.'.join(map(str, torch.cuda.get_device_capability()))} and no bfloat16. Set fp16: true, or leave"
+            " both out."
+        )
+    args.bf16 = bool(args.bf16)
+    if args.accelerator_config is None:
+        args.accelerator_config = {"non_blocking": torch.cuda.is_available()}
+    if args.dataloader_pin_memory is None:
+        args.dataloader_pin_memory = torch.cuda.is_available()
 
 
 class MeasuredTrainer:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -15,35 +15,9 @@ from vlmcap.data.images import check_images, check_no_overlap, dataset_record, l
 from vlmcap.evaluation.generate import delete_predictions, weights_hash
 from vlmcap.files import write_atomically
 from vlmcap.training import checkpoints
+from vlmcap.training.arguments import SplitArguments
 from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages, drop_missing
-
-
-@dataclass
-class SplitArguments:
-    """What is trained and evaluated on."""
-
-    dataset: str = field(
-        metadata={
-            "help": "Caption dataset made by scripts/publish_datasets.py: Hub id (you/stair-captions-ja) or folder."
-        }
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
-    image_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the photographs, for a dataset published without them."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    validation_split: str = field(
-        default="validation",
-        metadata={"help": "Split whose captions rank the checkpoints, with eval_strategy: steps."},
-    )
-    test_split: str = field(default="test", metadata={"help": "Split on which base and trained model are scored."})
-    max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
-    max_validation_images: int = field(default=300, metadata={"help": "Validate on this many images, drawn by seed."})
-    max_test_images: int | None = field(default=None, metadata={"help": "Score on the first N test images only."})
-    max_bad_images: float = field(
-        default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
-    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -14,48 +14,21 @@ from trl import SFTConfig, SFTTrainer
 
 from vlmcap.models.load import ModelError, free_frozen_parts
 from vlmcap.training import shared_prefix
+from vlmcap.training.arguments import CaptionSFTFields
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
 from vlmcap.training.features import FeatureCache, feed_features
-from vlmcap.training.measured import MeasuredArguments, MeasuredTrainer
+from vlmcap.training.measured import MeasuredTrainer, choose_by_device
 from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
 from vlmcap.training.shared_prefix import SharedPrefixCollator
 from vlmcap.training.validation import CaptionValidation
 
 
 @dataclass
-class CaptionSFTConfig(MeasuredArguments, SFTConfig):
+class CaptionSFTConfig(CaptionSFTFields, SFTConfig):
     """SFTConfig with the defaults that caption training needs."""
 
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Keep unset: a bound cuts image tokens. Bound the image with max_pixels instead."},
-    )
-    dataset_kwargs: dict | str | None = field(
-        default_factory=lambda: {"skip_prepare_dataset": True},
-        metadata={"help": "Keep: captions are tokenised with their images, in the collator."},
-    )
-    captions_per_image: int = field(
-        default=5,
-        metadata={
-            "help": "Captions of an image that are trained on together, at the cost of little more than one. An image"
-            " with more of them comes up more often. The batch size counts images."
-        },
-    )
-    shared_prefix: bool = field(
-        default=True,
-        metadata={"help": "Feed image and prompt once for all of them; false feeds them with every caption anew."},
-    )
-    cache_image_features: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder in which the frozen vision encoder's outputs are kept, so that it runs once an image and"
-            " not once an epoch. Takes about 4 MB an image of 391 tokens; the exact size is printed first."
-        },
-    )
-
     def __post_init__(self):
-        if self.cache_image_features and not self.shared_prefix:
-            raise ValueError("cache_image_features needs the shared-prefix engine: leave shared_prefix at true")
+        choose_by_device(self)
         super().__post_init__()
 
 

@@ -1,0 +1,187 @@
+"""Settings of recipes. Imports nothing heavy: command lines are read with it.
+
+The classes that end in Fields are what a recipe adds to transformers' TrainingArguments or TRL's SFTConfig, whose own
+fields are `vlmcap.training.inherited`. Joined with the real one they are CaptionSFTConfig (`vlmcap.training.trainer`),
+CaptionerTrainingArguments and FoodTrainingArguments (`vlmcap.training.captioner`), which trainers take. What can be
+checked without torch is checked here, in `__post_init__`, so that a mistake is said at once.
+"""
+
+from dataclasses import dataclass, field
+
+# What may choose the best checkpoint and end a run early.
+VALIDATION_METRICS = "cider_d bleu_1 bleu_2 bleu_3 bleu_4 rouge_l loss loss_and_bleu".split()
+
+
+@dataclass
+class SplitArguments:
+    """What is trained and evaluated on."""
+
+    dataset: str = field(
+        metadata={
+            "help": "Caption dataset made by scripts/publish_datasets.py: Hub id (you/stair-captions-ja) or folder."
+        }
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
+    image_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the photographs, for a dataset published without them."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    validation_split: str = field(
+        default="validation",
+        metadata={"help": "Split whose captions rank the checkpoints, with eval_strategy: steps."},
+    )
+    test_split: str = field(default="test", metadata={"help": "Split on which base and trained model are scored."})
+    max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
+    max_validation_images: int = field(default=300, metadata={"help": "Validate on this many images, drawn by seed."})
+    max_test_images: int | None = field(default=None, metadata={"help": "Score on the first N test images only."})
+    max_bad_images: float = field(
+        default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
+    )
+
+
+@dataclass
+class CaptionerDataArguments(SplitArguments):
+    """What is trained and evaluated on, and how captions are scored."""
+
+    tokenizer: str = field(default="english", metadata={"help": "Word segmentation for the metrics."})
+    base_saw: list[str] = field(
+        default_factory=lambda: ["unknown", "unknown", "unknown"],
+        metadata={
+            "help": "Whether the untrained model saw STAIR, YJ Captions and COCO, in this order: unknown, no or train."
+            " Goes into the card."
+        },
+    )
+    spice_url: str | None = field(
+        default=None, metadata={"help": "SPICE service; its protocol stands in vlmcap/evaluation/external.py."}
+    )
+    spice_dir: str | None = field(
+        default=None, metadata={"help": "Or a local SPICE: folder with spice-1.0.jar and the CoreNLP jars in lib/."}
+    )
+
+    def __post_init__(self):
+        if self.spice_url and self.spice_dir:
+            raise ValueError(f"spice_url {self.spice_url} and spice_dir {self.spice_dir}: give one of the two")
+        if len(self.base_saw) != 3:
+            raise ValueError(f"base_saw: {self.base_saw}: give three, for STAIR, YJ Captions and COCO")
+
+
+@dataclass
+class MeasuredFields:
+    """Fields for a TrainingArguments beside it: `class X(MeasuredFields, TrainingArguments)`.
+
+    `bf16` and `fp16` may be left out: bfloat16 on compute capability 8.0 and later, float16 on older GPUs, float32 on
+    a CPU (`vlmcap.training.measured.choose_by_device`).
+    """
+
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16; left out with fp16, the device decides (see the class)."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep false: the collator reads columns that the model does not take."}
+    )
+    accelerator_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "Of accelerate; by default batches travel to the GPU from pinned memory, beside its work."},
+    )
+    dataloader_pin_memory: bool | None = field(
+        default=None,
+        metadata={"help": "Page-locked memory for batches; left out: on GPUs.", "nargs": "?", "const": True},
+    )
+    label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing of the caption tokens."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop when the model has not improved for this many evaluations (every eval_steps with"
+            " eval_strategy: steps). They are ranked by metric_for_best_model, by default cider_d."
+        },
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "By how much that metric must be better to count as better."}
+    )
+
+    def __post_init__(self):
+        validates = self.eval_strategy != "no"
+        if (self.early_stopping_patience or self.load_best_model_at_end) and not validates:
+            raise ValueError(
+                "early_stopping_patience and load_best_model_at_end rank the model by captions of validation images:"
+                " set eval_strategy: steps and eval_steps, or switch them off (0 and false)"
+            )
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError(
+                "early_stopping_patience needs load_best_model_at_end: true, or the worse models are kept"
+            )
+        # Without load_best_model_at_end there must be no metric: to keep the best checkpoint, the parent would delete
+        # the latest, from which the run continues.
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "cider_d"
+        super().__post_init__()
+
+
+@dataclass
+class CaptionSFTFields(MeasuredFields):
+    """What caption training adds to SFTConfig, and the defaults that it needs."""
+
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Keep unset: a bound cuts image tokens. Bound the image with max_pixels instead."},
+    )
+    dataset_kwargs: dict | str | None = field(
+        default_factory=lambda: {"skip_prepare_dataset": True},
+        metadata={"help": "Keep: captions are tokenised with their images, in the collator."},
+    )
+    captions_per_image: int = field(
+        default=5,
+        metadata={
+            "help": "Captions of an image that are trained on together, at the cost of little more than one. An image"
+            " with more of them comes up more often. The batch size counts images."
+        },
+    )
+    shared_prefix: bool = field(
+        default=True,
+        metadata={"help": "Feed image and prompt once for all of them; false feeds them with every caption anew."},
+    )
+    cache_image_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the frozen vision encoder's outputs are kept, so that it runs once an image and"
+            " not once an epoch. Takes about 4 MB an image of 391 tokens; the exact size is printed first."
+        },
+    )
+
+    def __post_init__(self):
+        if self.cache_image_features and not self.shared_prefix:
+            raise ValueError("cache_image_features needs the shared-prefix engine: leave shared_prefix at true")
+        super().__post_init__()
+
+
+@dataclass
+class CaptionerFields(MeasuredFields):
+    """What the training of a captioner adds to TrainingArguments.
+
+    `metric_for_best_model`: a score of validation captions (cider_d, bleu_1 .. bleu_4, rouge_l), `loss` (mean
+    cross-entropy of a validation token, unsmoothed), or `loss_and_bleu`, the mean of BLEU-2 and exp(-loss), the
+    geometric mean of the probabilities of the validation tokens: both lie in 0..1.
+    """
+
+    def __post_init__(self):
+        metric = self.metric_for_best_model
+        if metric is not None and metric not in VALIDATION_METRICS:
+            raise ValueError(
+                f"metric_for_best_model: {metric} is not measured during training; choose one of"
+                f" {', '.join(VALIDATION_METRICS)}"
+            )
+        if metric == "loss_and_bleu":
+            self.greater_is_better = True
+        super().__post_init__()
+
+
+@dataclass
+class FoodFields(CaptionerFields):
+    """And a learning rate for each half of ViT + GPT-2."""
+
+    encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the ViT; learning_rate if left out."}
+    )
+    decoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of GPT-2 and its cross-attention; learning_rate if left out."}
+    )

@@ -1,0 +1,131 @@
+"""The settings that recipes inherit from transformers' TrainingArguments and TRL's SFTConfig, without importing them.
+
+These classes cannot be imported without torch, which takes seconds, and `--help` or a mistyped option should not wait
+for it. So a command line is parsed into a stand-in, a dataclass with the same fields (`parsed_as`), and the real
+object is made of its values when it was right (`complete`). Names, types, defaults and help of the fields are read
+from the source files of the installed libraries. tests/training/test_inherited.py compares each with the real class.
+"""
+
+import ast
+import builtins
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, make_dataclass
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from vlmcap.errors import UserError
+
+Config = TypeVar("Config")
+# File and class, the parent first.
+TRAINING_ARGUMENTS = (("transformers/training_args.py", "TrainingArguments"),)
+SFT_CONFIG = (
+    *TRAINING_ARGUMENTS,
+    ("trl/trainer/base_config.py", "_BaseConfig"),
+    ("trl/trainer/sft_config.py", "SFTConfig"),
+)
+
+
+class ParallelismConfig:
+    """accelerate's has no value that could be written on a command line, either."""
+
+    def __init__(self, text: str):
+        raise ValueError(text)
+
+
+# What stands in field definitions and is neither an enumeration nor built in (transformers 5.23).
+KNOWN = {
+    "Any": Any,
+    "Literal": Literal,
+    "ParallelismConfig": ParallelismConfig,
+    "dataclass": dataclass,
+    "default_optim": "adamw_torch_fused",  # adamw_torch below torch 2.8
+    "field": field,
+    "trainer_log_levels": dict.fromkeys("detail debug info warning error critical passive".split()),
+}
+
+
+def parsed_as(own: type, inherited: tuple[tuple[str, str], ...]) -> type:
+    """The dataclass that a command line is parsed into.
+
+    Args:
+        own: what the recipe adds to the inherited class, with its checks: a class of `vlmcap.training.arguments`.
+        inherited: SFT_CONFIG or TRAINING_ARGUMENTS.
+    """
+    try:
+        base = read_fields(inherited)
+    except (LookupError, OSError):
+        base = import_fields(inherited)  # slower: a version of the library that is written otherwise
+    base.__post_init__ = lambda self: None
+    return make_dataclass(own.__name__, [], bases=(own, base))
+
+
+def complete(config: Callable[..., Config], parsed) -> Config:
+    """The real object, of the class `config`, with the values of what `parsed_as` made.
+
+    Raises:
+        UserError: a value is refused there, or two that do not go together.
+    """
+    try:
+        return config(**{field.name: getattr(parsed, field.name) for field in fields(parsed) if field.init})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def read_fields(classes: tuple[tuple[str, str], ...]) -> type:
+    """A dataclass with the fields of the last of the classes and of its parents, read from their source files.
+
+    Raises:
+        LookupError: a file does not hold the class, or a field is defined with something that is not known here.
+        OSError: there is no such file.
+    """
+    names = dict(KNOWN)
+    for path, name in classes:
+        package = path.split("/")[0]
+        file = Path(find_spec(package).submodule_search_locations[0]).parent / path
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        definition = _class(module, name)
+        definition.body = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
+        loaded = [
+            node for node in ast.walk(definition) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        ]
+        for used in {node.id for node in loaded}:
+            if used not in names and not hasattr(builtins, used):
+                names[used] = _enumeration(module, file, used)
+        exec(compile(ast.Module([definition], []), str(file), "exec"), names)
+    return names[name]
+
+
+def _class(module: ast.Module, name: str) -> ast.ClassDef:
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node
+    raise LookupError(name)
+
+
+def _enumeration(module: ast.Module, file: Path, name: str) -> type[Enum]:
+    """The enumeration `name`, of texts, that the module defines or imports from a neighbour."""
+    for node in module.body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and name in [alias.name for alias in node.names]:
+            neighbour = file.parent / f"{node.module.replace('.', '/')}.py"
+            module = ast.parse(neighbour.read_text(encoding="utf-8"))
+    members = [node for node in _class(module, name).body if isinstance(node, ast.Assign)]
+    try:
+        return Enum(name, {node.targets[0].id: ast.literal_eval(node.value) for node in members}, type=str)
+    except ValueError as error:
+        raise LookupError(f"{name}: {error}") from error
+
+
+def import_fields(classes: tuple[tuple[str, str], ...]) -> type:
+    """As `read_fields`, by importing the last of the classes."""
+    path, name = classes[-1]
+    real = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+    hints = get_type_hints(real)
+    kinds = [
+        (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
+        for f in fields(real)
+        if f.init
+    ]
+    return make_dataclass(name, kinds)

@@ -1,0 +1,142 @@
+"""Every script and recipe answers --help and mistakes on its command line before it imports what takes seconds.
+
+No clock: looked at is which modules were loaded.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("scripts/*.py"), *ROOT.glob("recipes/sft_*.py")))
+RECIPES = [program for program in PROGRAMS if program.startswith("recipes/")]
+VERBS = {"scripts/human_eval.py": ["export"]}
+HEAVY = set(
+    "accelerate bitsandbytes datasets matplotlib pandas peft pyarrow safetensors scipy sklearn tokenizers torch"
+    " torchvision transformers trl.trainer wordcloud".split()
+)
+# Runs each command line in a process of its own, as `python PROGRAM WORDS` would, forked so that Python starts once.
+PROBE = """
+import io, json, os, runpy, sys
+from contextlib import redirect_stderr, redirect_stdout
+
+def run(words):
+    output, status = io.StringIO(), 0
+    sys.argv, sys.path[0] = words, os.path.dirname(words[0])
+    try:
+        with redirect_stdout(output), redirect_stderr(output):
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1 if end.code else 0
+        output.write(str(end.code))
+    modules = {part for name in sys.modules for part in (name.split(".")[0], ".".join(name.split(".")[:2]))}
+    return {"status": status, "output": output.getvalue(), "modules": sorted(modules)}
+
+for words in json.load(sys.stdin):
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        print(json.dumps(run(words)), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """answers(["scripts/x.py", "--help"], ...): status, output and modules of each command line, run in tmp_path."""
+
+    def answers(*commands: list[str]) -> list[dict]:
+        commands = [[str(ROOT / program), *words] for program, *words in commands]
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            input=json.dumps(commands),
+            cwd=tmp_path,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        lines = done.stdout.splitlines()
+        assert len(lines) == len(commands), done.stdout + done.stderr
+        return [json.loads(line) for line in lines]
+
+    return answers
+
+
+def is_quick(answer: dict) -> bool:
+    assert not (loaded := HEAVY & set(answer["modules"])), (loaded, answer["output"])
+    return True
+
+
+def test_heavy_modules_are_seen(answers, tmp_path):
+    """The probe itself: a program that imports one of them is found out."""
+    (tmp_path / "slow.py").write_text("import transformers\n")
+    (answer,) = answers([str(tmp_path / "slow.py")])
+    assert {"transformers", "torch"} & HEAVY & set(answer["modules"])
+
+
+def test_help(answers):
+    found = answers(*([program, *VERBS.get(program, []), "--help"] for program in PROGRAMS))
+    for program, answer in zip(PROGRAMS, found, strict=True):
+        assert is_quick(answer) and answer["status"] == 0, program
+        manual = (ROOT / program).read_text(encoding="utf-8").split('"""')[1]
+        assert manual.splitlines()[0] in answer["output"] and "options:" in answer["output"], program
+
+
+def test_an_unknown_option(answers):
+    found = answers(*([program, *VERBS.get(program, []), "--no_such_option", "1"] for program in PROGRAMS))
+    for program, answer in zip(PROGRAMS, found, strict=True):
+        assert is_quick(answer) and answer["status"] != 0, program
+        assert "no_such_option" in answer["output"] or "required: " in answer["output"], program
+
+
+def test_a_configuration_with_an_unknown_key(answers, tmp_path):
+    (tmp_path / "typo.yaml").write_text("no_such_setting: 1\n")
+    found = answers(*([program, *VERBS.get(program, []), "--config", "typo.yaml"] for program in PROGRAMS))
+    for program, answer in zip(PROGRAMS, found, strict=True):
+        assert is_quick(answer) and answer["status"] == 1 and "typo.yaml" in answer["output"], program
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", "none.yaml"], "none.yaml"),
+        (["--num_train_epochs", "many"], "invalid float value: 'many'"),
+        (["--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'"),
+        (["--early_stopping_patience", "3"], "early_stopping_patience"),
+        (["--output_dir", "hf_" + "a" * 34], "--output_dir holds a token"),
+        (["--hub_token", "x"], "--hub_token"),
+        (["--dataset", "data/none"], "data/none is no folder"),
+        (["--dataset", "data/one/more/none"], "data/one/more/none is no folder"),
+    ],
+)
+def test_what_a_recipe_refuses_at_once(answers, words, message):
+    # early stopping is refused where nothing is validated
+    more = ["--eval_strategy", "no"] if words[0] == "--early_stopping_patience" else []
+    for program, answer in zip(RECIPES, answers(*([program, *words, *more] for program in RECIPES)), strict=True):
+        assert is_quick(answer) and answer["status"] in (1, 2) and message in answer["output"], program
+
+
+def test_what_scripts_miss_at_once(answers):
+    missing = {
+        "scripts/audit_captions.py": ([], "give --predictions FILE"),
+        "scripts/bench_training.py": (["--preset", "tiny"], "'tiny' is none of"),
+        "scripts/bench_time_to_quality.py": (["--timing_rounds", "0"], "timing.json does not exist"),
+        "scripts/eval_captioning.py": ([], "give the references"),
+        "scripts/human_eval.py": ([], "the first word must be export or import"),
+        "scripts/hold_out_captions.py": (["--output_dir", "x"], "give the captions either"),
+        "scripts/infer_baseline.py": ([], "--model or --baseline, --dataset and --output are needed"),
+        "scripts/pretrain_miniature.py": (["--output_dir", "x", "--model", "t5"], "invalid choice: 't5'"),
+        "scripts/publish_datasets.py": (["stair", "--output_dir", "x"], "--source stair needs --tokenizer"),
+        "scripts/publish_metric.py": (["--output_dir", "x", "--push_to_hub"], "--push_to_hub needs --repo_id"),
+        "scripts/push_adapter.py": ([], "the following arguments are required: "),
+        "scripts/run_ablation.py": (["--config", "none.yaml"], "none.yaml"),
+    }
+    found = answers(*([program, *words] for program, (words, _) in missing.items()))
+    for (program, (_, message)), answer in zip(missing.items(), found, strict=True):
+        assert is_quick(answer) and answer["status"] in (1, 2) and message in answer["output"], (program, answer)
