@@ -299,7 +299,7 @@ def test_two_processes_stop_at_one_step_and_go_on(start, pictures, tmp_path, fau
             for rank in (0, 1)
         ]
         for process in processes:
-            process.join(120)
+            process.join()
         return [process.exitcode for process in processes]
 
     assert both(tmp_path / "whole") == [0, 0], said(tmp_path / "whole")
