@@ -61,26 +61,26 @@ def processor_flags() -> set[str]:
 
 # What `make test` leaves out (--quick): tests below a place in tests/ that use a fixture ("": all there), and why.
 SLOW = [
-    ("", "browser", "need Chromium"),
-    ("", "java", "need Java"),
-    ("", "compiler", "need a C++ compiler"),
-    ("", "environments", "need a package index"),
-    ("", "data_dir", "need real data"),
-    ("", "fresh_python", "start Python anew"),
-    ("", "grid_to_run", "launch recipes"),
-    ("evaluation/test_baselines_script.py", "run_script", "start Python anew"),
-    ("recipes/", "run_script", "launch recipes"),
-    ("recipes/test_wheel.py", "python", "launch recipes"),
-    ("test_startup.py", "answers", "start Python anew"),
-    ("training/test_bench.py", "run_script", "run a benchmark"),
-    ("invariants/test_processes.py", "", "train in several processes"),
-    ("invariants/test_processors.py", "", "train in several processes"),
-    ("faults/test_training.py", "", "kill or stop processes"),
-    ("faults/test_processes.py", "", "kill or stop processes"),
-    ("faults/test_predictions.py", "", "kill or stop processes"),
-    ("faults/test_builds.py", "", "kill or stop processes"),
-    ("faults/test_secrets.py", "", "search all files of a run"),
-    ("fuzz/", "", "fuzz"),
+    ("", "browser", "Chromium"),
+    ("", "java", "Java"),
+    ("", "compiler", "a C++ compiler"),
+    ("", "environments", "a package index"),
+    ("", "data_dir", "real data"),
+    ("", "fresh_python", "Python started anew"),
+    ("", "grid_to_run", "launched recipes"),
+    ("evaluation/test_baselines_script.py", "run_script", "Python started anew"),
+    ("recipes/", "run_script", "launched recipes"),
+    ("recipes/test_wheel.py", "python", "launched recipes"),
+    ("test_startup.py", "answers", "Python started anew"),
+    ("training/test_bench.py", "run_script", "a benchmark"),
+    ("invariants/test_processes.py", "", "training in several processes"),
+    ("invariants/test_processors.py", "", "training in several processes"),
+    ("faults/test_training.py", "", "processes killed or stopped"),
+    ("faults/test_processes.py", "", "processes killed or stopped"),
+    ("faults/test_predictions.py", "", "processes killed or stopped"),
+    ("faults/test_builds.py", "", "processes killed or stopped"),
+    ("faults/test_secrets.py", "", "a search of all files of a run"),
+    ("fuzz/", "", "fuzzing"),
 ]
 # `make test-all` (--complete) fails a test that is skipped, but for what nobody can install.
 MAY_BE_SKIPPED = ("needs real data", "this kernel ", "this processor ")
@@ -124,8 +124,9 @@ def pytest_testnodedown(node, error):
 def pytest_unconfigure(config):
     """The last line of a quick run."""
     if LEFT_OUT and not hasattr(config, "workeroutput"):
-        counts = ", ".join(f"{count} that {why}" for why, count in LEFT_OUT.most_common())
-        config.get_terminal_writer().line(f"Left out: {counts}. `make test-all` runs everything.")
+        counts = ", ".join(f"{why} ({count})" for why, count in LEFT_OUT.most_common())
+        total = sum(LEFT_OUT.values())
+        config.get_terminal_writer().line(f"Left out, {total} tests: {counts}. `make test-all` runs everything.")
 
 
 @pytest.hookimpl(wrapper=True)

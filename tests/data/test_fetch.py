@@ -99,7 +99,7 @@ class PhotoHandler(BaseHTTPRequestHandler):
         self.wfile.write(body[: fault.after])
         self.close_connection = True
         if fault.action == "stall":
-            self.photos.released.wait(60)
+            self.photos.released.wait()
 
 
 def photograph(seed: int) -> bytes:
@@ -114,6 +114,7 @@ def photograph(seed: int) -> bytes:
 def server():
     server = PhotoServer()
     yield server
+    server.released.set()
     server.http.shutdown()
     server.http.server_close()
 

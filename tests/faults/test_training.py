@@ -5,7 +5,6 @@ steps 3, 6, 9 and 10 of which one is kept, a log line every other step (so that 
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.faults import training_runs
+from tests.faults import ranks, training_runs
 from tests.invariants import tiny
 from vlmcap.training import checkpoints
 
@@ -42,11 +41,9 @@ RUNS = {
 @pytest.fixture(scope="module")
 def start():
     """start(function, *args, **kwargs): a process that runs it, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.training_runs"])
 
     def start(function, *args, **kwargs):
-        process = context.Process(target=function, args=args, kwargs=kwargs)
+        process = ranks.FORKS.Process(target=function, args=args, kwargs=kwargs)
         process.start()
         return process
 
@@ -288,7 +285,7 @@ def test_two_processes_stop_at_one_step_and_go_on(start, pictures, tmp_path, fau
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        ranks = [
+        processes = [
             start(
                 training_runs.recipe,
                 "shared prefix",
@@ -301,9 +298,9 @@ def test_two_processes_stop_at_one_step_and_go_on(start, pictures, tmp_path, fau
             )
             for rank in (0, 1)
         ]
-        for process in ranks:
-            process.join(120)
-        return [process.exitcode for process in ranks]
+        for process in processes:
+            process.join()
+        return [process.exitcode for process in processes]
 
     assert both(tmp_path / "whole") == [0, 0], said(tmp_path / "whole")
     with fault("SIGTERM to one of two processes"):
