@@ -277,7 +277,11 @@ def rehearse(args, root: Path) -> dict:
     model_dir, run_dir = output_dir / "model", output_dir / "run"
     fetch_small_files(model, revision, model_dir)
     parameters = planned_parameters(model_dir)
-    check_room(parameters, output_dir)
+    try:
+        check_room(parameters, output_dir)
+    except RehearsalError:
+        shutil.rmtree(model_dir)  # the same command is given again
+        raise
     publish = write_pictures(images, captions, output_dir / "pictures", args.held_out, args.seed)
     print(
         f"Rehearsal of {model}: {parameters:,} parameters with random weights, {images or 'drawn scenes'}\n"
