@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from vlmcap.training.rehearsal import (
     check_room,
     fetch_small_files,
     planned_parameters,
+    rehearse,
     write_pictures,
     write_random_weights,
 )
@@ -84,6 +86,27 @@ def test_what_cannot_be_rehearsed_is_said_first(hub, miniature_dir, tmp_path):
     (tmp_path / "none.json").write_text("[]")
     with pytest.raises(RehearsalError, match="none.json is no file of captions in COCO format"):
         write_pictures(tmp_path, tmp_path / "none.json", tmp_path / "more", 2, 0)
+
+
+def test_what_does_not_fit_leaves_room_for_the_same_command(miniature_dir, repo_root, tmp_path):
+    fetch_small_files(str(miniature_dir), None, tmp_path / "huge")
+    config = read(tmp_path / "huge/config.json")
+    config["text_config"]["vocab_size"] = 10**10
+    (tmp_path / "huge/config.json").write_text(json.dumps(config))
+    args = SimpleNamespace(
+        output_dir=str(tmp_path / "out"),
+        model=str(tmp_path / "huge"),
+        model_revision=None,
+        images=None,
+        captions=None,
+        drawn_scenes=True,
+        recipe_config="recipes/configs/sft_qwen2vl_jp/base.yaml",
+        held_out=1,
+        seed=0,
+    )
+    for _ in range(2):
+        with pytest.raises(RehearsalError, match="needs about .* GiB of disk"):
+            rehearse(args, repo_root)
 
 
 def test_configuration_and_tokenizer_come_from_the_hub_without_weights(hub, miniature_dir, tmp_path):

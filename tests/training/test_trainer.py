@@ -17,7 +17,7 @@ from vlmcap.data.scenes import scenes
 from vlmcap.models.load import ModelArguments, chat_prompt, load_model, load_processor, lora_config
 from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
-from vlmcap.training.report import training_report
+from vlmcap.training.report import estimate_memory, training_report
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
 PROMPT = "この画像を日本語で短く説明してください。"
@@ -295,8 +295,12 @@ def test_report_says_what_trains_and_how_much(miniature_dir, processor, rows, tm
 def test_memory_that_the_loaded_model_holds_is_not_missing_for_it(
     miniature_dir, processor, rows, tmp_path, monkeypatch
 ):
-    """The report is printed when the model lies in memory: with nothing else free, this small one still fits."""
+    """The report is printed when the weights lie in memory: what else a step needs must be free, and no more."""
     trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
-    text = training_report(trainer, "a/b", max_pixels=7056, caption_tokens=16)
-    assert "Memory: about 0." in text and "may not fit" not in text
+    parts = estimate_memory(trainer.model, trainer.args, 9 + 40, 16, shared_prefix=True)
+    free = sum(parts.values()) - parts["weights"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for available, fits in ((free, True), (free - 1, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available))
+        text = training_report(trainer, "a/b", max_pixels=7056, caption_tokens=16)
+        assert ("may not fit" not in text) == fits

@@ -86,19 +86,14 @@ def check_room(parameters: int, folder: Path) -> None:
     on_gpu = torch.cuda.is_available()
     memory = parameters * (GPU_BYTES_A_PARAMETER if on_gpu else CPU_BYTES_A_PARAMETER)
     disk = parameters * 2 * 1.6  # bfloat16, then the adapter and two checkpoints with their optimizer
-    for what, needed, free, mend in (
-        (
-            "disk",
-            disk,
-            shutil.disk_usage(folder).free,
-            f"free some, or choose an --output_dir elsewhere than {folder}",
-        ),
+    for what, needed, free, fix in (
+        ("disk", disk, shutil.disk_usage(folder).free, "free some, or choose an --output_dir on another disk"),
         ("memory", memory, psutil.virtual_memory().available, "close other programs, or take a larger machine"),
     ):
         if needed > free:
             raise RehearsalError(
                 f"a rehearsal of {parameters:,} parameters needs about {needed / 2**30:.1f} GiB of {what}, and"
-                f" {free / 2**30:.1f} GiB are free: {mend}, or rehearse a smaller model (--model)"
+                f" {free / 2**30:.1f} GiB are free: {fix}, or rehearse a smaller model (--model)"
             )
 
 
@@ -228,8 +223,10 @@ def run_measured(command: list[str], trained: Path, cwd: Path) -> Measured:
         ended.set()
         watcher.join()
     if status:
-        killed = " It was killed, most likely for memory." if status in (-9, 137) else ""
-        raise RehearsalError(f"the recipe ended with status {status}.{killed} What it said stands above.")
+        raise RehearsalError(
+            f"the recipe ended with status {status}: what it said stands above. SIGKILL in it means that the memory of"
+            " this machine ran out."
+        )
     ends = [*list(begun.values())[1:], time.perf_counter()]
     seconds = {name: end - begin for (name, begin), end in zip(begun.items(), ends, strict=True)}
     return Measured(seconds, peaks, estimate, parts)
@@ -280,7 +277,11 @@ def rehearse(args, root: Path) -> dict:
     model_dir, run_dir = output_dir / "model", output_dir / "run"
     fetch_small_files(model, revision, model_dir)
     parameters = planned_parameters(model_dir)
-    check_room(parameters, output_dir)
+    try:
+        check_room(parameters, output_dir)
+    except RehearsalError:
+        shutil.rmtree(model_dir)  # the same command is given again
+        raise
     publish = write_pictures(images, captions, output_dir / "pictures", args.held_out, args.seed)
     print(
         f"Rehearsal of {model}: {parameters:,} parameters with random weights, {images or 'drawn scenes'}\n"

@@ -120,8 +120,8 @@ def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int | 
     if torch.cuda.is_available():
         device, has = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     else:
-        # The model lies in memory already, and the estimate counts it.
-        device, has = "this machine", psutil.virtual_memory().available + psutil.Process().memory_info().rss
+        # The weights lie in memory already, and the estimate counts them.
+        device, has = "this machine", psutil.virtual_memory().available + parts["weights"]
     needs = sum(parts.values())
     detail = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     lines.append(f"Memory: about {needs / 2**30:.1f} GiB a device ({detail}); {device} has {has / 2**30:.1f} GiB")
