@@ -171,7 +171,8 @@ def scorer_of(images: int):
     drawn = list(scenes(images, seed=0, held_out=False))
     references = {str(number): scene.japanese() for number, scene in enumerate(drawn)}
     predictions = {str(number): scene.japanese(polite=True)[0] for number, scene in enumerate(drawn)}
-    return lambda: score(predictions, references, options=ScoreOptions(resamples=100))
+    options = ScoreOptions(resamples=100, meteor=False)  # METEOR is a Java program, with threads of its own
+    return lambda: score(predictions, references, options=options)
 
 
 def spin() -> None:

@@ -28,7 +28,7 @@ LIBRARIES = {*TESTED, "datasets", "huggingface_hub", "safetensors", "tokenizers"
 
 # What is installed ---------------------------------------------------------------------------------------------------
 def find(name: str):
-    """The function, class or property of a dotted name."""
+    """The function, class, property or module of a dotted name."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:
@@ -43,8 +43,8 @@ def find(name: str):
 
 def signature(found) -> str:
     """Names and kinds of the parameters. Annotations and defaults print differently from one Python to the next."""
-    if isinstance(found, property):
-        return "property"
+    if isinstance(found, property) or inspect.ismodule(found):
+        return "property" if isinstance(found, property) else "module"
     parameters = [
         p.replace(annotation=p.empty, default=p.empty if p.default is p.empty else ...)
         for p in inspect.signature(found).parameters.values()
