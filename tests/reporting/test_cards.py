@@ -436,7 +436,7 @@ def test_smollm2_is_under_its_own_licence_and_no_derivative_of_llama():
         run["model"]["parts"]["decoder"]["id"] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     card = render_adapter_card(metrics, "user/dishes")
     data = ModelCard(card).data
-    assert data.license == "apache-2.0" and "miniature" not in data.tags
+    assert data.license == "apache-2.0" and "smollm2" in data.tags and not {"llama", "miniature"} & set(data.tags)
     assert data.base_model == ["google/vit-base-patch16-224-in21k", "HuggingFaceTB/SmolLM2-135M-Instruct"]
     assert "under Apache-2.0, as SmolLM2 is" in prose(card) and "ViT is under Apache-2.0 too" in prose(card)
     assert not re.search("Built with Llama|Llama 3.2|asks you to accept|miniature", card)

@@ -533,6 +533,8 @@ def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
     bases = [part["id"] for part in model_parts(metrics["model"]).values()]
     on_hub, whole = _on_hub(metrics), recipe.trained == "model"
     tags = ["image-captioning", *recipe.tags, "vlmcap"]
+    if _is_decoder(metrics, SMOLLM2):
+        tags[tags.index("llama")] = SMOLLM2
     results = [
         EvalResult(
             task_type=recipe.pipeline_tag,
