@@ -9,6 +9,7 @@ setup.cfg, but for what a clone alone has: miniatures, tests, figures. `python -
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from vlmcap.errors import UserError
@@ -48,6 +49,21 @@ def check_miniature(name: str) -> None:
         raise UserError(
             f"there is no {name}: the miniatures are in a clone of the project alone, run this in its root"
         )
+
+
+def find_uv() -> str:
+    """uv from PATH, or the one that `make setup` puts into the clone.
+
+    Raises:
+        UserError: there is neither.
+    """
+    own = ROOT / ".uv/bin/uv"
+    found = shutil.which("uv") or (str(own) if own.exists() else None)
+    if found is None:
+        raise UserError(
+            "uv is needed, and is not on the PATH: `pip install uv`, or `make setup` in the clone"
+        )
+    return found
 
 
 if __name__ == "__main__":

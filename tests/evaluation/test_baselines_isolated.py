@@ -9,9 +9,10 @@ import datasets
 import pytest
 import yaml
 
+from vlmcap import places
 from vlmcap.data.images import load_captions
 from vlmcap.data.scenes import scenes
-from vlmcap.evaluation import isolated
+from vlmcap.errors import UserError
 from vlmcap.evaluation.baselines import Baseline, read_table
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError
 from vlmcap.evaluation.isolated import (
@@ -19,11 +20,11 @@ from vlmcap.evaluation.isolated import (
     IsolatedError,
     IsolatedModel,
     build_environment,
-    find_uv,
     generate_isolated,
     isolated_record,
     start_isolated,
 )
+from vlmcap.places import find_uv
 
 ARGS = GenerationArguments(prompt="大きさは", num_beams=2, max_new_tokens=9)
 HEADER = {"model": "org/describe", "revision": None, "trust_remote_code": False, "decoding": {"num_beams": 2}}
@@ -63,7 +64,7 @@ def environments(tmp_path_factory):
     """Where this session's environments are built; skips when there is no uv, or it finds no package."""
     try:
         uv = find_uv()
-    except IsolatedError as error:
+    except UserError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("environments")
     probe = ["pip", "install", "--quiet", "--target", str(folder / "probe"), "--no-deps", "pillow==11.3.0"]
@@ -234,8 +235,8 @@ def test_constraints_are_refused(row, tmp_path):
 
 def test_without_uv_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(isolated, "__file__", str(tmp_path / "a/b/c/d.py"))
-    with pytest.raises(IsolatedError, match="uv is needed.*pip install uv"):
+    monkeypatch.setattr(places, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="uv is needed.*pip install uv"):
         find_uv()
 
 

