@@ -8,6 +8,7 @@ import pytest
 
 from vlmcap.arguments import parse
 from vlmcap.data.scenes import scenes
+from vlmcap.errors import UserError
 from vlmcap.evaluation.baselines import BaselineError
 from vlmcap.evaluation.generate import GenerationArguments, PredictionsError
 
@@ -151,5 +152,5 @@ def test_constraints_are_recorded_when_they_are_on(script, dataset, miniature_di
     ],
 )
 def test_what_is_refused(script, arguments, message):
-    with pytest.raises(BaselineError, match=message):
+    with pytest.raises(UserError, match=message):
         script(*arguments)
