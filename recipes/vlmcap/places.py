@@ -60,9 +60,7 @@ def find_uv() -> str:
     own = ROOT / ".uv/bin/uv"
     found = shutil.which("uv") or (str(own) if own.exists() else None)
     if found is None:
-        raise UserError(
-            "uv is needed, and is not on the PATH: `pip install uv`, or `make setup` in the clone"
-        )
+        raise UserError("uv is needed, and is not on the PATH: `pip install uv`, or `make setup` in the clone")
     return found
 
 
