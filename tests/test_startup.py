@@ -61,7 +61,6 @@ def answers(tmp_path):
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
-            timeout=300,
         )
         lines = done.stdout.splitlines()
         assert len(lines) == len(commands), done.stdout + done.stderr

@@ -30,7 +30,7 @@ def test_rehearsal_from_publish_to_card(run_script, miniature_dir, without_meteo
     out = tmp_path / "out"
     command = ["rehearse.py", "--model", miniature_dir, "--output_dir", out, "--held_out", 1, "--steps", 1]
     command += ["--images", tmp_path / "scenes/images", "--captions", tmp_path / "scenes/stair_train.json"]
-    done = run_script(*command, env={"OMP_NUM_THREADS": "1"}, timeout=900)
+    done = run_script(*command, env={"OMP_NUM_THREADS": "1"})
     assert "Rehearsal: 6 pictures of images" in (out / "dataset/README.md").read_text(encoding="utf-8")
 
     found = read(out / "rehearsal.json")
