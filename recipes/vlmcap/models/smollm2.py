@@ -65,7 +65,7 @@ def convert_gguf(path: Path, output_dir: Path) -> None:
         ImportError: the package `gguf` is missing.
     """
     with loading(str(path)):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         read = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # transformers 5.23 takes what it read for a quantised model, which can be neither cast nor trained.
     settings = read.config.to_dict()

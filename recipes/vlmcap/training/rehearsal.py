@@ -100,7 +100,7 @@ def check_room(parameters: int, folder: Path) -> None:
 def write_random_weights(folder: Path, seed: int) -> None:
     """Writes random weights for the config.json of a folder into it: bfloat16, safetensors, as `seed` draws them."""
     set_seed(seed)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     if (folder / "generation_config.json").is_file():  # with the tokens that end a caption
         model.generation_config = GenerationConfig.from_pretrained(folder)
