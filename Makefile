@@ -15,9 +15,12 @@ SMOLLM2 := outputs/demo_smollm2
 LAUNCH := $(VENV)/bin/accelerate launch --config_file accelerate_configs/cpu.yaml
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
-# How long threads spin while they wait for each other. At its default a small model is five times slower on a busy
-# machine; without any (OMP_WAIT_POLICY = PASSIVE) it is twice as slow on every one.
+# How long threads spin while they wait for each other: at its default, two threads of a small model lose most of a busy
+# machine's time to that (scripts/bench_threads.py).
 export GOMP_SPINCOUNT = 20000
+# The miniatures are so small that a second thread saves a third of a step on a quiet machine. Beside other programs it
+# makes a step up to twenty times slower, spinning or not. One thread is never bad.
+demo demo-family ablation test test-all: export OMP_NUM_THREADS = 1
 
 .PHONY: setup setup-test test test-all lint fuzz demo demo-family demo-smollm2 rehearsal ablation miniature clean
 
@@ -40,9 +43,8 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	$(INSTALL) --editable ".[meteor,test]"
 	touch $@
 
-# Two processes, each with a hub of its own. The models are so small that a second thread costs more than it brings.
+# Two processes, each with a hub of its own.
 PYTEST = $(VENV_PYTHON) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-test test-all: export OMP_NUM_THREADS = 1
 
 # Quick: needs no network, browser, Java or real data. Its last line says what was left out (tests/conftest.py).
 test: setup-test
