@@ -75,6 +75,7 @@ SLOW = [
     ("training/test_bench.py", "run_script", "a benchmark"),
     ("invariants/test_processes.py", "", "training in several processes"),
     ("invariants/test_processors.py", "", "training in several processes"),
+    ("faults/test_hub.py", "", "every fault of the Hub"),
     ("faults/test_training.py", "", "processes killed or stopped"),
     ("faults/test_processes.py", "", "processes killed or stopped"),
     ("faults/test_predictions.py", "", "processes killed or stopped"),
