@@ -1,5 +1,7 @@
 """4-bit weights stay as they were quantised, also on CPUs where bitsandbytes would repack them (AVX512-BF16)."""
 
+from ctypes import c_longlong
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tests.invariants.tiny import PROMPT, build_model, build_processor, build_tr
 from vlmcap.data.images import open_image
 from vlmcap.evaluation.generate import GenerationArguments, caption_images
 from vlmcap.models.load import load_model
+from vlmcap.models.nf4 import in_whole_blocks
 
 # The miniature's widths are no multiples of 64: repacking crashes. The other model's are: it is repacked in silence.
 MODELS = ["miniature", "widths of 64"]
@@ -70,3 +73,33 @@ def test_captioning_leaves_the_training_as_it_is(repacking_processor, name, mini
         assert loss == watched_loss
         assert all(gradient.any() for gradient in gradients.values())
         assert_equal(gradients, watched_gradients)
+
+
+def scales_by_row(packed, absmax, out, blocksize, rows, width):
+    """What bitsandbytes 0.50.2 does on AVX512: `width // blocksize` scales a row, from the row's own first."""
+    size, width = blocksize.value, width.value
+    for number in range(rows.value * width):
+        row, column = divmod(number, width)
+        out[number] = packed[number] * absmax[row * (width // size) + column // size]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(4, 160), (6, 32), (3, 128), (5, 24), (1, 72)])
+def test_scales_are_those_of_the_blocks_on_avx512(rows, width):
+    count, size = rows * width, 64
+    absmax = [1.0 + block for block in range(-(-count // size))]
+    out = [0.0] * count
+    in_whole_blocks(scales_by_row)([1.0] * count, absmax, out, *map(c_longlong, (size, rows, width)))
+    assert out == [absmax[number // size] for number in range(count)]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(160, 160), (160, 400), (64, 24), (32, 128), (3, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantised_is_code_by_scale(rows, width, dtype):
+    """On whatever processor this is."""
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+    state.dtype = dtype
+    codes = torch.stack([packed.reshape(-1) >> 4, packed.reshape(-1) & 15], dim=1).reshape(-1).int()
+    scales = state.absmax.repeat_interleave(state.blocksize)[: rows * width]
+    expected = (state.code[codes] * scales).reshape(rows, width).to(dtype)
+    assert torch.equal(bnb.functional.dequantize_4bit(packed, state), expected)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import bitsandbytes as bnb
 import torch
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, constants, hf_hub_download
@@ -27,12 +26,12 @@ from huggingface_hub.errors import (
 )
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 from vlmcap.documents import parse_json, shown
 from vlmcap.errors import UserError
+from vlmcap.models.nf4 import keep_as_quantised
 
 # Else transformers asks a Space on the Hub to convert the pickles of a repository's main branch, and takes the answer
 # from a pull request whose author it does not always look at (transformers 5.23, safetensors_conversion.py). Here
@@ -158,20 +157,6 @@ def load_weights(kind: type, name: str, revision: str | None, *args, new: str = 
         raise ModelError(f"{name} has no weights for {missing[0]} of a {type(model).__name__}")
     keep_as_quantised(model)
     return model
-
-
-def keep_as_quantised(model: nn.Module) -> None:
-    """Makes every 4-bit layer compute from the weights that quantisation left, on every CPU.
-
-    On CPUs with AVX512-BF16, `Linear4bit.forward` of bitsandbytes 0.50.2 repacks its weight for a faster kernel, once,
-    in evaluation mode without gradients. That crashes for widths that are no multiple of 64. Other layers stay
-    repacked: their scales are rounded to bfloat16, and no gradient passes through them in the training steps that
-    follow a validation. Neither `train()` nor `Params4bit.to()` undoes it (bitsandbytes issues 2078 and 2083). This
-    can be removed when a repacked layer takes part in training as an unpacked one does, and computes the same values.
-    """
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def check_index(name: str, revision: str | None) -> None:
