@@ -18,8 +18,8 @@ export TOKENIZERS_PARALLELISM = false
 # How long threads spin while they wait for each other: at its default, two threads of a small model lose most of a busy
 # machine's time to that (scripts/bench_threads.py).
 export GOMP_SPINCOUNT = 20000
-# A second thread saves a third of a miniature's step on a quiet machine (0.19 s for 0.31 s). Beside a program with two
-# threads a step took 3.6 s with two, and beside two test processes 0.65 s with one: one thread is never bad.
+# A second thread saves a fifth of a miniature's step on a quiet machine. Beside two busy processes one thread is at most
+# 2.0 times slower, two are up to 7.5 times (scripts/bench_threads.py, 2 cores, AVX2, one round): one thread is never bad.
 demo demo-family ablation test test-all: export OMP_NUM_THREADS = 1
 
 .PHONY: setup setup-test test test-all lint fuzz demo demo-family demo-smollm2 rehearsal ablation miniature clean
