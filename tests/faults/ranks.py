@@ -47,10 +47,11 @@ def run_file(path: Path, *words: str, folder: Path, environment: dict, out: Path
 def run_ranks(ranks: int, function: Callable, *args, log: Path) -> list[int | None]:
     """Exit statuses of the processes of a gloo group that each call `function(*args)`.
 
-    When one of them fails the others are killed, as a launcher does.
+    When one of them fails the others are killed, as a launcher does. `log` gets what they printed, one after the other.
     """
     port = free_port()
-    processes = [start(function, *args, log=log, rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
+    logs = [log.with_name(f"{log.name}.{rank}") for rank in range(ranks)]
+    processes = [start(function, *args, log=logs[rank], rank=rank, ranks=ranks, port=port) for rank in range(ranks)]
     waiting = list(processes)
     while waiting:
         ready = multiprocessing.connection.wait([process.sentinel for process in waiting])
@@ -60,6 +61,10 @@ def run_ranks(ranks: int, function: Callable, *args, log: Path) -> list[int | No
                 process.kill()
                 process.join()
             break
+    with log.open("ab") as whole:
+        for part in logs:
+            whole.write(part.read_bytes() if part.exists() else b"")
+            part.unlink(missing_ok=True)
     return [process.exitcode for process in processes]
 
 
@@ -75,6 +80,7 @@ def _run(function, args, log, rank, ranks, port, environment):
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)  # else a full buffer ends in the middle of a line, before a progress bar
     if ranks > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
