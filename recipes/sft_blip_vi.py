@@ -28,7 +28,7 @@ from pathlib import Path
 from vlmcap.arguments import run_main
 from vlmcap.evaluation.arguments import BeamArguments
 from vlmcap.models.arguments import BlipArguments
-from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields
+from vlmcap.training.arguments import CONTINUE, CaptionerDataArguments, CaptionerFields
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_blip_vi/base.yaml"
@@ -119,4 +119,4 @@ def main(
 ARGUMENTS = (CaptionerDataArguments, BlipArguments, BeamArguments, parsed_as(CaptionerFields, TRAINING_ARGUMENTS))
 
 if __name__ == "__main__":
-    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)
+    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG, interrupted=CONTINUE)

@@ -31,7 +31,7 @@ from pathlib import Path
 from vlmcap.arguments import run_main
 from vlmcap.evaluation.arguments import GenerationArguments
 from vlmcap.models.arguments import ModelArguments
-from vlmcap.training.arguments import CaptionSFTFields, SplitArguments
+from vlmcap.training.arguments import CONTINUE, CaptionSFTFields, SplitArguments
 from vlmcap.training.inherited import SFT_CONFIG, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
@@ -224,4 +224,4 @@ def main(
 ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, parsed_as(CaptionSFTFields, SFT_CONFIG))
 
 if __name__ == "__main__":
-    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)
+    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG, interrupted=CONTINUE)

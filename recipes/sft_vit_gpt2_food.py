@@ -30,7 +30,7 @@ from pathlib import Path
 from vlmcap.arguments import run_main
 from vlmcap.evaluation.arguments import BeamArguments
 from vlmcap.models.arguments import VitGpt2Arguments
-from vlmcap.training.arguments import CaptionerDataArguments, FoodFields
+from vlmcap.training.arguments import CONTINUE, CaptionerDataArguments, FoodFields
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_gpt2_food/base.yaml"
@@ -123,4 +123,4 @@ def main(
 ARGUMENTS = (CaptionerDataArguments, VitGpt2Arguments, BeamArguments, parsed_as(FoodFields, TRAINING_ARGUMENTS))
 
 if __name__ == "__main__":
-    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)
+    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG, interrupted=CONTINUE)

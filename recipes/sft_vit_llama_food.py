@@ -33,7 +33,7 @@ from pathlib import Path
 from vlmcap.arguments import run_main
 from vlmcap.evaluation.arguments import BeamArguments
 from vlmcap.models.arguments import VitLlamaArguments
-from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields
+from vlmcap.training.arguments import CONTINUE, CaptionerDataArguments, CaptionerFields
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_vit_llama_food/base.yaml"
@@ -123,4 +123,4 @@ def main(
 ARGUMENTS = (CaptionerDataArguments, VitLlamaArguments, BeamArguments, parsed_as(CaptionerFields, TRAINING_ARGUMENTS))
 
 if __name__ == "__main__":
-    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG)
+    run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG, interrupted=CONTINUE)

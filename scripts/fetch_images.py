@@ -39,13 +39,9 @@ class FetchArguments:
 def main(args: FetchArguments) -> None:
     from vlmcap.data.fetch import fetch_dataset_images
 
-    try:
-        report = fetch_dataset_images(
-            args.dataset, args.output_dir, args.split, args.revision, args.concurrency, args.base_url
-        )
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on with {args.output_dir}", file=sys.stderr)
-        sys.exit(130)
+    report = fetch_dataset_images(
+        args.dataset, args.output_dir, args.split, args.revision, args.concurrency, args.base_url
+    )
     size, pace = report.bytes / 1e6, report.fetched / report.seconds
     print(
         f"{args.output_dir}: fetched {report.fetched} photographs ({size:.1f} MB) in {report.seconds:.0f} s"
@@ -57,4 +53,4 @@ def main(args: FetchArguments) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, __doc__, FetchArguments)
+    run_main(main, __doc__, FetchArguments, interrupted="The same command fetches the rest.")

@@ -49,6 +49,7 @@ from vlmcap.arguments import run_main
 from vlmcap.errors import UserError
 from vlmcap.evaluation.arguments import GenerationArguments
 from vlmcap.evaluation.tokenise import TOKENIZERS
+from vlmcap.models.arguments import check_attention
 from vlmcap.places import as_typed_here
 
 TABLE = Path(__file__).resolve().parents[1] / "recipes/configs/baselines.yaml"
@@ -90,7 +91,7 @@ class Arguments:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata={"help": "sdpa, eager or flash_attention_2; default sdpa where the model has it (BLIP has not)."},
+        metadata={"help": "sdpa, eager, flash_attention_2 or _3; default sdpa where the model has it (BLIP has not)."},
     )
     min_pixels: int | None = field(
         default=None, metadata={"help": "Smallest image in pixels; default the processor's. Qwen-VL family only."}
@@ -131,6 +132,10 @@ class Arguments:
         default="~/.cache/vlmcap/envs", metadata={"help": "Where environments of isolated models are built and kept."}
     )
     list: bool = field(default=False, metadata={"help": "Print the table of baselines and end."})
+
+    def __post_init__(self):
+        if self.attn_implementation:
+            check_attention(self.attn_implementation)
 
 
 def main(args: Arguments, generation_args: GenerationArguments) -> None:
@@ -232,4 +237,5 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, __doc__, Arguments, GenerationArguments)
+    again = "The same command continues where this one ended."
+    run_main(main, __doc__, Arguments, GenerationArguments, interrupted=again)

@@ -62,7 +62,5 @@ def main(args: AblationArguments) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the running cell ends too
     arguments = ["--grid" if argument == "--config" else argument for argument in sys.argv[1:]]
-    try:
-        run_main(main, __doc__, AblationArguments, command_line=arguments)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the last checkpoint")
+    again = "The same command continues from the last checkpoint."
+    run_main(main, __doc__, AblationArguments, command_line=arguments, interrupted=again)

@@ -103,7 +103,7 @@ def test_a_configuration_with_an_unknown_key(answers, tmp_path):
         assert is_quick(answer) and answer["status"] == 1 and "typo.yaml" in answer["output"], program
 
 
-def test_what_recipes_refuse_at_once(answers):
+def test_what_recipes_refuse_at_once(answers, tmp_path):
     two = ["recipes/sft_qwen2vl_jp.py", "recipes/sft_blip_vi.py"]  # of either kind: SFTConfig, TrainingArguments
     refused = [
         (two, ["--config", "none.yaml"], "none.yaml"),
@@ -113,9 +113,16 @@ def test_what_recipes_refuse_at_once(answers):
         (two, ["--output_dir", "hf_" + "a" * 34], "--output_dir holds a token"),
         (two, ["--hub_token", "x"], "--hub_token"),
         (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--push_to_hub needs --hub_model_id USER/NAME"),
+        (two, ["--train_sampling_strategy", "sequential"], "train_sampling_strategy must stay at its default"),
+        (two, ["--config", "changed.yaml"], "do_train must stay at its default, False: the recipe always trains"),
+        (two, ["--report_to", "mlflow"], "report_to: mlflow needs the Python package mlflow, which is not installed"),
+        (two[:1], ["--loss_type", "dft"], "loss_type must stay at its default, 'nll': "),
+        (two[:1], ["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs the module flash_attn"),
+        (RECIPES, ["--optim", "lomo"], "optim: lomo cannot be used here"),
         (RECIPES, ["--dataset", "data/none"], "data/none is no folder"),
         (RECIPES, ["--dataset", "data/one/more/none"], "data/one/more/none is no folder"),
     ]
+    (tmp_path / "changed.yaml").write_text("do_train: true\n")
     commands = [(program, words, message) for programs, words, message in refused for program in programs]
     found = answers(*([program, *words] for program, words, _ in commands))
     for (program, words, message), answer in zip(commands, found, strict=True):

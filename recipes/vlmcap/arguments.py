@@ -1,6 +1,7 @@
 """The command line of every script and recipe: dataclass fields, `--config file.yaml`, and the manual as help."""
 
 import argparse
+import signal
 import sys
 import types
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from vlmcap.credentials import redact, refuse_credentials
 from vlmcap.documents import parse_yaml, shown
 from vlmcap.errors import UserError
 from vlmcap.places import as_typed_here, own_file
-from vlmcap.versions import report_untested_versions
+from vlmcap.versions import is_first_process, report_untested_versions
 
 
 class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -21,22 +22,34 @@ class ManualFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescri
 
 
 def run_main(
-    main: Callable, manual: str, *dataclasses: type, command_line: list[str] | None = None, config: Path | None = None
+    main: Callable,
+    manual: str,
+    *dataclasses: type,
+    command_line: list[str] | None = None,
+    config: Path | None = None,
+    interrupted: str = "",
 ) -> None:
     """Calls `main` with the arguments that `parse` finds. An error that the user can mend, or the system's, ends the
-    program with its message and status 1.
+    program with its message and status 1, Ctrl-C with a line and status 130.
 
     Args:
         command_line: the words behind the program's name; None for those it was started with.
         config: the `--config` of a command line without one.
+        interrupted: what that line says of how to continue.
     """
     words = sys.argv[1:] if command_line is None else command_line
     if config and "--config" not in words:
         words = ["--config", str(config), *words]
     arguments = parse(manual, *dataclasses, command_line=words)
+    if sys.platform == "win32":
+        sys.exit("error: this does not run on Windows, where folders cannot be brought to the disk; use WSL 2 or Linux")
     report_untested_versions()
     try:
         main(*arguments)
+    except KeyboardInterrupt:
+        if is_first_process():
+            print(f"\nInterrupted. {interrupted}".rstrip(), file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (OSError, UserError) as error:
         sys.exit(f"error: {redact(as_typed_here(str(error)))}")
 

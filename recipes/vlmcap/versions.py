@@ -33,8 +33,13 @@ def untested_versions() -> str | None:
     return f"Note: {'; '.join(others)}. Results may differ." if others else None
 
 
+def is_first_process() -> bool:
+    """Whether this is the one process of a run that speaks for all, as far as the launcher's environment says."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def report_untested_versions() -> None:
     """Prints `untested_versions` to stderr, in one process of a run."""
     line = untested_versions()
-    if line and os.environ.get("RANK", "0") == "0":
+    if line and is_first_process():
         print(line, file=sys.stderr, flush=True)

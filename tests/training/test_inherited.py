@@ -9,10 +9,19 @@ import pytest
 from transformers import TrainingArguments
 from trl import SFTConfig, TrlParser
 
+from vlmcap.documents import parse_yaml
 from vlmcap.errors import UserError
 from vlmcap.training.arguments import CaptionerFields, CaptionSFTFields, FoodFields
 from vlmcap.training.captioner import CaptionerTrainingArguments, FoodTrainingArguments
-from vlmcap.training.inherited import SFT_CONFIG, TRAINING_ARGUMENTS, complete, parsed_as, read_fields
+from vlmcap.training.inherited import (
+    SFT_CONFIG,
+    TABLE,
+    TRAINING_ARGUMENTS,
+    complete,
+    parsed_as,
+    read_fields,
+    refused,
+)
 from vlmcap.training.trainer import CaptionSFTConfig
 
 INHERITED = [(SFT_CONFIG, SFTConfig), (TRAINING_ARGUMENTS, TrainingArguments)]
@@ -59,7 +68,7 @@ def test_a_recipe_parses_the_fields_of_the_class_it_trains_with(own, chain, real
 def test_the_real_object_has_the_values_of_the_command_line(own, chain, real, tmp_path):
     words = f"--output_dir {tmp_path} --learning_rate 1e-3 --max_steps 3 --lr_scheduler_type cosine --eval_strategy"
     words = f"{words} steps --eval_steps 2 --save_steps 2 --load_best_model_at_end --no_dataloader_in_order".split()
-    words += ["--lr_scheduler_kwargs", json.dumps({"num_cycles": 2}), "--label_names", "a", "b"]
+    words += ["--lr_scheduler_kwargs", json.dumps({"num_cycles": 2})]
     (parsed,) = TrlParser(parsed_as(own, chain)).parse_args_and_config(words)
     (direct,) = TrlParser(real).parse_args_and_config(words)
     built = complete(real, parsed)
@@ -73,6 +82,64 @@ def test_what_only_the_real_class_refuses_ends_as_an_error_of_the_user(tmp_path)
     (parsed,) = TrlParser(parsed_as(CaptionSFTFields, SFT_CONFIG)).parse_args_and_config(words)
     with pytest.raises(UserError, match="--eval_steps must be an integer"):
         complete(CaptionSFTConfig, parsed)
+
+
+def test_the_table_has_the_settings_of_the_installed_libraries():
+    """One that a library adds or drops must be looked at: does it have an effect in the recipes?"""
+    settings = {field.name for field in dataclasses.fields(SFTConfig)}
+    table = parse_yaml(TABLE.read_bytes())
+    assert settings - table.keys() == set(), f"{TABLE.name} lacks settings of the installed libraries"
+    assert table.keys() - settings == set(), f"{TABLE.name} has settings that the installed libraries lack"
+    for name, said in table.items():
+        verdicts = [said["sft"], said["captioner"]] if isinstance(said, dict) else [said]
+        assert all(verdict is True or isinstance(verdict, str) for verdict in verdicts), name
+
+
+def another(field: dataclasses.Field) -> object:
+    """A value that a setting does not have by default."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return not default if isinstance(default, bool) else (default or 0) + 1 if isinstance(default, int) else "x"
+
+
+@pytest.mark.parametrize(("own", "chain", "real"), REAL, ids=[real.__name__ for *_, real in REAL])
+def test_what_has_no_effect_is_refused_by_name_and_nothing_else(own, chain, real, tmp_path):
+    kind, obeyed = parsed_as(own, chain), set()
+    reasons = refused(read_fields(chain), chain)
+    for field in dataclasses.fields(read_fields(chain)):
+        try:
+            kind(**{"output_dir": str(tmp_path)} | {field.name: another(kind.__dataclass_fields__[field.name])})
+        except ValueError as error:
+            named = f"{field.name} must stay at its default" in str(error)
+            assert named == (field.name in reasons), (field.name, str(error))
+        else:
+            obeyed.add(field.name)
+    assert not obeyed & reasons.keys()
+    assert ("per_device_eval_batch_size" in obeyed) == (real is not CaptionSFTConfig)
+
+
+def test_a_setting_that_a_newer_library_has_is_refused_until_it_was_looked_at():
+    newer = dataclasses.make_dataclass("Newer", [("seed", int, 1), ("no_such_setting", int, 1)])
+    assert "newer than the tested one" in refused(newer, TRAINING_ARGUMENTS).pop("no_such_setting")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric_for_best_model": "accuracy"}, "accuracy is not measured during training; choose one of cider_d"),
+        ({"lr_scheduler_type": "greedy"}, "greedy follows a metric; name it as metric_for_best_model"),
+        ({"optim": "galore_adamw"}, "galore_adamw cannot be used here"),
+        ({"optim": "adamw_torch_8bit"}, "adamw_torch_8bit cannot be used: .*torchao"),
+        ({"optim": "grokadamw"}, "grokadamw cannot be used: .*pip install grokadamw"),
+        ({"optim_args": "momentum=0.9", "optim": "adamw_torch"}, "momentum=0.9 cannot be used: it reads none"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "kwargs None cannot be used: .*num_decay_steps"),
+    ],
+)
+def test_what_optimizer_and_schedule_miss_is_said_before_a_model_is_loaded(tmp_path, settings, message):
+    (parsed,) = TrlParser(parsed_as(CaptionerFields, TRAINING_ARGUMENTS)).parse_dict({"output_dir": str(tmp_path)})
+    for name, value in settings.items():
+        setattr(parsed, name, value)
+    with pytest.raises(UserError, match=message):
+        complete(CaptionerTrainingArguments, parsed)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,29 @@
 """Settings of what is loaded and what of it is trained. Imports nothing heavy: command lines are read with it."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
+
+# Attention implementations and the module that each needs beside transformers. Others would be compiled code that
+# transformers fetches from the Hub.
+ATTENTION = {
+    "sdpa": None,
+    "eager": None,
+    "flex_attention": None,
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+}
+
+
+def check_attention(name: str) -> None:
+    """Raises ValueError where there is no such attention implementation, or the module that it needs is missing."""
+    if name not in ATTENTION:
+        raise ValueError(f"attn_implementation: {name!r} is none of {', '.join(ATTENTION)}")
+    if (module := ATTENTION[name]) and find_spec(module) is None:
+        raise ValueError(
+            f"attn_implementation: {name} needs the module {module}, which is not installed: install FlashAttention"
+            " (https://github.com/Dao-AILab/flash-attention), or choose sdpa"
+        )
 
 
 @dataclass
@@ -41,6 +63,9 @@ class ModelArguments:
         default=400 * 28 * 28,
         metadata={"help": "Images are scaled down to at most this many pixels; 28 x 28 of them are one image token."},
     )
+
+    def __post_init__(self):
+        check_attention(self.attn_implementation)
 
 
 @dataclass

@@ -74,7 +74,7 @@ def loading(name: str) -> Iterator[None]:
             f"{name} cannot be loaded: {_first_line(error)} A gated model: accept its licence at"
             f" https://huggingface.co/{name} and log in with `hf auth login`."
         ) from error
-    except (ValueError, KeyError, SafetensorError) as error:
+    except (ValueError, KeyError, ImportError, SafetensorError) as error:
         if "trust_remote_code" not in str(error):
             raise ModelError(f"{name} cannot be loaded ({type(error).__name__}): {_first_line(error)}") from error
         raise ModelError(

@@ -7,9 +7,17 @@ checked without torch is checked here, in `__post_init__`, so that a mistake is 
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+# What a recipe says when Ctrl-C ends it outside of a training step.
+CONTINUE = "With --resume_from_checkpoint latest it continues from the last whole checkpoint, or with its captions."
 # What may choose the best checkpoint and end a run early.
-VALIDATION_METRICS = "cider_d bleu_1 bleu_2 bleu_3 bleu_4 rouge_l loss loss_and_bleu".split()
+CAPTION_METRICS = "cider_d bleu_1 bleu_2 bleu_3 bleu_4 rouge_l".split()
+# Optimizers of transformers that are refused, by how their names begin.
+UNFIT_OPTIMIZERS = {
+    ("galore", "apollo", "lomo", "adalomo"): "it updates whole weight matrices of the model by itself",
+    ("schedule_free",): "it keeps other weights for validation than for training",
+}
 
 
 @dataclass
@@ -73,6 +81,9 @@ class MeasuredFields:
     a CPU (`vlmcap.training.measured.choose_by_device`).
     """
 
+    # What `validate` of the trainer returns.
+    metrics: ClassVar[list[str]] = CAPTION_METRICS
+
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16; left out with fp16, the device decides (see the class)."}
     )
@@ -110,6 +121,20 @@ class MeasuredFields:
             raise ValueError(
                 "early_stopping_patience needs load_best_model_at_end: true, or the worse models are kept"
             )
+        metric = self.metric_for_best_model
+        if metric is not None and metric not in self.metrics:
+            raise ValueError(
+                f"metric_for_best_model: {metric} is not measured during training; choose one of"
+                f" {', '.join(self.metrics)}"
+            )
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and metric is None:
+            raise ValueError(
+                f"lr_scheduler_type: {self.lr_scheduler_type} follows a metric; name it as metric_for_best_model,"
+                f" one of {', '.join(self.metrics)}"
+            )
+        for beginnings, reason in UNFIT_OPTIMIZERS.items():
+            if self.optim.startswith(beginnings):
+                raise ValueError(f"optim: {self.optim} cannot be used here, {reason}; adamw_torch is the default")
         # Without load_best_model_at_end there must be no metric: to keep the best checkpoint, the parent would delete
         # the latest, from which the run continues.
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -163,14 +188,10 @@ class CaptionerFields(MeasuredFields):
     geometric mean of the probabilities of the validation tokens: both lie in 0..1.
     """
 
+    metrics: ClassVar[list[str]] = [*CAPTION_METRICS, "loss", "loss_and_bleu"]
+
     def __post_init__(self):
-        metric = self.metric_for_best_model
-        if metric is not None and metric not in VALIDATION_METRICS:
-            raise ValueError(
-                f"metric_for_best_model: {metric} is not measured during training; choose one of"
-                f" {', '.join(VALIDATION_METRICS)}"
-            )
-        if metric == "loss_and_bleu":
+        if self.metric_for_best_model == "loss_and_bleu":
             self.greater_is_better = True
         super().__post_init__()
 

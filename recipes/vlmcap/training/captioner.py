@@ -22,7 +22,7 @@ from vlmcap.evaluation.generate import BeamArguments, model_record
 from vlmcap.models.load import count_parameters, resolve_revision
 from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields, FoodFields
 from vlmcap.training.collator import BadImages, caption_examples, read_example
-from vlmcap.training.measured import MeasuredTrainer, choose_by_device
+from vlmcap.training.measured import MeasuredTrainer, check_optimizer, choose_by_device
 from vlmcap.training.report import trainable_modules
 from vlmcap.training.start import Splits
 from vlmcap.training.validation import CaptionValidation
@@ -42,6 +42,7 @@ class CaptionerTrainingArguments(CaptionerFields, TrainingArguments):
     def __post_init__(self):
         choose_by_device(self)
         super().__post_init__()
+        check_optimizer(self)
 
 
 @dataclass

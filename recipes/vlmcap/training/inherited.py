@@ -4,18 +4,23 @@ These classes cannot be imported without torch, which takes seconds, and `--help
 for it. So a command line is parsed into a stand-in, a dataclass with the same fields (`parsed_as`), and the real
 object is made of its values when it was right (`complete`). Names, types, defaults and help of the fields are read
 from the source files of the installed libraries. tests/training/test_inherited.py compares each with the real class.
+
+Not every field has an effect in a recipe. What becomes of each stands in inherited.yaml, and one that the recipe does
+not obey is refused where it is changed.
 """
 
 import ast
 import builtins
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from enum import Enum
+from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from vlmcap.documents import parse_yaml
 from vlmcap.errors import UserError
 
 Config = TypeVar("Config")
@@ -26,6 +31,8 @@ SFT_CONFIG = (
     ("trl/trainer/base_config.py", "_BaseConfig"),
     ("trl/trainer/sft_config.py", "SFTConfig"),
 )
+
+TABLE = Path(__file__).with_name("inherited.yaml")
 
 
 class ParallelismConfig:
@@ -53,13 +60,33 @@ def parsed_as(own: type, inherited: tuple[tuple[str, str], ...]) -> type:
     Args:
         own: what the recipe adds to the inherited class, with its checks: a class of `vlmcap.training.arguments`.
         inherited: SFT_CONFIG or TRAINING_ARGUMENTS.
+
+    Making an object of it raises ValueError where a field that the recipe does not obey has another value than its
+    default.
     """
     try:
         base = read_fields(inherited)
     except (LookupError, OSError):
         base = import_fields(inherited)  # slower: a version of the library that is written otherwise
-    base.__post_init__ = lambda self: None
+    base.__post_init__ = partialmethod(_refuse_changed, refused(base, inherited))
     return make_dataclass(own.__name__, [], bases=(own, base))
+
+
+def refused(base: type, inherited: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The fields of `base` that a recipe does not obey, each with the reason: what inherited.yaml says of them."""
+    table, recipe = parse_yaml(TABLE.read_bytes()), "sft" if inherited is SFT_CONFIG else "captioner"
+    new = "this project has not met it yet: the installed library is newer than the tested one"
+    found = {field.name: table.get(field.name, new) for field in fields(base)}
+    found = {name: said[recipe] if isinstance(said, dict) else said for name, said in found.items()}
+    return {name: said for name, said in found.items() if said is not True}
+
+
+def _refuse_changed(self, reasons: dict[str, str]) -> None:
+    for given in fields(self):
+        default = given.default if given.default_factory is MISSING else given.default_factory()
+        unchanged = (default, False) if default == "no" else (default,)  # the parser reads "no" as False
+        if given.name in reasons and getattr(self, given.name) not in unchanged:
+            raise ValueError(f"--{given.name} must stay at its default, {default!r}: {reasons[given.name]}")
 
 
 def complete(config: Callable[..., Config], parsed) -> Config:

@@ -1,6 +1,7 @@
 """What the project's trainers share: precision by device, smoothed loss, validation by captions, checkpoints that are
-whole and gone on from to the last digit, an end on SIGTERM, clock, summary."""
+whole and gone on from to the last digit, an end on SIGTERM and Ctrl-C, clock, summary."""
 
+import copy
 import hashlib
 import json
 import multiprocessing
@@ -10,17 +11,17 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
 from vlmcap import provenance
 from vlmcap.models.load import compute_dtype
@@ -29,7 +30,8 @@ from vlmcap.training.arguments import MeasuredFields
 from vlmcap.training.checkpoints import UNFINISHED, CheckpointError
 from vlmcap.training.loss import smoothed_cross_entropy
 
-SIGTERM_STATUS = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
+# What asks a run to stop. It ends with 128 + the signal, as a shell reports a process that the signal ended.
+STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 # What says which examples a step is made of: with another value, a continued run would see some twice, others never.
 ORDER = (
     "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size captions_per_image"
@@ -67,6 +69,33 @@ def choose_by_device(args: MeasuredFields) -> None:
         args.dataloader_pin_memory = torch.cuda.is_available()
 
 
+def check_optimizer(args: TrainingArguments) -> None:
+    """Makes the optimizer and the schedule of a run for one number: what they miss is said before a model is loaded.
+
+    Raises:
+        ValueError: a package or a setting is missing or wrong; or `optim_args` would have no effect.
+    """
+
+    def reason(error: Exception) -> str:
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+    try:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = kind([nn.Parameter(torch.zeros(1))], **settings)
+        without = copy.copy(args)
+        without.optim_args = None
+        if args.optim_args and settings == Trainer.get_optimizer_cls_and_kwargs(without)[1]:
+            raise ValueError("it reads none of optim_args")
+    except (ImportError, LookupError, TypeError, ValueError) as error:
+        given = f" with optim_args {args.optim_args}" if args.optim_args else ""
+        raise ValueError(f"optim: {args.optim.value}{given} cannot be used: {reason(error)}") from error
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+    except (LookupError, TypeError, ValueError) as error:
+        given = f"{args.lr_scheduler_type.value} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+        raise ValueError(f"lr_scheduler_type: {given} cannot be used: {reason(error)}") from error
+
+
 class MeasuredTrainer:
     """Methods for a Trainer beside it: `class X(MeasuredTrainer, Trainer)`, which calls `start_measuring` when it is
     built and has `validate`, the scores of the model as it is."""
@@ -80,8 +109,8 @@ class MeasuredTrainer:
             patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
             self.early_stopping = EarlyStoppingCallback(patience, threshold)
             self.add_callback(self.early_stopping)
-        self.stop_on_sigterm = StopOnSigterm(self.accelerator)
-        self.add_callback(self.stop_on_sigterm)
+        self.stop_on_signal = StopOnSignal(self.accelerator)
+        self.add_callback(self.stop_on_signal)
         self.hits_and_tokens = torch.zeros(2, dtype=torch.long, device=self.args.device)
         self.saving_to = None
         self.order, self.course = self._order(), self._course()
@@ -129,16 +158,16 @@ class MeasuredTrainer:
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        if sys.platform == "linux":
-            inner = loader.base_dataloader  # accelerate's own is a wrapper
-            inner.worker_init_fn = partial(obey_parent_alone, inner.worker_init_fn)
+        inner = loader.base_dataloader  # accelerate's own is a wrapper
+        inner.worker_init_fn = partial(obey_parent_alone, inner.worker_init_fn)
         return loader
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trains, or goes on from a checkpoint that `checkpoints.damage` finds whole.
 
-        On SIGTERM it saves a checkpoint at the end of the step, says how to go on, and ends the process with status
-        143 (`SystemExit`). A second training or evaluation may not follow in that process.
+        On SIGTERM and the first Ctrl-C it saves a checkpoint at the end of the step, says how to go on, and ends the
+        process with status 143 or 130 (`SystemExit`); a second Ctrl-C ends it at once. A second training or evaluation
+        may not follow in that process. In a thread, where Python gives nobody a signal, it says that it will not.
 
         Raises:
             CheckpointError: a checkpoint cannot be written; or the one to go on from is of another run, in what
@@ -148,30 +177,26 @@ class MeasuredTrainer:
         if resume_from_checkpoint is not None:
             self.resumed = checkpoints.read_manifest(Path(resume_from_checkpoint))
             self._check_same_run(resume_from_checkpoint)
-        before = signal.signal(signal.SIGTERM, self.stop_on_sigterm.ask)
-        try:
-            output = super().train(resume_from_checkpoint, **kwargs)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{resume_from_checkpoint} holds a pickle of more than tensors and numbers, which is not loaded:"
-                f" {str(error).splitlines()[0]}"
-            ) from error
-        except Stopped:
-            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-            if self.args.should_save:
-                print(
-                    f"SIGTERM: saved {self.args.output_dir}/checkpoint-{self.state.global_step} after step"
-                    f" {self.state.global_step} of {self.state.max_steps}. The same command with"
-                    " --resume_from_checkpoint latest goes on from it.",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            raise SystemExit(SIGTERM_STATUS) from None
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        if self.stop_on_sigterm.asked:  # behind the last step, which has its checkpoint
-            signal.raise_signal(signal.SIGTERM)
-        return output
+        with self.stop_on_signal.listening():
+            try:
+                return super().train(resume_from_checkpoint, **kwargs)
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"{resume_from_checkpoint} holds a pickle of more than tensors and numbers, which is not loaded:"
+                    f" {str(error).splitlines()[0]}"
+                ) from error
+            except Stopped:
+                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+                stopped = self.stop_on_signal.stopping
+                if self.args.should_save:
+                    print(
+                        f"{STOPS[stopped]}: saved {self.args.output_dir}/checkpoint-{self.state.global_step} after step"
+                        f" {self.state.global_step} of {self.state.max_steps}. The same command with"
+                        " --resume_from_checkpoint latest goes on from it.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                raise SystemExit(128 + stopped) from None
 
     def _order(self) -> dict:
         """What decides which examples a step is made of, and which weights it changes."""
@@ -365,26 +390,51 @@ class Stopped(Exception):
     """Training was asked to stop, and has saved."""
 
 
-class StopOnSigterm(TrainerCallback):
-    """Saves and leaves training at the end of the step, or of the validation, in which a process got SIGTERM, every
-    process at the same one.
+class StopOnSignal(TrainerCallback):
+    """Saves and leaves training at the end of the step, or of the validation, in which a process got SIGTERM or
+    Ctrl-C, every process at the same one.
 
     transformers' own (`enable_jit_checkpoint`, 5.23) waits three seconds, may save between backward pass and update,
     which no continued run can repeat, and lets each process decide alone.
+
+    Attributes:
+        asked: the signal that this process got; 0 for none.
+        stopping: the largest that any process got when they last agreed.
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.asked, self.stopping = accelerator, False, False
+        self.accelerator, self.asked, self.stopping = accelerator, 0, 0
 
-    def ask(self, *signal_and_frame) -> None:
-        self.asked = True
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals of `STOPS`. One that comes behind the last step, which has its checkpoint, is sent again
+        at the end."""
+        if current_thread() is not main_thread():
+            print("Training in a thread: SIGTERM and Ctrl-C save no checkpoint here, save_steps does.", file=sys.stderr)
+            yield
+            return
+        before = {number: signal.signal(number, self.ask) for number in STOPS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.asked:
+            signal.raise_signal(self.asked)
+
+    def ask(self, number: int, frame) -> None:
+        self.asked = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second ends the process
+            if self.accelerator.is_main_process:
+                print("\nCtrl-C: saving at the end of this step. Again: ends at once, without.", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.stopping = self.asked
         if args.world_size > 1:
-            asked = torch.tensor(int(self.asked), device=self.accelerator.device)
-            self.stopping = bool(self.accelerator.reduce(asked))
-        control.should_save |= self.stopping
+            asked = torch.tensor(self.asked, device=self.accelerator.device)
+            self.stopping = int(self.accelerator.gather(asked[None]).max())
+        control.should_save |= bool(self.stopping)
 
     on_evaluate = on_step_end
 
@@ -394,11 +444,15 @@ class StopOnSigterm(TrainerCallback):
 
 
 def obey_parent_alone(initialise: Callable[[int], None], worker: int) -> None:
-    """Begins a worker of a DataLoader that SIGTERM ends only when its parent sends it.
+    """Begins a worker of a DataLoader that no Ctrl-C ends, and SIGTERM only when its parent sends it.
 
-    Who asks a job to stop sends SIGTERM to all of its processes. Without its workers training could not finish the
-    step.
+    Who asks a job to stop sends SIGTERM to all of its processes, and a terminal Ctrl-C. Without its workers training
+    could not finish the step. A worker whose parent is gone ends by itself.
     """
+    initialise(worker)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "linux":
+        return
     parent = multiprocessing.parent_process().pid
 
     def obey() -> None:
@@ -406,7 +460,6 @@ def obey_parent_alone(initialise: Callable[[int], None], worker: int) -> None:
             pass
         os._exit(0)
 
-    initialise(worker)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=obey, daemon=True).start()
 

@@ -217,7 +217,7 @@ def run_measured(command: list[str], trained: Path, cwd: Path) -> Measured:
                 begun[phase[0]] = time.perf_counter()
         status = process.wait()
     except BaseException:
-        process.terminate()
+        process.kill()  # asked to end, it would take a step and save
         raise
     finally:
         ended.set()

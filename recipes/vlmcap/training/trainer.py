@@ -17,7 +17,7 @@ from vlmcap.training import shared_prefix
 from vlmcap.training.arguments import CaptionSFTFields
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
 from vlmcap.training.features import FeatureCache, feed_features
-from vlmcap.training.measured import MeasuredTrainer, choose_by_device
+from vlmcap.training.measured import MeasuredTrainer, check_optimizer, choose_by_device
 from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
 from vlmcap.training.shared_prefix import SharedPrefixCollator
 from vlmcap.training.validation import CaptionValidation
@@ -30,6 +30,7 @@ class CaptionSFTConfig(CaptionSFTFields, SFTConfig):
     def __post_init__(self):
         choose_by_device(self)
         super().__post_init__()
+        check_optimizer(self)
 
 
 class CaptionTrainer(MeasuredTrainer, SFTTrainer):
