@@ -59,4 +59,4 @@ def main(args: BenchArguments) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, __doc__, BenchArguments)
+    run_main(main, __doc__, BenchArguments, interrupted="The same command continues where this one ended.")

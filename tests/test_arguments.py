@@ -1,6 +1,8 @@
 """Command lines: the manual as help, and mistakes that end in a message."""
 
 import re
+import signal
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -131,6 +133,37 @@ def test_what_the_user_can_mend_ends_with_its_message(error):
     with pytest.raises(SystemExit) as ended:
         run_main(main, MANUAL, Arguments, command_line=["--output_dir", "a"])
     assert ended.value.code == f"error: {error}"
+
+
+def test_ctrl_c_ends_with_a_line_and_its_status(monkeypatch, capsys):
+    def main(arguments: Arguments) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
+    try:
+        for rank in ("0", "1"):  # one process of several speaks
+            monkeypatch.setenv("RANK", rank)
+            with pytest.raises(SystemExit) as ended:
+                run_main(main, MANUAL, Arguments, command_line=["--output_dir", "a"], interrupted="Do it again.")
+            assert ended.value.code == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "\nInterrupted. Do it again.\n"
+
+
+def test_programs_that_continue_say_so_when_ctrl_c_ends_them(repo_root):
+    programs = [*repo_root.glob("scripts/*.py"), *repo_root.glob("recipes/sft_*.py")]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in programs}
+    promising = re.compile(r"[Gg]iven again|same command|interrupted (run|one)")
+    for name, text in texts.items():
+        assert bool(promising.search(text.split('"""')[1])) <= ("interrupted=" in text), name
+        assert "run_main(" in text, f"{name}: run_main turns Ctrl-C into a line"
+
+
+def test_windows_is_refused_at_the_start(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="error: Windows is not supported .*: use Linux, or WSL 2"):
+        run_main(pytest.fail, MANUAL, Arguments, command_line=["--output_dir", "a"])
 
 
 def test_other_errors_keep_their_traceback():

@@ -42,7 +42,7 @@ def run_main(
         words = ["--config", str(config), *words]
     arguments = parse(manual, *dataclasses, command_line=words)
     if sys.platform == "win32":
-        sys.exit("error: this does not run on Windows, where folders cannot be brought to the disk; use WSL 2 or Linux")
+        sys.exit("error: Windows is not supported (checkpoints and signals are those of Linux): use Linux, or WSL 2")
     report_untested_versions()
     try:
         main(*arguments)

@@ -62,6 +62,31 @@ def test_the_metric_says_what_is_wrong():
         metric.compute(predictions=PREDICTIONS, references=[REFERENCES[0], []])
 
 
+def test_one_reference_may_stand_without_its_list():
+    metric = evaluate.load(str(SOURCE))
+    mixed = [REFERENCES[0], REFERENCES[1][0]]
+    assert metric.compute(predictions=PREDICTIONS, references=mixed) == expected()
+    metric.add(prediction=PREDICTIONS[0], reference=REFERENCES[0])
+    metric.add(prediction=PREDICTIONS[1], reference=REFERENCES[1][0])
+    assert metric.compute() == expected()
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        (["\ud83d"], ["猫"], r"predictions\[0\] holds '\\ud83d', half of a surrogate pair, which no UTF-8 text can"),
+        (["猫", "犬"], ["猫", ["犬", "犬\udc36"]], r"references\[1\]\[1\] holds '\\udc36', half of a surrogate pair"),
+        ([None], ["猫"], r"predictions\[0\] must be a text, but is None"),
+        (["猫"], [["猫", 3]], r"references\[0\]\[1\] must be a text, but is 3"),
+        (["猫"], "猫", "give two lists with an entry for each image"),
+        (["猫"], None, "give two lists with an entry for each image"),
+    ],
+)
+def test_what_is_no_text_is_named(predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.load(str(SOURCE)).compute(predictions=predictions, references=references)
+
+
 def test_the_folder_needs_no_vlmcap_and_no_network(load_alone, tmp_path):
     folder = write_metric_space(tmp_path / "made")
     offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}

@@ -325,7 +325,7 @@ def test_a_damaged_dataset_is_named_with_the_reason(fault, tmp_path, content):
         ("README.md", b"---\n!!python/object:os.system x\n---\n", "README.md: no dataset card"),
         ("README.md", b"\xff", "README.md: no dataset card"),
         ("README.md", b"---\n" + b"[" * 5_000 + b"\n---\n", "README.md: no dataset card"),
-        ("README.md", None, "README.md: no dataset card"),
+        ("README.md", None, "has no README.md, the card that says its licence and corpus: build the dataset with"),
     ],
 )
 def test_a_report_or_card_that_cannot_be_read_is_named(fault, tmp_path, file, content, message):

@@ -226,16 +226,16 @@ def test_a_full_disk(start, pictures, whole, tmp_path, fault):
 
 
 @pytest.mark.parametrize(
-    ("name", "when", "step"),
+    ("name", "when", "step", "stop"),
     [
-        ("shared prefix", {"sigterm_at": 4}, 5),
-        ("captioner, best by loss", {"sigterm_at": 4}, 5),
-        ("captioner, best by loss", {"sigterm_in_validation": 6}, 6),
+        ("shared prefix", {"stop_at": 4}, 5, signal.SIGTERM),
+        ("captioner, best by loss", {"stop_at": 4}, 5, signal.SIGINT),
+        ("captioner, best by loss", {"stop_in_validation": 6}, 6, signal.SIGTERM),
     ],
 )
-def test_sigterm(run, whole, tmp_path, fault, name, when, step):
-    with fault(f"SIGTERM: {name}, {when}"):
-        assert run(folder=tmp_path, **when, **RUNS[name]) == 143
+def test_sigterm_and_ctrl_c(run, whole, tmp_path, fault, name, when, step, stop):
+    with fault(f"{stop.name}: {name}, {when}"):
+        assert run(folder=tmp_path, stops=(stop,), **when, **RUNS[name]) == 128 + stop
         message = f"checkpoint-{step} after step {step} of 10. The same command with --resume_from_checkpoint latest"
         assert message in said(tmp_path)
         assert not (tmp_path / "run/trained").exists()
@@ -243,25 +243,34 @@ def test_sigterm(run, whole, tmp_path, fault, name, when, step):
         assert_same_run(tmp_path, whole(**RUNS[name]))
 
 
+def test_a_second_ctrl_c_ends_at_once(run, tmp_path, fault):
+    with fault("Ctrl-C twice in step 5"):
+        twice = (signal.SIGINT, signal.SIGINT)
+        assert run("shared prefix", tmp_path, stop_at=4, stops=twice) == -signal.SIGINT
+        assert said(tmp_path).count("Ctrl-C: saving at the end of this step; a second Ctrl-C") == 1
+        assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-3"]
+
+
 def test_a_run_goes_on_in_another_folder(run, whole, tmp_path, fault):
     """The best model so far stays where it was made, and is found from there."""
     name = "early stopping, best checkpoint"
     begun, moved = tmp_path / "begun", tmp_path / "moved"
     with fault("SIGTERM, continued in another folder, SIGTERM, continued there"):
-        assert run(folder=begun, sigterm_at=6, **RUNS[name]) == 143
-        assert run(folder=moved, resume=str(begun / "run/checkpoint-7"), sigterm_at=7, **RUNS[name]) == 143
+        assert run(folder=begun, stop_at=6, **RUNS[name]) == 143
+        assert run(folder=moved, resume=str(begun / "run/checkpoint-7"), stop_at=7, **RUNS[name]) == 143
         assert "checkpoint-8 after step 8" in said(moved)
         assert run(folder=moved, resume="latest", **RUNS[name]) == 0
         assert "Passed over" not in said(moved)
         assert weights(moved / "run/trained") == weights(whole(**RUNS[name]) / "run/trained") != {}
 
 
-def test_sigterm_to_the_workers_too(start, pictures, run, whole, tmp_path, fault):
-    """As schedulers send it, and scripts/run_ablation.py: to every process of a job."""
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_workers_too(start, pictures, run, whole, tmp_path, fault, stop):
+    """As schedulers and scripts/run_ablation.py send SIGTERM, and a terminal Ctrl-C: to every process of a job."""
     settings, hold = RUNS["two workers"], tmp_path / "hold"
     hold.touch()
     process = start(training_runs.recipe, pictures=pictures, folder=tmp_path, hold=hold, **settings)
-    with fault("SIGTERM to training and its data workers"):
+    with fault(f"{stop.name} to training and its data workers"):
         trace = tmp_path / "trace.txt"
         while not trace.exists() or len(trace.read_text().splitlines()) < 3:
             assert process.is_alive()
@@ -269,19 +278,19 @@ def test_sigterm_to_the_workers_too(start, pictures, run, whole, tmp_path, fault
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) == 2
         for member in [*family, psutil.Process(process.pid)]:
-            member.terminate()
+            member.send_signal(stop)
         hold.unlink()
         process.join()
-        assert process.exitcode == 143, said(tmp_path)
+        assert process.exitcode == 128 + stop, said(tmp_path)
         assert not [member for member in family if member.is_running()]
         assert run(folder=tmp_path, resume="latest", **settings) == 0
         assert_same_run(tmp_path, whole(**settings))
 
 
 def test_two_processes_stop_at_one_step_and_go_on(start, pictures, tmp_path, fault):
-    """SIGTERM reaches one of them alone; the run that goes on is bit for bit that of two that nobody disturbed."""
+    """Ctrl-C reaches one of them alone; the run that goes on is bit for bit that of two that nobody disturbed."""
 
-    def both(folder: Path, sigterm_at: int | None = None, **more) -> list[int]:
+    def both(folder: Path, stop_at: int | None = None, **more) -> list[int]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -292,7 +301,8 @@ def test_two_processes_stop_at_one_step_and_go_on(start, pictures, tmp_path, fau
                 pictures,
                 folder,
                 rank=(rank, 2, port),
-                sigterm_at=sigterm_at if rank == 1 else None,
+                stop_at=stop_at if rank == 1 else None,
+                stops=(signal.SIGINT,),
                 gradient_accumulation_steps=1,
                 **more,
             )
@@ -303,9 +313,9 @@ def test_two_processes_stop_at_one_step_and_go_on(start, pictures, tmp_path, fau
         return [process.exitcode for process in processes]
 
     assert both(tmp_path / "whole") == [0, 0], said(tmp_path / "whole")
-    with fault("SIGTERM to one of two processes"):
+    with fault("Ctrl-C to one of two processes"):
         folder = tmp_path / "stopped"
-        assert both(folder, sigterm_at=4) == [143, 143], said(folder)
+        assert both(folder, stop_at=4) == [130, 130], said(folder)
         assert both(folder, resume="latest") == [0, 0], said(folder)
         result, wanted = (json.loads((path / "result.json").read_text()) for path in (folder, tmp_path / "whole"))
         assert result == wanted

@@ -174,6 +174,12 @@ def adapter_inside(folder: Path, mark: Path) -> None:
     torch.save({"weight": Touch(mark)}, folder / "adapter_model.bin")
 
 
+def stored_in_4_bits(folder: Path, _: Path) -> None:
+    stored = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config = json.loads((folder / "config.json").read_text()) | stored
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def truncated(folder: Path, _: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
@@ -193,6 +199,7 @@ BASE_FAULTS = {
     index_that_leads_out: r"lies in '\.\./model.safetensors', and must in a \.safetensors file",
     another_index: r"names other weights \(transformers_weights\)",
     adapter_inside: "is an adapter",
+    stored_in_4_bits: "is stored in 4 bits already: set load_in_4bit: true, or give the model",
     truncated: "cannot be loaded",
     not_whole: "has no weights for",
 }
@@ -206,6 +213,27 @@ def test_bases_come_whole_from_safetensors_alone(kind, spoil, copy, mark, fault)
     with fault(f"{kind}: {spoil.__name__}"), pytest.raises(ModelError, match=BASE_FAULTS[spoil]) as raised:
         BASES.get(kind, vit_gpt2.load_vit_gpt2)(str(folder))
     assert str(folder) in str(raised.value)
+
+
+def test_a_base_that_is_stored_in_other_bits_than_asked_for(copy, fault):
+    folder = copy("qwen2_vl", MINIATURES)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with fault("a GPTQ base in 4 bits"), pytest.raises(ModelError, match="stored quantised already .'gptq'., and not"):
+        load_model(str(folder), load_in_4bit=True)
+
+
+@pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
+def test_an_adapter_is_no_part_of_a_model(kind, copy, fault):
+    """Its folder holds no config.json: transformers speaks of an unrecognised model, or of a gated one."""
+    folder = copy(kind, MINIATURES)
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
+    with (
+        fault(f"an adapter as {kind}"),
+        pytest.raises(ModelError, match="is an adapter .* give its base as the model"),
+    ):
+        BASES[kind](str(folder))
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

@@ -191,8 +191,9 @@ def recipe(
     folder: Path,
     resume: str | None = None,
     scaler: bool = False,
-    sigterm_at: int | None = None,
-    sigterm_in_validation: int | None = None,
+    stop_at: int | None = None,
+    stop_in_validation: int | None = None,
+    stops: tuple[int, ...] = (signal.SIGTERM,),
     kill_in: int | None = None,
     hold: Path | None = None,
     rank: tuple[int, int, int] | None = None,
@@ -203,8 +204,8 @@ def recipe(
     """As a recipe does: finds a checkpoint, trains, saves; leaves `result.json`. An error is a line and status 1.
 
     Args:
-        sigterm_at, kill_in: sends itself SIGTERM, or SIGKILL, when this many steps are done and the next one runs.
-        sigterm_in_validation: sends itself SIGTERM in the validation behind this many steps.
+        stop_at, kill_in: sends itself `stops`, or SIGKILL, when this many steps are done and the next one runs.
+        stop_in_validation: sends itself `stops` in the validation behind this many steps.
         rank: number of the process, of how many, and a free port.
         hold: a file; while it is there, the second step waits in front of its batches.
         size_limit: bytes a file may have; with `kill`, the process ends in the middle of the write.
@@ -213,6 +214,7 @@ def recipe(
     log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of data workers, as in a process that was not forked here
     if rank is not None:
@@ -227,16 +229,22 @@ def recipe(
             use_scaler(trainer)
         trace(trainer, folder / "trace.txt")
 
+        pending = list(stops)  # once: a step has several batches
+
+        def stop() -> None:
+            while pending:
+                os.kill(os.getpid(), pending.pop())
+
         def slowly(*call) -> None:
             if trainer.model.training:
                 while hold is not None and hold.exists() and trainer.state.global_step == 1:
                     time.sleep(0.02)
-                if trainer.state.global_step == sigterm_at:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                if trainer.state.global_step == stop_at:
+                    stop()
                 if trainer.state.global_step == kill_in:
                     os.kill(os.getpid(), signal.SIGKILL)
-            elif trainer.state.global_step == sigterm_in_validation:
-                os.kill(os.getpid(), signal.SIGTERM)
+            elif trainer.state.global_step == stop_in_validation:
+                stop()
 
         trainer.model.register_forward_pre_hook(slowly)
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -171,3 +171,11 @@ def test_captions_that_would_be_cut_stop_the_run(arguments, splits):
     )
     with pytest.raises(DatasetError, match=f"Set max_new_tokens to {longest + 1} or so"):
         check_caption_lengths(titles, processor, longest)
+
+
+def test_data_seed_orders_the_captions(arguments, splits, tmp_path):
+    def order(seed: int) -> list[list[int]]:
+        loader = build(arguments, splits, tmp_path, data_seed=seed).get_train_dataloader()
+        return list(loader.base_dataloader.batch_sampler)
+
+    assert order(1) == order(1) != order(2)

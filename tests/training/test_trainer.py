@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import datasets
@@ -13,6 +15,8 @@ from peft import get_peft_model
 from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
+from tests.invariants import tiny
+from vlmcap.arguments import run_main
 from vlmcap.data.images import DatasetError, load_captions
 from vlmcap.data.scenes import scenes
 from vlmcap.models.load import (
@@ -24,8 +28,10 @@ from vlmcap.models.load import (
     lora_config,
     read_trained_adapter,
 )
+from vlmcap.training.arguments import CaptionSFTFields
 from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
+from vlmcap.training.inherited import SFT_CONFIG, parsed_as
 from vlmcap.training.report import estimate_memory, training_report
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
@@ -220,6 +226,10 @@ def test_a_checkpoint_of_another_run_is_refused(
 
 def test_other_image_sizes_make_other_batches(miniature_dir, rows, tmp_path, checkpoint):
     smaller = load_processor(str(miniature_dir), min_pixels=28 * 28, max_pixels=2 * 28 * 28)
+    # Of a batch of one picture they are not looked at: then they say nothing of min_pixels and max_pixels.
+    single = caption_trainer(miniature_dir, smaller, rows, config(tmp_path, per_device_train_batch_size=1))
+    with pytest.raises(CheckpointError, match=r"data: per_device_train_batch_size 1 \(was 4\)\.[^(]*$"):
+        single.train(resume_from_checkpoint=str(checkpoint))
     trainer = caption_trainer(miniature_dir, smaller, rows, config(tmp_path))
     with pytest.raises(CheckpointError, match=r"image sizes \w+ \(was \w+\)\..*min_pixels and max_pixels"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
@@ -239,6 +249,68 @@ def test_changed_settings_that_are_no_other_run_are_said(miniature_dir, processo
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert "settings were changed: max_steps 2 (was 1), learning_rate 0.0005 (was 0.001)" in capsys.readouterr().out
     assert trainer.state.global_step == 2
+
+
+EFFECTS = {
+    "the order of examples": {"data_seed": 6},
+    "the optimizer": {"optim": "sgd", "optim_args": "momentum=0.9"},
+    "the schedule": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 9e-4}},
+    "the gradients": {"max_grad_norm": 1e-3},
+    "the updates": {"adam_beta1": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    tiny.write_pictures(folder)
+    return tiny.read_pictures(folder)
+
+
+def test_settings_that_the_table_says_are_obeyed_have_an_effect(pictures, tmp_path):
+    """Those of which it is least plain (vlmcap/training/inherited.yaml): each ends at other weights, or says so."""
+
+    def trained(**settings):
+        settings = {"max_steps": 3, "per_device_train_batch_size": 3, "max_grad_norm": 0.1, **settings}
+        trainer = tiny.build_trainer(tmp_path / "run", pictures, learning_rate=1e-3, **settings)
+        trainer.train()
+        return trainer
+
+    def same(a, b) -> bool:
+        ours, theirs = weights(a), weights(b)
+        return all(ours[name].equal(theirs[name]) for name in ours)
+
+    plain = trained()
+    assert same(plain, trained())
+    for what, settings in EFFECTS.items():
+        without = trained(optim="sgd") if "optim" in settings else plain
+        assert not same(without, trained(**settings)), what
+    recomputing = trained(gradient_checkpointing=False, activation_checkpointing=True, logging_steps=2)
+    assert recomputing.model.is_activation_checkpointing
+    trainer = trained(save_strategy="steps", save_steps=3, save_only_model=True, logging_steps=2)
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2, 3]
+    assert not list((tmp_path / "run").rglob("optimizer.pt"))
+    first = trained(logging_steps=2, logging_first_step=True)
+    assert [entry["step"] for entry in first.state.log_history if "loss" in entry] == [1, 2, 3]
+
+
+def test_training_from_a_thread(pictures, tmp_path, capfd):
+    """As a notebook's cell or a web page starts it: a recipe's command line, no signals, and a line that says so."""
+    trainers = []
+
+    def main(settings) -> None:
+        trainers.append(tiny.build_trainer(tmp_path, pictures, max_steps=settings.max_steps))
+        trainers[0].train()
+
+    command = ["--output_dir", str(tmp_path), "--max_steps", "2"]
+    arguments = (main, "Trains.", parsed_as(CaptionSFTFields, SFT_CONFIG))
+    thread = Thread(target=run_main, args=arguments, kwargs={"command_line": command})
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    thread.start()
+    thread.join()
+    assert trainers[0].state.global_step == 2
+    assert "Training in a thread: SIGTERM and Ctrl-C save no checkpoint" in capfd.readouterr().err
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
 def test_checkpoints_carry_no_generic_model_card_and_no_pickled_arguments(miniature_dir, processor, rows, tmp_path):

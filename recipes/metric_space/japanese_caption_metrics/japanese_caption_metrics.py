@@ -16,7 +16,7 @@ with unidic-lite 1.0.8; on the same tokens the scores equal those of pycocoevalc
 INPUTS = """
 Args:
     predictions: list of str, one caption an image.
-    references: list of lists of str, one or more reference captions an image.
+    references: list of lists of str, one or more reference captions an image; a single one may stand without its list.
     tokenizer: unidic-lite (default), ipadic, characters, vietnamese, english, or none (tokenised already).
     resamples: bootstrap resamples for 95% intervals; 0 (default) leaves them out.
     register_normalised: score a second time with polite endings made plain on both sides; default False.
@@ -31,6 +31,18 @@ Ramakrishna and Zitnick, C. Lawrence and Parikh, Devi}, booktitle={CVPR}, year={
 """
 
 
+def check_text(caption: object, where: str) -> None:
+    if not isinstance(caption, str):
+        raise ValueError(f"{where} must be a text, but is {caption!r:.60}")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds {caption[error.start]!r}, half of a surrogate pair, which no UTF-8 text can: read the text"
+            " again in its right encoding"
+        ) from error
+
+
 class JapaneseCaptionMetrics(evaluate.Metric):
     """Scores of captions, one an image, against one or more references."""
 
@@ -43,6 +55,26 @@ class JapaneseCaptionMetrics(evaluate.Metric):
                 {"predictions": datasets.Value("string"), "references": datasets.List(datasets.Value("string"))}
             ),
         )
+
+    def add(self, *, prediction=None, reference=None, **kwargs):
+        given = {"predictions": prediction, "references": reference} | kwargs
+        self.add_batch(predictions=[given["predictions"]], references=[given["references"]])
+
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """As the parent's, with a reference that stands without its list.
+
+        Raises:
+            ValueError: a caption is no text, or no UTF-8 text: with half of a surrogate pair.
+        """
+        if any(given is None or isinstance(given, str) for given in (predictions, references)):
+            raise ValueError("predictions and references: give two lists with an entry for each image")
+        references = [[given] if isinstance(given, str) else given for given in references]
+        for image, caption in enumerate(predictions):
+            check_text(caption, f"predictions[{image}]")
+        for image, captions in enumerate(references):
+            for number, caption in enumerate(captions):
+                check_text(caption, f"references[{image}][{number}]")
+        super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def _compute(
         self,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import yaml
 from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
@@ -236,7 +237,7 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     corpus is one of CORPORA by the tags of its card, None for a dataset of other origin.
 
     Raises:
-        DatasetError: there is no such folder and no such dataset on the Hub.
+        DatasetError: there is no such folder and no such dataset on the Hub, or it has no card.
     """
     if Path(dataset).exists():
         card, report = Path(dataset) / "README.md", Path(dataset) / "cleaning_report.json"
@@ -249,9 +250,16 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     else:
         revision = find_dataset(dataset, revision)
         try:
-            card = hf_hub_download(dataset, "README.md", repo_type="dataset", revision=revision)
+            card = Path(hf_hub_download(dataset, "README.md", repo_type="dataset", revision=revision))
+        except RemoteEntryNotFoundError:
+            card = Path(dataset) / "README.md"
         except (httpx2.HTTPError, OSError) as error:
             raise missing(dataset, error) from error
+    if not card.exists():
+        raise DatasetError(
+            f"{dataset} has no README.md, the card that says its licence and corpus: build the dataset with"
+            " scripts/publish_datasets.py, or write one that begins with the lines `---`, `license: NAME`, `---`"
+        )
     try:
         data = DatasetCard.load(card).data
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:

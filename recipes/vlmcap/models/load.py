@@ -42,6 +42,7 @@ from vlmcap.models.weights import (
     loading,
     only_pickles,
     read_adapter,
+    refuse_adapter,
     skeleton,
 )
 from vlmcap.places import check_miniature
@@ -217,6 +218,7 @@ def load_part(
 def part_config(model_type: str, name: str, revision: str | None) -> PreTrainedConfig:
     """The configuration of a model of this type; ModelError when there is none or it is of another type."""
     with loading(name):
+        refuse_adapter(name, revision)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     if config.model_type != model_type:
         raise ModelError(
@@ -337,6 +339,7 @@ def check_adapter_of(found: Adapter, name: str, revision: str | None = None, tru
 
 def _skeleton_of(name: str, revision: str | None, trust_remote_code: bool = False) -> PreTrainedModel:
     with loading(name):
+        refuse_adapter(name, revision)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(

@@ -141,14 +141,13 @@ def load_weights(kind: type, name: str, revision: str | None, *args, new: str = 
         new: what marks the names of weights that are new, and so in no checkpoint.
 
     Raises:
-        ModelError: there is no such model, its weights are no safetensors or not whole, or it is an adapter.
+        ModelError: there is no such model, its weights are no safetensors or not whole, it is an adapter, or it is
+            stored in other bits than asked for.
     """
     with loading(name):
-        if find_adapter_config_file(name, revision=revision):
-            raise ModelError(
-                f"{name} is an adapter (it has an {ADAPTER_CONFIG}): give its base as the model, and it as --adapter"
-            )
+        refuse_adapter(name, revision)
         check_index(name, revision)
+        check_stored_bits(name, revision, options.get("quantization_config") is not None)
         model, report = kind.from_pretrained(
             name, *args, revision=revision, use_safetensors=True, output_loading_info=True, **options
         )
@@ -157,6 +156,32 @@ def load_weights(kind: type, name: str, revision: str | None, *args, new: str = 
         raise ModelError(f"{name} has no weights for {missing[0]} of a {type(model).__name__}")
     keep_as_quantised(model)
     return model
+
+
+def refuse_adapter(name: str, revision: str | None) -> None:
+    """Raises ModelError where an adapter is given as the model."""
+    if find_adapter_config_file(name, revision=revision):
+        raise ModelError(
+            f"{name} is an adapter (it has an {ADAPTER_CONFIG}): give its base as the model, and it as --adapter, an"
+            " option of sft_qwen2vl_jp.py and infer_baseline.py"
+        )
+
+
+def check_stored_bits(name: str, revision: str | None, load_in_4bit: bool) -> None:
+    """Raises ModelError where the weights are stored in 4 bits and not asked for in 4 bits, or are asked for in 4 bits
+    and stored quantised in another way."""
+    stored = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("quantization_config")
+    if not isinstance(stored, dict):
+        return
+    if stored.get("load_in_4bit") and not load_in_4bit:
+        raise ModelError(
+            f"{name} is stored in 4 bits already: set load_in_4bit: true, or give the model that it was made from"
+        )
+    if load_in_4bit and not stored.get("load_in_4bit"):
+        raise ModelError(
+            f"{name} is stored quantised already ({shown(stored.get('quant_method'))}), and not as load_in_4bit does:"
+            " give the model that it was made from"
+        )
 
 
 def check_index(name: str, revision: str | None) -> None:

@@ -37,6 +37,11 @@ ORDER = (
     "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size captions_per_image"
     " dataloader_drop_last"
 ).split()
+# Where what must stay comes from, where no setting has its name.
+SOURCES = {
+    "training captions": "dataset, revision, split and images that can be read",
+    "image sizes": "min_pixels and max_pixels",
+}
 # What else decides the losses. It may be changed on purpose (a longer run), and then is said.
 COURSE = (
     "max_steps num_train_epochs learning_rate encoder_learning_rate decoder_learning_rate lr_scheduler_type"
@@ -191,11 +196,12 @@ class MeasuredTrainer:
             except Stopped:
                 self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
                 stopped = self.stop_on_signal.stopping
+                step = self.state.global_step
                 if self.args.should_save:
                     print(
-                        f"{STOPS[stopped]}: saved {self.args.output_dir}/checkpoint-{self.state.global_step} after step"
-                        f" {self.state.global_step} of {self.state.max_steps}. The same command with"
-                        " --resume_from_checkpoint latest goes on from it.",
+                        f"{STOPS[stopped]}: saved {self.args.output_dir}/checkpoint-{step} after step {step} of"
+                        f" {self.state.max_steps}. The same command with --resume_from_checkpoint latest goes on from"
+                        " it.",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -221,23 +227,26 @@ class MeasuredTrainer:
         return json.loads(json.dumps({key: settings.get(key) for key in COURSE} | model, default=str))
 
     def _check_same_run(self, checkpoint: str) -> None:
-        def changes(before: dict, now: dict) -> list[str]:
+        def changes(before: dict, now: dict) -> dict[str, str]:
             changed = [key for key in now if before.get(key) != now[key]]
             short = {key: [str(values.get(key))[:40] for values in (before, now)] for key in changed}
-            return [f"{key} {now} (was {before})" for key, (before, now) in short.items()]
+            return {key: f"{key} {now} (was {before})" for key, (before, now) in short.items()}
 
-        if refused := changes(self.resumed["order"], self.order):
+        refused = changes(self.resumed["order"], self.order)
+        if "per_device_train_batch_size" in refused:
+            refused.pop("image sizes", None)  # they are looked at for batches of several alone
+        if refused:
+            sources = ", ".join(f"{key} are those of {where}" for key, where in SOURCES.items() if key in refused)
             raise CheckpointError(
-                f"{checkpoint} is of a run with other settings or data: {', '.join(refused)}. Gone on from it, the run"
-                " would see some captions twice and others never: set them back (the training captions are those of"
-                " dataset, revision, split and images that can be read, the image sizes those of min_pixels and"
-                " max_pixels), or start anew in another --output_dir."
+                f"{checkpoint} is of a run with other settings or data: {', '.join(refused.values())}. Gone on from"
+                " it, the run would see some captions twice and others never: set them back"
+                f"{sources and f' ({sources})'}, or start anew in another --output_dir."
             )
         said = changes(self.resumed["course"], self.course)
         if said and self.args.should_save:
             print(
-                f"Note: since {checkpoint}, settings were changed: {', '.join(said)}. The run goes on with the new"
-                " ones; its losses will not be those of a run that had them from the start.",
+                f"Note: since {checkpoint}, settings were changed: {', '.join(said.values())}. The run goes on with"
+                " the new ones; its losses will not be those of a run that had them from the start.",
                 flush=True,
             )
 
@@ -413,10 +422,12 @@ class StopOnSignal(TrainerCallback):
         """Takes the signals of `STOPS`. One that comes behind the last step, which has its checkpoint, is sent again
         at the end."""
         if current_thread() is not main_thread():
-            print("Training in a thread: SIGTERM and Ctrl-C save no checkpoint here, save_steps does.", file=sys.stderr)
+            print("Training in a thread: SIGTERM and Ctrl-C save no checkpoint; save_steps does.", file=sys.stderr)
             yield
             return
-        before = {number: signal.signal(number, self.ask) for number in STOPS}
+        # Who starts a job in the background lets it ignore the terminal's Ctrl-C.
+        heeded = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self.ask) for number in heeded}
         try:
             yield
         finally:
@@ -430,7 +441,7 @@ class StopOnSignal(TrainerCallback):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second ends the process
             if self.accelerator.is_main_process:
-                print("\nCtrl-C: saving at the end of this step. Again: ends at once, without.", file=sys.stderr)
+                os.write(2, b"\nCtrl-C: saving at the end of this step; a second Ctrl-C ends the run at once.\n")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.stopping = self.asked
