@@ -113,16 +113,22 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
         (two, ["--output_dir", "hf_" + "a" * 34], "--output_dir holds a token"),
         (two, ["--hub_token", "x"], "--hub_token"),
         (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--push_to_hub needs --hub_model_id USER/NAME"),
-        (two, ["--train_sampling_strategy", "sequential"], "train_sampling_strategy must stay at its default"),
-        (two, ["--config", "changed.yaml"], "do_train must stay at its default, False: the recipe always trains"),
-        (two, ["--report_to", "mlflow"], "report_to: mlflow needs the Python package mlflow, which is not installed"),
-        (two[:1], ["--loss_type", "dft"], "loss_type must stay at its default, 'nll': "),
+        (RECIPES, ["--train_sampling_strategy", "sequential"], "--train_sampling_strategy must stay at its default"),
+        (
+            two[:1],
+            ["--config", "changed.yaml"],
+            "--loss_type must stay at its default, 'nll': the loss is the smoothed",
+        ),
         (two[:1], ["--attn_implementation", "flash_attention_2"], "flash_attention_2 needs the module flash_attn"),
-        (RECIPES, ["--optim", "lomo"], "optim: lomo cannot be used here"),
+        (
+            two[1:],
+            ["--report_to", "mlflow"],
+            "report_to: mlflow needs the Python package mlflow, which is not installed",
+        ),
         (RECIPES, ["--dataset", "data/none"], "data/none is no folder"),
         (RECIPES, ["--dataset", "data/one/more/none"], "data/one/more/none is no folder"),
     ]
-    (tmp_path / "changed.yaml").write_text("do_train: true\n")
+    (tmp_path / "changed.yaml").write_text("dataset: x\noutput_dir: x\nloss_type: dft\n")
     commands = [(program, words, message) for programs, words, message in refused for program in programs]
     found = answers(*([program, *words] for program, words, _ in commands))
     for (program, words, message), answer in zip(commands, found, strict=True):

@@ -57,6 +57,7 @@ class JapaneseCaptionMetrics(evaluate.Metric):
         )
 
     def add(self, *, prediction=None, reference=None, **kwargs):
+        """As `add_batch`, for one image."""
         given = {"predictions": prediction, "references": reference} | kwargs
         self.add_batch(predictions=[given["predictions"]], references=[given["references"]])
 
