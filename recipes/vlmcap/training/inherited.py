@@ -15,7 +15,6 @@ import importlib
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from enum import Enum
-from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -68,8 +67,15 @@ def parsed_as(own: type, inherited: tuple[tuple[str, str], ...]) -> type:
         base = read_fields(inherited)
     except (LookupError, OSError):
         base = import_fields(inherited)  # slower: a version of the library that is written otherwise
-    base.__post_init__ = partialmethod(_refuse_changed, refused(base, inherited))
-    return make_dataclass(own.__name__, [], bases=(own, base))
+    base.__post_init__ = lambda self: None
+    reasons = refused(base, inherited)
+
+    def check(self) -> None:
+        _refuse_changed(self, reasons)
+        super(parsed, self).__post_init__()  # may change fields itself
+
+    parsed = make_dataclass(own.__name__, [], bases=(own, base), namespace={"__post_init__": check})
+    return parsed
 
 
 def refused(base: type, inherited: tuple[tuple[str, str], ...]) -> dict[str, str]:
