@@ -554,6 +554,14 @@ def test_a_failed_download_is_no_pickle(fault):
             raise PermissionError(13, "Permission denied", "/m/model.safetensors")
 
 
+def test_a_package_that_a_model_needs_and_is_not_there_is_said_in_a_line():
+    with pytest.raises(
+        ModelError, match=r"loaded \(ImportError\): AProcessor requires the timm library$"
+    ):
+        with loading("a/b"):
+            raise ImportError("\nAProcessor requires the timm library\nand so on")
+
+
 def test_pickles_on_the_hub(on_hub, fault, mark, tmp_path):
     api, folder = on_hub
     torch.save({"weight": Touch(mark)}, tmp_path / "weights.bin")

@@ -141,7 +141,8 @@ def test_sigterm_ends_the_cell_too(grid_to_run, repo_root, tmp_path):
     assert len(family) >= 2  # launcher and recipe
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
-    assert process.returncode == 1 and said.strip().endswith("the same command goes on from the last checkpoint")
+    assert process.returncode == 130
+    assert said.strip().endswith("Interrupted. The same command continues from the last checkpoint.")
     assert "Traceback" not in said
     assert not [child for child in family if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
