@@ -109,7 +109,7 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
         (two, ["--config", "none.yaml"], "none.yaml"),
         (two, ["--num_train_epochs", "many"], "invalid float value: 'many'"),
         (two, ["--lr_scheduler_type", "cosin"], "invalid choice: 'cosin'"),
-        (two, ["--eval_strategy", "no", "--early_stopping_patience", "3"], "rank the model by captions of validation"),
+        (two, ["--eval_strategy", "no", "--early_stopping_patience", "3"], "rank the model by captions of"),
         (two, ["--output_dir", "hf_" + "a" * 34], "--output_dir holds a token"),
         (two, ["--hub_token", "x"], "--hub_token"),
         (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--push_to_hub needs --hub_model_id USER/NAME"),

@@ -555,9 +555,7 @@ def test_a_failed_download_is_no_pickle(fault):
 
 
 def test_a_package_that_a_model_needs_and_is_not_there_is_said_in_a_line():
-    with pytest.raises(
-        ModelError, match=r"loaded \(ImportError\): AProcessor requires the timm library$"
-    ):
+    with pytest.raises(ModelError, match=r"loaded \(ImportError\): AProcessor requires the timm library$"):
         with loading("a/b"):
             raise ImportError("\nAProcessor requires the timm library\nand so on")
 

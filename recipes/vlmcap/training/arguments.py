@@ -111,34 +111,33 @@ class MeasuredFields:
     )
 
     def __post_init__(self):
-        validates = self.eval_strategy != "no"
-        if (self.early_stopping_patience or self.load_best_model_at_end) and not validates:
+        validates, keeps_best = self.eval_strategy != "no", self.save_strategy == "best"
+        if (self.early_stopping_patience or self.load_best_model_at_end or keeps_best) and not validates:
             raise ValueError(
-                "early_stopping_patience and load_best_model_at_end rank the model by captions of validation images:"
-                " set eval_strategy: steps and eval_steps, or switch them off (0 and false)"
+                "early_stopping_patience, load_best_model_at_end and save_strategy: best rank the model by captions of"
+                " validation images: set eval_strategy: steps and eval_steps, or switch them off (0, false and steps)"
             )
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError(
                 "early_stopping_patience needs load_best_model_at_end: true, or the worse models are kept"
             )
-        metric = self.metric_for_best_model
-        if metric is not None and metric not in self.metrics:
-            raise ValueError(
-                f"metric_for_best_model: {metric} is not measured during training; choose one of"
-                f" {', '.join(self.metrics)}"
-            )
-        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and metric is None:
-            raise ValueError(
-                f"lr_scheduler_type: {self.lr_scheduler_type} follows a metric; name it as metric_for_best_model,"
-                f" one of {', '.join(self.metrics)}"
-            )
-        for beginnings, reason in UNFIT_OPTIMIZERS.items():
-            if self.optim.startswith(beginnings):
-                raise ValueError(f"optim: {self.optim} cannot be used here, {reason}; adamw_torch is the default")
         # Without load_best_model_at_end there must be no metric: to keep the best checkpoint, the parent would delete
         # the latest, from which the run continues.
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "cider_d"
+        metric, choices = self.metric_for_best_model, ", ".join(self.metrics)
+        if metric is not None and metric not in self.metrics:
+            raise ValueError(
+                f"metric_for_best_model: {metric} is not measured during training; choose one of {choices}"
+            )
+        if metric is None and (keeps_best or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")):
+            raise ValueError(
+                f"save_strategy: {self.save_strategy} with lr_scheduler_type: {self.lr_scheduler_type} follows a metric;"
+                f" name it as metric_for_best_model, one of {choices}"
+            )
+        for beginnings, reason in UNFIT_OPTIMIZERS.items():
+            if self.optim.startswith(beginnings):
+                raise ValueError(f"optim: {self.optim} cannot be used here, {reason}; adamw_torch is the default")
         super().__post_init__()
 
 
