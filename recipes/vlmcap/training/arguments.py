@@ -132,8 +132,8 @@ class MeasuredFields:
             )
         if metric is None and (keeps_best or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")):
             raise ValueError(
-                f"save_strategy: {self.save_strategy} with lr_scheduler_type: {self.lr_scheduler_type} follows a metric;"
-                f" name it as metric_for_best_model, one of {choices}"
+                f"save_strategy: {self.save_strategy} with lr_scheduler_type: {self.lr_scheduler_type} follows a"
+                f" metric; name it as metric_for_best_model, one of {choices}"
             )
         for beginnings, reason in UNFIT_OPTIMIZERS.items():
             if self.optim.startswith(beginnings):
