@@ -25,10 +25,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder and writes a file into it, which goes again. Raises OSError, naming the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"1")
+    """Raises OSError unless a file can be made in the folder or, where it does not exist, in the nearest that does."""
+    with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
+        pass
 
 
 def git_blob_id(content: bytes) -> str:

@@ -40,7 +40,7 @@ class Splits:
     record: dict
     validation_split: str | None
     bad_images: BadImages
-    empty: dict = field(default_factory=dict)
+    empty: dict = field(default_factory=lambda: {"captions": 0, "images": 0})
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
