@@ -65,12 +65,14 @@ def test_captions_that_would_stop_the_run_later_stop_it_at_the_start(arguments, 
         load_splits(arguments, tmp_path / "out", True, 0)
 
 
-def test_what_scores_and_files_need_is_checked_early(tmp_path):
+def test_what_scores_and_files_need_is_checked_early(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("VLMCAP_METEOR_JAR", "none.jar")
     (tmp_path / "file").touch()
     here = {"dataset": str(tmp_path)}
     settings = SimpleNamespace(push_to_hub=False, output_dir=str(tmp_path / "out"))
     check_early(settings, CaptionerDataArguments(**here))
     assert not (tmp_path / "out").exists()
+    assert capfd.readouterr().err == "METEOR will be left out: $VLMCAP_METEOR_JAR names none.jar, which is no file\n"
     with pytest.raises(TokenizerError, match="unknown tokenizer 'mecab'"):
         check_early(settings, CaptionerDataArguments(**here, tokenizer="mecab"))
     with pytest.raises(UserError, match="spice_dir .*lacks spice-1.0.jar, lib/stanford"):

@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from tqdm.auto import tqdm
 
 from vlmcap.data.lookup import DatasetError, find_dataset, missing
 from vlmcap.documents import parse_json
+from vlmcap.errors import notice
 from vlmcap.provenance import public_name
 
 # Cards of publish_datasets.py have the tag NAME-captions.
@@ -203,8 +203,8 @@ def group_by_image(rows: Iterable[dict], place: str) -> dict[int | str, list[int
                 " and file_name."
             )
         members.setdefault(image_id, []).append(number)
-    if number + 1 > len(members) and os.environ.get("RANK", "0") == "0":
-        print(f"{place}: {number + 1:,} rows of {len(members):,} images, grouped by image_id", file=sys.stderr)
+    if number + 1 > len(members):
+        notice(f"{place}: {number + 1:,} rows of {len(members):,} images, grouped by image_id")
     return members
 
 

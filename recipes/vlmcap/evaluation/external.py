@@ -89,6 +89,12 @@ def meteor_jar() -> Path:
     )
 
 
+def check_meteor() -> None:
+    """Raises ScorerUnavailable when METEOR's jar or Java is missing."""
+    meteor_jar()
+    _find_java()
+
+
 def meteor_statistics(
     hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]], timeout: float
 ) -> np.ndarray:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from vlmcap.data.lookup import find_dataset
-from vlmcap.errors import UserError
-from vlmcap.evaluation.external import ScorerUnavailable, check_local_spice
+from vlmcap.errors import UserError, notice
+from vlmcap.evaluation.external import ScorerUnavailable, check_local_spice, check_meteor
 from vlmcap.evaluation.tokenise import tokenizer_signature
 from vlmcap.files import check_writable
 from vlmcap.training.arguments import MeasuredFields, SplitArguments
@@ -12,7 +12,7 @@ from vlmcap.upload import check_push_rights
 
 
 def check_early(settings: MeasuredFields, data_args: SplitArguments) -> None:
-    """Needs no torch.
+    """Needs no torch. Says whether METEOR will be left out.
 
     Raises:
         PushError: with `push_to_hub`, the Hub's token may not push to `hub_model_id`, or what is there is public.
@@ -34,3 +34,7 @@ def check_early(settings: MeasuredFields, data_args: SplitArguments) -> None:
     for folder in (settings.output_dir, settings_of_some.get("base_dir")):
         if folder:
             check_writable(Path(folder))
+    try:
+        check_meteor()
+    except ScorerUnavailable as error:
+        notice(f"METEOR will be left out: {error}")
