@@ -45,6 +45,7 @@ class SplitArguments:
     max_bad_images: float = field(
         default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
     )
+    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
 
 
 @dataclass
@@ -126,7 +127,7 @@ class MeasuredFields:
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "cider_d"
         metric, choices = self.metric_for_best_model, ", ".join(self.metrics)
-        if metric is not None and metric not in self.metrics:
+        if metric is not None and metric.removeprefix("eval_") not in self.metrics:
             raise ValueError(
                 f"metric_for_best_model: {metric} is not measured during training; choose one of {choices}"
             )
