@@ -125,7 +125,6 @@ def test_a_setting_that_a_newer_library_has_is_refused_until_it_was_looked_at():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metric_for_best_model": "accuracy"}, "accuracy is not measured during training; choose one of cider_d"),
         ({"lr_scheduler_type": "greedy"}, "greedy follows a metric; name it as metric_for_best_model"),
         ({"save_strategy": "best"}, "save_strategy: best rank the model by captions of validation images"),
         ({"save_strategy": "best", "eval_strategy": "steps"}, "best .* follows a metric; name it as metric_for_best"),

@@ -14,6 +14,7 @@ from vlmcap.evaluation.tokenise import TokenizerError
 from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields, CaptionSFTFields, SplitArguments
 from vlmcap.training.collator import caption_examples
 from vlmcap.training.early import check_early
+from vlmcap.training.inherited import SFT_CONFIG, TRAINING_ARGUMENTS, parsed_as
 from vlmcap.training.start import load_splits
 from vlmcap.upload import PushError, check_push_rights
 
@@ -69,7 +70,7 @@ def test_what_scores_and_files_need_is_checked_early(tmp_path, monkeypatch, capf
     monkeypatch.setenv("VLMCAP_METEOR_JAR", "none.jar")
     (tmp_path / "file").touch()
     here = {"dataset": str(tmp_path)}
-    settings = SimpleNamespace(push_to_hub=False, output_dir=str(tmp_path / "out"))
+    settings = SimpleNamespace(push_to_hub=False, output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
     check_early(settings, CaptionerDataArguments(**here))
     assert not (tmp_path / "out").exists()
     assert capfd.readouterr().err == "METEOR will be left out: $VLMCAP_METEOR_JAR names none.jar, which is no file\n"
@@ -80,10 +81,12 @@ def test_what_scores_and_files_need_is_checked_early(tmp_path, monkeypatch, capf
     settings.output_dir = str(tmp_path / "file/out")
     with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file/"):
         check_early(settings, CaptionerDataArguments(**here))
-    for fields, metric in ((CaptionSFTFields, "loss"), (CaptionerFields, "meteor")):
-        asked = SimpleNamespace(metric_for_best_model=metric, cache_image_features=None)
+    for fields, chain, metric in (
+        (CaptionSFTFields, SFT_CONFIG, "loss"),
+        (CaptionerFields, TRAINING_ARGUMENTS, "meteor"),
+    ):
         with pytest.raises(ValueError, match=f"metric_for_best_model: {metric} is not measured during training"):
-            fields.__post_init__(asked)
+            parsed_as(fields, chain)(output_dir="x", metric_for_best_model=metric)
 
 
 def test_a_push_that_would_be_refused_is_refused_early(hub):

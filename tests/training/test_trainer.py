@@ -256,7 +256,6 @@ EFFECTS = {
     "the optimizer": {"optim": "sgd", "optim_args": "momentum=0.9"},
     "the schedule": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 9e-4}},
     "the gradients": {"max_grad_norm": 1e-3},
-    "the updates": {"adam_beta1": 0.1},
 }
 
 
@@ -271,7 +270,7 @@ def test_settings_that_the_table_says_are_obeyed_have_an_effect(pictures, tmp_pa
     """Those of which it is least plain (vlmcap/training/inherited.yaml): each ends at other weights, or says so."""
 
     def trained(**settings):
-        settings = {"max_steps": 3, "per_device_train_batch_size": 3, "max_grad_norm": 0.1, **settings}
+        settings = {"max_steps": 2, "per_device_train_batch_size": 3, "max_grad_norm": 0.1, **settings}
         trainer = tiny.build_trainer(tmp_path / "run", pictures, learning_rate=1e-3, **settings)
         trainer.train()
         return trainer
@@ -285,13 +284,13 @@ def test_settings_that_the_table_says_are_obeyed_have_an_effect(pictures, tmp_pa
     for what, settings in EFFECTS.items():
         without = trained(optim="sgd") if "optim" in settings else plain
         assert not same(without, trained(**settings)), what
-    recomputing = trained(gradient_checkpointing=False, activation_checkpointing=True, logging_steps=2)
-    assert recomputing.model.is_activation_checkpointing
-    trainer = trained(save_strategy="steps", save_steps=3, save_only_model=True, logging_steps=2)
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [2, 3]
+    assert not plain.model.is_activation_checkpointing
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    other = trained(activation_checkpointing=True, logging_steps=2, logging_first_step=True, **saving)
+    assert other.model.is_activation_checkpointing
+    assert [entry["step"] for entry in other.state.log_history if "loss" in entry] == [1, 2]
+    assert (tmp_path / "run/checkpoint-2/adapter_model.safetensors").exists()
     assert not list((tmp_path / "run").rglob("optimizer.pt"))
-    first = trained(logging_steps=2, logging_first_step=True)
-    assert [entry["step"] for entry in first.state.log_history if "loss" in entry] == [1, 2, 3]
 
 
 def test_training_from_a_thread(pictures, tmp_path, capfd):
