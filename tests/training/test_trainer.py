@@ -270,8 +270,8 @@ def test_settings_that_the_table_says_are_obeyed_have_an_effect(pictures, tmp_pa
     """Those of which it is least plain (vlmcap/training/inherited.yaml): each ends at other weights, or says so."""
 
     def trained(**settings):
-        settings = {"max_steps": 2, "per_device_train_batch_size": 3, "max_grad_norm": 0.1, **settings}
-        trainer = tiny.build_trainer(tmp_path / "run", pictures, learning_rate=1e-3, **settings)
+        settings = {"max_steps": 3, "per_device_train_batch_size": 3, "max_grad_norm": 0.1, **settings}
+        trainer = tiny.build_trainer(tmp_path, pictures, learning_rate=1e-3, **settings)
         trainer.train()
         return trainer
 
@@ -285,11 +285,11 @@ def test_settings_that_the_table_says_are_obeyed_have_an_effect(pictures, tmp_pa
         without = trained(optim="sgd") if "optim" in settings else plain
         assert not same(without, trained(**settings)), what
     assert not plain.model.is_activation_checkpointing
-    saving = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    saving = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
     other = trained(activation_checkpointing=True, logging_steps=2, logging_first_step=True, **saving)
     assert other.model.is_activation_checkpointing
-    assert [entry["step"] for entry in other.state.log_history if "loss" in entry] == [1, 2]
-    assert (tmp_path / "run/checkpoint-2/adapter_model.safetensors").exists()
+    assert [entry["step"] for entry in other.state.log_history if "loss" in entry] == [1, 2, 3]
+    assert (tmp_path / "run/checkpoint-3/adapter_model.safetensors").exists()
     assert not list((tmp_path / "run").rglob("optimizer.pt"))
 
 
