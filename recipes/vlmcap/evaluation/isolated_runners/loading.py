@@ -26,8 +26,15 @@ def load_whole(kind, name, **options):
     Raises:
         ValueError: naming the weights that are missing or have another shape.
     """
-    model, report = kind.from_pretrained(name, use_safetensors=True, output_loading_info=True, **options)
-    shapes = [key for key, *_ in report["mismatched_keys"]]
+    model, report = kind.from_pretrained(
+        name,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # else an error that may name no weight
+        **options,
+    )
+    # Names alone in transformers 4.57, names with two shapes before.
+    shapes = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     for problem, keys in (("has no weights for", report["missing_keys"]), ("has other shapes for", shapes)):
         if keys:
             raise ValueError(f"{name} {problem} {_names(keys)} of a {type(model).__name__}")
