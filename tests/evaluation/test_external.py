@@ -245,7 +245,7 @@ def jaspice_server(environments, tmp_path):
     install = [uv, "pip", "install", "--quiet", "--python", python]
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
     subprocess.run([*install, "--no-deps", "jaspice==0.0.1"], check=True)
-    subprocess.run([*install, "fastapi", "uvicorn", "tqdm", "numpy"], check=True)
+    subprocess.run([*install, "fastapi==0.165.0", "uvicorn==0.54.0", "tqdm", "numpy"], check=True)
     (package,) = folder.glob("lib/python*/site-packages/jaspice")
     port = free_port()
     log = tmp_path / "server.log"
