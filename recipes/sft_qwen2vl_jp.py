@@ -14,6 +14,11 @@ Any key of the YAML can be set on the command line, and an interrupted run conti
     accelerate launch recipes/sft_qwen2vl_jp.py --dataset you/stair-captions-ja --image_dir images --lora_r 16 \\
         --output_dir outputs/r16 --resume_from_checkpoint latest
 
+An adapter can be trained further, on other captions for instance:
+
+    accelerate launch recipes/sft_qwen2vl_jp.py --adapter you/name --dataset you/other-captions --learning_rate 2e-5 \\
+        --output_dir outputs/further
+
 The whole path in miniature, on a CPU, in minutes: `make demo`.
 
 In `output_dir` it leaves checkpoints, `base/` and `adapter/` with predictions.jsonl and metrics.json each, the adapter
@@ -29,6 +34,7 @@ from functools import partial
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.errors import UserError
 from vlmcap.evaluation.arguments import GenerationArguments
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.training.arguments import CaptionSFTFields, SplitArguments
@@ -51,7 +57,6 @@ class DataArguments(SplitArguments):
             "help": "Whether the base model saw STAIR, YJ Captions and COCO: unknown, no or train. Goes into the card."
         },
     )
-    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
     lexicon: str = field(
         default="coco_ja", metadata={"help": "Things the audit looks for in captions: coco_ja or a YAML file."}
     )
@@ -97,22 +102,35 @@ def main(
     from vlmcap.training.early import check_early
 
     check_early(settings, data_args)
+    adapter_dir = Path(settings.output_dir) / "adapter"
+    if model_args.adapter and Path(model_args.adapter).resolve() == adapter_dir.resolve():
+        raise UserError(
+            f"--adapter {model_args.adapter} would be overwritten by this run: choose another --output_dir"
+        )
 
     import torch
     from accelerate import PartialState
 
+    from vlmcap.data.images import references_of
     from vlmcap.evaluation.audit import read_instances, write_audit
-    from vlmcap.evaluation.generate import decoding_record, generate, image_size_record, model_record
+    from vlmcap.evaluation.generate import (
+        check_predictions,
+        decoding_record,
+        generate,
+        image_size_record,
+        model_record,
+    )
     from vlmcap.evaluation.lexicon import Lexicon
-    from vlmcap.evaluation.tokenise import tokenizer_signature
     from vlmcap.models.load import (
         chat_prompt,
         load_adapter,
         load_model,
         load_processor,
         lora_config,
+        read_trained_adapter,
         resolve_revision,
     )
+    from vlmcap.provenance import public_name
     from vlmcap.reporting.cards import write_adapter_card
     from vlmcap.reporting.hub import push_adapter
     from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
@@ -123,7 +141,6 @@ def main(
     from vlmcap.training.validation import CaptionValidation
 
     training_args = complete(CaptionSFTConfig, settings)
-    adapter_dir = Path(training_args.output_dir) / "adapter"
     is_main = PartialState().is_main_process
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
     run = begin(training_args, REPORTED_SETTINGS, **groups)
@@ -133,7 +150,6 @@ def main(
     splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images)
 
     # What scores and audit will read hours later is read now.
-    tokenizer_signature(data_args.tokenizer)
     decoding_record(generation_args)
     things = Lexicon(data_args.lexicon)
     if data_args.instances:
@@ -145,7 +161,22 @@ def main(
     names = (name, model_args.model_revision)
     processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
     chat_prompt(processor, generation_args.prompt)  # refuses one that would end the turn
+    further = None
+    if model_args.adapter:
+        further = read_trained_adapter(model_args)
+        model_args = replace(model_args, adapter_revision=further.revision)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
+
+    # The base's captions, of another run perhaps, must be such that they can be taken or continued after training.
+    test_set = splits.record | {"split": data_args.test_split}
+    saw = dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw)
+    saw["note"] = "As stated in the configuration (base_saw)."
+    base_record = {"model": model_record(model, *names), "dataset": test_set, "saw": saw}
+    asked = {"prompt": generation_args.prompt, "images": len(splits.test)}
+    asked |= decoding_record(generation_args) | image_size_record(processor)
+    base_dir = base_folder(run.output_dir, data_args.base_dir, base_record | asked)
+    check_predictions(processor, base_dir / "predictions.jsonl", generation_args, base_record)
+
     features = validation_features = validation = None
     if training_args.cache_image_features:
         cache = partial(cache_features, Path(training_args.cache_image_features), model, processor)
@@ -167,6 +198,7 @@ def main(
         peft_config=lora_config(model, model_args),
         features=features,
         validation=validation,
+        adapter=further,
     )
     if is_main:
         print(training_report(trainer, model_args.model_name_or_path, model_args.max_pixels, 64), flush=True)
@@ -174,8 +206,6 @@ def main(
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
     save_trained(trainer, adapter_dir, splits, run.config(model_args))
-    train_set, test_set = splits.record, splits.record | {"split": data_args.test_split}
-
     del trainer, model
     gc.collect()
     torch.cuda.empty_cache()
@@ -183,19 +213,16 @@ def main(
 
     # Evaluation: the base and the adapter as they lie on disk, on the same images with the same decoding.
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    saw = dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw)
-    saw["note"] = "As stated in the configuration (base_saw)."
-    record = {"model": model_record(model, *names), "dataset": test_set, "saw": saw}
-    asked = {"prompt": generation_args.prompt, "images": len(splits.test)}
-    asked |= decoding_record(generation_args) | image_size_record(processor)
-    base_dir = base_folder(run.output_dir, data_args.base_dir, record | asked)
-    generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, record)
+    generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, base_record)
 
     model = load_adapter(model, str(adapter_dir))
-    if train_set["corpus"] == "stair":
+    if splits.record["corpus"] == "stair":
         yj = "train images" if any(splits.train["in_yj"]) else data_args.base_saw
         saw = {"STAIR": "train", "YJ": yj, "COCO": "train images"}
         saw["note"] = "Fine-tuned on the training split, photographs of COCO; else what the base model saw."
+    if further:
+        name = public_name(further.name)
+        saw = saw | {"note": f"{saw['note']} Training started from the adapter {name}; what that saw is not listed."}
     record = {"model": model_record(model, *names, adapter=str(adapter_dir)), "dataset": test_set, "saw": saw}
     generate(model, processor, splits.test, adapter_dir / "predictions.jsonl", generation_args, record)
     if not is_main:
@@ -203,10 +230,9 @@ def main(
 
     # Scores, audits, model card, a page of samples
     metrics = write_both_metrics(base_dir, adapter_dir, splits.test, data_args.tokenizer)
-    references = dict(zip(map(str, splits.test["image_id"]), splits.test["captions"], strict=True))
     audit = partial(
         write_audit,
-        references=references,
+        references=references_of(splits.test),
         lexicon=data_args.lexicon,
         instances=data_args.instances or [],
         count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),

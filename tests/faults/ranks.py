@@ -47,7 +47,7 @@ def run_file(path: Path, *words: str, folder: Path, environment: dict, out: Path
 def run_ranks(ranks: int, function: Callable, *args, log: Path) -> list[int | None]:
     """Exit statuses of the processes of a gloo group that each call `function(*args)`.
 
-    When one of them fails the others are killed, as a launcher does. `log` gets what they printed, one after the other.
+    When one of them fails the others are killed, as a launcher does. `log` gets what they printed, one after another.
     """
     port = free_port()
     logs = [log.with_name(f"{log.name}.{rank}") for rank in range(ranks)]
@@ -80,7 +80,9 @@ def _run(function, args, log, rank, ranks, port, environment):
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # else a full buffer ends in the middle of a line, before a progress bar
+    sys.stdout.reconfigure(
+        line_buffering=True
+    )  # else a full buffer ends in the middle of a line, before a progress bar
     if ranks > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}

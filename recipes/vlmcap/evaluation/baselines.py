@@ -11,6 +11,7 @@ import datasets
 import transformers
 from transformers.utils import cached_file
 
+from vlmcap.data.images import references_of
 from vlmcap.documents import parse_json, parse_yaml, shown
 from vlmcap.errors import UserError
 from vlmcap.evaluation.generate import GenerationArguments
@@ -341,7 +342,7 @@ def score_prompts(folder: Path, names: list[str], rows: datasets.Dataset, tokeni
     Raises:
         ScoreError, TokenizerError: as `write_metrics` does.
     """
-    references = {str(i): captions for i, captions in zip(rows["image_id"], rows["captions"], strict=True)}
+    references = references_of(rows)
     documents = {
         name: write_metrics(folder / name / "predictions.jsonl", references, folder / name / "metrics.json", tokenizer)
         for name in names

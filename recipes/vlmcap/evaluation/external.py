@@ -98,6 +98,12 @@ def meteor_jar() -> Path:
     )
 
 
+def check_meteor() -> None:
+    """Raises ScorerUnavailable when METEOR's jar or Java is missing."""
+    meteor_jar()
+    _find_java()
+
+
 def meteor_statistics(
     hypotheses: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]], timeout: float
 ) -> np.ndarray:
@@ -216,12 +222,8 @@ def _ask(url: str, body: dict, timeout: float) -> list[float]:
     return scores
 
 
-def local_spice_scores(folder: str | Path, items: list[dict], timeout: float) -> np.ndarray:
-    """SPICE of each image, (images,) in 0..1, by spice-1.0.jar with its CoreNLP jars in `folder/lib`.
-
-    Raises:
-        ScorerUnavailable: no Java, a jar is missing, an error of SPICE, or the time limit.
-    """
+def check_local_spice(folder: str | Path) -> None:
+    """Raises ScorerUnavailable when `folder` lacks a jar of `local_spice_scores`, or there is no Java."""
     folder = Path(folder).resolve()
     missing = [name for name in (SPICE_JAR, *(f"lib/{jar}" for jar in CORENLP_JARS)) if not (folder / name).is_file()]
     if missing:
@@ -229,6 +231,17 @@ def local_spice_scores(folder: str | Path, items: list[dict], timeout: float) ->
             f"the folder {folder.name} lacks {', '.join(missing)}: SPICE comes from https://panderson.me/spice, "
             "CoreNLP 3.6.0 from https://stanfordnlp.github.io/CoreNLP/history.html"
         )
+    _find_java()
+
+
+def local_spice_scores(folder: str | Path, items: list[dict], timeout: float) -> np.ndarray:
+    """SPICE of each image, (images,) in 0..1, by spice-1.0.jar with its CoreNLP jars in `folder/lib`.
+
+    Raises:
+        ScorerUnavailable: no Java, a jar is missing, an error of SPICE, or the time limit.
+    """
+    check_local_spice(folder)
+    folder = Path(folder).resolve()
     asked = [{"image_id": i, "test": item["candidate"], "refs": item["references"]} for i, item in enumerate(items)]
     with tempfile.TemporaryDirectory() as temporary:
         questions, answers = Path(temporary) / "in.json", Path(temporary) / "out.json"
@@ -244,11 +257,16 @@ def local_spice_scores(folder: str | Path, items: list[dict], timeout: float) ->
     return scores
 
 
-def _java(arguments: list[str], text: str, folder: Path, timeout: float) -> str:
-    """Standard output of `java` with `text` on its standard input. Raises ScorerUnavailable."""
+def _find_java() -> str:
     java = shutil.which("java")
     if java is None:
         raise ScorerUnavailable("there is no Java (`java` on the PATH; any version from 8 on)")
+    return java
+
+
+def _java(arguments: list[str], text: str, folder: Path, timeout: float) -> str:
+    """Standard output of `java` with `text` on its standard input. Raises ScorerUnavailable."""
+    java = _find_java()
     # Before version 18 Java reads and writes in the encoding of the machine's locale.
     command = [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
     try:

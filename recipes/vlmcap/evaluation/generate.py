@@ -25,6 +25,9 @@ from vlmcap.files import write_atomically
 from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
 from vlmcap.places import own_file
 
+# Of a run record: what captions that lie at a place must have been made with, to be continued.
+ASKED = ("model", "dataset", "prompt", "decoding")
+
 
 class PredictionsError(UserError):
     """Captions cannot be made or continued as asked. The message names the file and the mend."""
@@ -260,10 +263,8 @@ def generate(
         args: GenerationArguments for a model that takes a prompt.
         record: "model", "dataset" and "saw" of the run record.
     """
-    decoding = decoding_record(args) | image_size_record(processor)
+    record = record | _asked_of(processor, args)
     prompted = takes_prompt(processor)
-    if not prompted and ("japanese_only" in decoding or "avoid_words" in decoding):
-        raise PredictionsError("japanese_only and avoid_words are for models that take a prompt; this one takes none")
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -275,8 +276,22 @@ def generate(
     def peak_memory() -> int | None:
         return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
 
-    record = record | {"prompt": args.prompt if prompted else None, "decoding": decoding}
     write_captions(caption, rows, output, record, peak_memory)
+
+
+def check_predictions(processor: ProcessorMixin, output: Path, args: BeamArguments, record: dict) -> None:
+    """Raises PredictionsError if `generate` with these arguments could not write or continue `output`: it was begun
+    with other settings, or is damaged. Recipes ask before they train."""
+    record = record | _asked_of(processor, args)
+    read_done(output, {key: record[key] for key in ASKED})
+
+
+def _asked_of(processor: ProcessorMixin, args: BeamArguments) -> dict:
+    """ "prompt" and "decoding" of a run record."""
+    decoding, prompted = decoding_record(args) | image_size_record(processor), takes_prompt(processor)
+    if not prompted and ("japanese_only" in decoding or "avoid_words" in decoding):
+        raise PredictionsError("japanese_only and avoid_words are for models that take a prompt; this one takes none")
+    return {"prompt": args.prompt if prompted else None, "decoding": decoding}
 
 
 def write_captions(
@@ -324,7 +339,7 @@ def _write_captions(
     state = PartialState()
     output.parent.mkdir(parents=True, exist_ok=True)
     batch_size = record["decoding"]["batch_size"]
-    asked = {key: record[key] for key in ("model", "dataset", "prompt", "decoding")}
+    asked = {key: record[key] for key in ASKED}
     run_record = run_record_path(output)
     done, earlier = read_done(output, asked)
     todo = [i for i, image_id in enumerate(rows["image_id"]) if image_id not in done]
