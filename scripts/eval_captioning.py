@@ -19,7 +19,7 @@ r"""Score captions against references, with signatures, intervals and a register
     # SPICE (English) and JaSPICE (Japanese) by services of your own
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer english \
         --spice_url http://127.0.0.1:8080/spice
-    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --jaspice_url http://127.0.0.1:8080
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --jaspice_url http://127.0.0.1:2115
 
     # BLEU, ROUGE-L, CIDEr-D and chrF alone, as fast as can be; all of it from a file
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --no_meteor --resamples 0 \

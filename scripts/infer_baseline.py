@@ -22,7 +22,8 @@ there. It is asked with the one short Japanese prompt that all share, or with it
 BLIP and BLIP-2 take no prompt: they only caption, in English.
 
 Some need an environment of their own, which is built with uv and kept, and run code of their authors. That happens
-with --trust_remote_code alone, and at a commit that you name (after reading it):
+with --trust_remote_code alone, and at a commit that you name (after reading it). They are experimental: their runners
+have never seen the model's weights.
 
     python scripts/infer_baseline.py --baseline asagi_2b --trust_remote_code --model_revision COMMIT \\
         --dataset you/stair-captions-ja --image_dir images --output outputs/asagi/predictions.jsonl

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from transformers import GenerationConfig
 
 from vlmcap.data.images import BadImageError, load_captions
 from vlmcap.data.scenes import scenes
@@ -16,6 +18,7 @@ from vlmcap.evaluation.generate import (
     decoding_record,
     generate,
     model_record,
+    search_config,
 )
 from vlmcap.models.load import count_parameters, load_model, load_processor
 
@@ -50,6 +53,13 @@ def rows(folder):
 
 def record(model):
     return {"model": model_record(model, "a/b", "main"), "dataset": {"id": "c/d", "revision": None, "split": "test"}}
+
+
+def test_tokens_that_end_a_caption_come_from_the_tokenizer_where_the_model_has_none():
+    tokenizer = SimpleNamespace(bos_token_id=5, eos_token_id=7, pad_token_id=9)
+    for own, found in (({}, (7, 9)), ({"eos_token_id": [3, 4], "pad_token_id": 0}, ([3, 4], 0))):
+        config = search_config(SimpleNamespace(generation_config=GenerationConfig(**own)), tokenizer, ARGS)
+        assert (config.eos_token_id, config.pad_token_id) == found
 
 
 def test_a_batch_says_what_single_images_say(model, processor):

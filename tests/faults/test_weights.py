@@ -192,6 +192,13 @@ def not_whole(folder: Path, _: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def another_shape(folder: Path, _: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n, t in sorted(weights.items()) if t.ndim == 2 and ("attn" in n or "attention" in n))
+    weights[name] = torch.cat([weights[name], weights[name]])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 BASE_FAULTS = {
     bin_alone: "has no weights in safetensors, and others are not loaded",
     harmless_bin_alone: "has no weights in safetensors, and others are not loaded",
@@ -202,6 +209,7 @@ BASE_FAULTS = {
     stored_in_4_bits: "is stored in 4 bits already: set load_in_4bit: true, or give the model",
     truncated: "cannot be loaded",
     not_whole: "has no weights for",
+    another_shape: "has other shapes for",
 }
 
 
@@ -234,6 +242,14 @@ def test_an_adapter_is_no_part_of_a_model(kind, copy, fault):
         pytest.raises(ModelError, match="is an adapter .* give its base as the model"),
     ):
         BASES[kind](str(folder))
+
+
+@pytest.mark.parametrize("spoil", [not_whole, another_shape], ids=lambda spoil: spoil.__name__)
+def test_a_4bit_base_comes_whole(spoil, copy, mark, fault):
+    folder = copy("qwen2_vl", MINIATURES)
+    spoil(folder, mark)
+    with fault(f"4-bit: {spoil.__name__}"), pytest.raises(ModelError, match=BASE_FAULTS[spoil]):
+        load_model(str(folder), load_in_4bit=True)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -724,7 +740,7 @@ def test_models_of_the_configurations_are_pinned(hub, repo_root, tmp_path):
     shutil.copytree(repo_root / "recipes/configs", tmp_path / "configs")
     said = {line.split(": ")[0]: line for path in tmp_path.rglob("*.yaml") for line in pin_revisions(path)}
     left = {name for name, line in said.items() if "runs its own code" not in line}
-    assert left == {"Salesforce/blip-image-captioning-base", "toshi456/llava-jp-1.3b-v1.0"} and len(said) == 6
+    assert left == {"Salesforce/blip-image-captioning-base"} and len(said) == 5
 
 
 MODELS = {"AutoModel", "BlipForConditionalGeneration", "ViTModel", "VisionEncoderDecoderModel", "LlavaGpt2ForCausalLM"}

@@ -87,7 +87,7 @@ class ScoreOptions:
         default=None, metadata={"help": "Or a local SPICE: folder with spice-1.0.jar and the CoreNLP jars in lib/."}
     )
     jaspice_url: str | None = field(
-        default=None, metadata={"help": "JaSPICE service for Japanese, of the same protocol as --spice_url."}
+        default=None, metadata={"help": "JaSPICE's server, for Japanese: its container, e.g. http://127.0.0.1:2115."}
     )
     spice_timeout: float = field(
         default=1800, metadata={"help": "Seconds after which SPICE, or a service without an answer, is given up."}
@@ -259,10 +259,7 @@ def _add_meteor(statistics: dict[str, dict], variants: dict[str, tuple], tokeniz
 
 
 def _items(predictions: dict[str, str], references: dict[str, list[str]]) -> list[dict]:
-    return [
-        {"image_id": str(image_id), "candidate": predictions[image_id], "references": captions}
-        for image_id, captions in references.items()
-    ]
+    return [{"candidate": predictions[image_id], "references": captions} for image_id, captions in references.items()]
 
 
 def _spices(tokenizer: str, options: ScoreOptions) -> dict[str, Callable[[list[dict]], tuple[np.ndarray, str]]]:
@@ -270,9 +267,12 @@ def _spices(tokenizer: str, options: ScoreOptions) -> dict[str, Callable[[list[d
     if options.spice_url and options.spice_dir:
         raise ScoreError(f"--spice_url {options.spice_url} and --spice_dir {options.spice_dir}: give one of the two")
 
-    def service(url: str, items: list[dict]) -> tuple[np.ndarray, str]:
-        scores, version = external.service_scores(url, items, options.spice_timeout)
-        return scores, f"by:service-{version}"
+    def spice(items: list[dict]) -> tuple[np.ndarray, str]:
+        return external.service_scores(options.spice_url, items, options.spice_timeout), "by:service"
+
+    def jaspice(items: list[dict]) -> tuple[np.ndarray, str]:
+        scores = external.service_scores(options.jaspice_url, items, options.spice_timeout, spaces=False)
+        return scores, "space:no|by:service"
 
     def local(items: list[dict]) -> tuple[np.ndarray, str]:
         return external.local_spice_scores(options.spice_dir, items, options.spice_timeout), "by:spice-1.0"
@@ -282,11 +282,11 @@ def _spices(tokenizer: str, options: ScoreOptions) -> dict[str, Callable[[list[d
 
     spices = {}
     if options.spice_url or options.spice_dir:
-        spices["spice"] = partial(service, options.spice_url) if options.spice_url else local
+        spices["spice"] = spice if options.spice_url else local
         if tokenizer in JAPANESE_TOKENIZERS:
             spices["spice"] = partial(wrong_language, "English")
     if options.jaspice_url:
-        spices["jaspice"] = partial(service, options.jaspice_url)
+        spices["jaspice"] = jaspice
         if tokenizer not in JAPANESE_TOKENIZERS:
             spices["jaspice"] = partial(wrong_language, "Japanese")
     return spices
