@@ -142,8 +142,8 @@ def load_weights(kind: type, name: str, revision: str | None, *args, new: str = 
         new: what marks the names of weights that are new, and so in no checkpoint.
 
     Raises:
-        ModelError: there is no such model, its weights are no safetensors, not whole, of other shapes or stored in other
-            bits than asked for, or it is an adapter.
+        ModelError: there is no such model, its weights are no safetensors, not whole, of other shapes or stored in
+            other bits than asked for, or it is an adapter.
     """
     with loading(name):
         refuse_adapter(name, revision)
