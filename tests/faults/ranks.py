@@ -80,7 +80,9 @@ def _run(function, args, log, rank, ranks, port, environment):
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # else a full buffer ends in the middle of a line, before a progress bar
+    sys.stdout.reconfigure(
+        line_buffering=True
+    )  # else a full buffer ends in the middle of a line, before a progress bar
     if ranks > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
