@@ -58,6 +58,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     del base["per_image"]  # the base's own file has it
     assert base == metrics["base"]
     assert metrics["saw"]["STAIR"] == "train" and metrics["base"]["saw"]["STAIR"] == "no"
+    assert "extra_special_tokens" not in read(run / "adapter/tokenizer_config.json")  # transformers 4 fails on it
     # What is published names no folder of this machine.
     assert not [path.name for path in (run / "adapter").glob("*.json*") if str(tmp_path) in path.read_text("utf-8")]
     assert (run / "samples.html").stat().st_size > 10_000

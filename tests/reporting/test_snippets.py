@@ -1,13 +1,19 @@
 """The code of cards and README, run as it stands: it loads the model that was measured and sees what that one saw."""
 
+import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import yaml
 from PIL import Image, ImageChops
 
 from tests.reporting.documents import PARTS, adapter_document, family_document, miniature_document
+from vlmcap.errors import UserError
+from vlmcap.places import find_uv
 from vlmcap.reporting.cards import load_snippet, render_adapter_card
+from vlmcap.versions import OLDEST
 
 
 def blocks(card: str) -> list[str]:
@@ -66,6 +72,7 @@ def adapter(tmp_path_factory, miniature_dir):
     from peft import get_peft_model
 
     from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
+    from vlmcap.training.start import name_special_tokens
 
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
@@ -77,6 +84,7 @@ def adapter(tmp_path_factory, miniature_dir):
                 parameter += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     load_processor(str(miniature_dir)).save_pretrained(folder)
+    name_special_tokens(folder)
     return folder
 
 
@@ -96,12 +104,11 @@ def measured(adapter, miniature_dir, pictures) -> list[str]:
     return said
 
 
-def card_of(miniature_dir, adapter) -> list[str]:
+def code_of(miniature_dir, adapter, quantization: str | None) -> list[str]:
     metrics = miniature_document(str(miniature_dir))
-    metrics["decoding"] |= SETTINGS
-    metrics["base"]["decoding"] |= SETTINGS
     for run in (metrics, metrics["base"]):
-        run["model"]["quantization"] = "nf4"
+        run["decoding"] |= SETTINGS
+        run["model"]["quantization"] = quantization
     card = render_adapter_card(metrics, "user/adapter").replace('"user/adapter"', repr(str(adapter)))
     return blocks(card.replace('"recipes/miniatures/qwen2_vl"', repr(str(miniature_dir))))
 
@@ -119,7 +126,7 @@ def test_quick_start_and_merged_model_say_what_was_measured(
     """In this process, where vlmcap.models.nf4 keeps the miniature's scales right (real widths need no keeping)."""
     from transformers import AutoModelForImageTextToText
 
-    start, merge = card_of(miniature_dir, adapter)
+    start, merge = code_of(miniature_dir, adapter, "nf4")
     load, caption = start[: start.index("photo = ")], start[start.index("photo = ") :]
     names = {}
     exec(load, names)
@@ -133,6 +140,10 @@ def test_quick_start_and_merged_model_say_what_was_measured(
     capsys.readouterr()
     assert not hasattr(names["model"].config, "quantization_config")
     assert say(caption, names, pictures, capsys) == measured
+
+    exec(code_of(miniature_dir, adapter, None)[1], {})  # into the published weights
+    names["model"] = AutoModelForImageTextToText.from_pretrained("merged", dtype="float32", device_map="auto")
+    assert say(caption, names, pictures, capsys) != measured
 
 
 def saved_by(recipe: str, folder, miniatures):
@@ -162,20 +173,72 @@ def saved_by(recipe: str, folder, miniatures):
     processor.save_pretrained(folder)
 
 
+def without_vlmcap(recipe: str) -> str:
+    """A quick start of the card that needs transformers and PEFT alone: BLIP's has one beside its own."""
+    first, *other = blocks(render_adapter_card(family_document(recipe), "user/Llama-x"))
+    return "\n".join([first.splitlines()[0], *other, first[first.index("photo = ") :]]) if other else first
+
+
 @pytest.mark.parametrize("recipe", PARTS)
 def test_quick_starts_of_the_family_run(fresh_python, recipe, tmp_path, repo_root):
     """The card's own code, in a fresh process, on what the recipe saves; BLIP's without `vlmcap` says the same."""
     folder = tmp_path / "trained"
     saved_by(recipe, folder, repo_root / "recipes" / "miniatures")
     Image.new("RGB", (84, 84), "red").save(tmp_path / "photo.jpg")
-    card = render_adapter_card(family_document(recipe), "user/Llama-x")
-    first, *without = re.findall(r"```python\n(.*?)```", card, re.S)
-    assert len(without) == (recipe == "sft_blip_vi")
-    pillow, caption = first.splitlines()[0], first[first.index("photo = ") :]
+    codes = [blocks(render_adapter_card(family_document(recipe), "user/Llama-x"))[0], without_vlmcap(recipe)]
     said = []
-    for code in [first, *("\n".join([pillow, other, caption]) for other in without)]:
-        code = code.replace('"user/Llama-x"', repr(str(folder))).replace(
-            '"photo.jpg"', repr(str(tmp_path / "photo.jpg"))
-        )
+    for code in codes if recipe == "sft_blip_vi" else codes[:1]:
+        code = code.replace('"user/Llama-x"', repr(str(folder)))
+        code = code.replace('"photo.jpg"', repr(str(tmp_path / "photo.jpg")))
         said.append(fresh_python(code, folder=repo_root))
     assert said[0].endswith("\n") and len(set(said)) == 1
+
+
+@pytest.fixture(scope="module")
+def transformers_4(tmp_path_factory) -> str:
+    """A folder for PYTHONPATH with the oldest libraries that the cards name."""
+    folder = tmp_path_factory.mktemp("oldest")
+    wanted = [f"{name}=={version}" for name, version in OLDEST.items()]
+    wanted += ["tokenizers==0.22.2", "huggingface-hub==0.36.2"]
+    try:
+        command = [find_uv(), "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *wanted]
+    except UserError as error:
+        pytest.skip(str(error))
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"uv cannot install {wanted[0]} here: {done.stderr.strip()[-300:]}")
+    return str(folder)
+
+
+def as_transformers_4_writes_it(model, folder):
+    """A copy of the miniature with the keys that the published configuration has."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = config["text_config"]["rope_parameters"]
+    more = {"rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}, "tie_word_embeddings": True}
+    config["text_config"] |= more | {"rope_theta": rope["rope_theta"]}
+    (folder / "config.json").write_text(json.dumps(config | more))
+    return folder
+
+
+def test_transformers_4_says_the_same(
+    fresh_python, transformers_4, adapter, pictures, miniature_dir, repo_root, tmp_path, capsys
+):
+    """Adapters of Qwen2-VL and BLIP, a model of ViT and GPT-2, with what the recipes save beside them."""
+    from vlmcap.training.start import name_special_tokens
+
+    base = as_transformers_4_writes_it(miniature_dir, tmp_path / "base")
+    code = [code_of(miniature_dir, adapter, None)[0].replace(repr(str(miniature_dir)), repr(str(base)))]
+    for recipe in ("sft_blip_vi", "sft_vit_gpt2_food"):
+        folder = tmp_path / recipe / "trained"
+        folder.parent.mkdir()
+        saved_by(recipe, folder, repo_root / "recipes" / "miniatures")
+        name_special_tokens(folder)
+        code.append(without_vlmcap(recipe).replace('"user/Llama-x"', repr(str(folder))))
+    code = "\n".join(code).replace('"photo.jpg"', repr(str(pictures[0])))
+    capsys.readouterr()
+    exec(code, {})
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 3
+    check = f"import transformers; assert transformers.__version__ == {OLDEST['transformers']!r}\n"
+    assert fresh_python(check + code, env={"PYTHONPATH": transformers_4}) == said

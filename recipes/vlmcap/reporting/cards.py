@@ -23,6 +23,7 @@ from vlmcap.files import write_atomically
 from vlmcap.markdown import code_span, escape_unseen, fenced, prose, visible
 from vlmcap.models.arguments import UNQUANTISED
 from vlmcap.places import ROOT, paths_root
+from vlmcap.versions import OLDEST
 
 TEMPLATES = ROOT / "model_cards"
 EVAL_RESULTS = ".eval_results/captioning.yaml"
@@ -99,7 +100,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor{nf4_import}
 base, adapter = {base}, {repo}
 processor = AutoProcessor.from_pretrained(adapter){nf4}
 model = AutoModelForImageTextToText.from_pretrained(
-    base{revision}, dtype={dtype}, device_map="auto"{quantised}
+    base,{revision}
+    dtype={dtype},
+    device_map="auto",{quantised}
 ){unpacked}
 model = PeftModel.from_pretrained(model, adapter).eval()""",
         pipeline_tag="image-text-to-text",
@@ -301,6 +304,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=False,
         finalize=_shown,  # whatever the documents hold is shown as text: no link, no heading, no HTML, no second row
     )
+    environment.globals["oldest"] = {name: Markup(f'"{name}>={version}"') for name, version in OLDEST.items()}
     environment.filters |= {
         "cell": _cell,
         "code": _code,
@@ -445,7 +449,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor{nf4_import}
 
 base, adapter = {base}, {repo}{nf4}
 model = AutoModelForImageTextToText.from_pretrained(
-    base{revision}, dtype={dtype}, device_map="auto"{quantised}
+    base,{revision}
+    dtype={dtype},
+    device_map="auto",{quantised}
 ){dequantised}
 model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
 model.save_pretrained("merged")
@@ -470,12 +476,12 @@ def _loaded(metrics: dict, repo: str) -> dict[str, str]:
     """What the templates of code are filled with; what belongs to NF4 is empty where the base was not quantised."""
     model = metrics["model"]
     dtype = _quoted(model["dtype"].removeprefix("torch."))
-    revision = f", revision={_quoted(model['revision'])}" if model["revision"] and is_hub_id(model["id"]) else ""
+    revision = f"\n    revision={_quoted(model['revision'])}," if model["revision"] and is_hub_id(model["id"]) else ""
     unquantised = "".join(f"        {_quoted(name)},\n" for name in UNQUANTISED)
     nf4 = {
         "nf4_import": ", BitsAndBytesConfig",
         "nf4": NF4.format(dtype, unquantised),
-        "quantised": ", quantization_config=nf4",
+        "quantised": "\n    quantization_config=nf4,",
         "unpacked": UNPACKED,
         "dequantised": ".dequantize()",
     }
