@@ -14,6 +14,11 @@ Any key of the YAML can be set on the command line, and an interrupted run conti
     accelerate launch recipes/sft_qwen2vl_jp.py --dataset you/stair-captions-ja --image_dir images --lora_r 16 \\
         --output_dir outputs/r16 --resume_from_checkpoint latest
 
+An adapter can be trained further, on other captions for instance:
+
+    accelerate launch recipes/sft_qwen2vl_jp.py --adapter you/name --dataset you/other-captions --learning_rate 2e-5 \\
+        --output_dir outputs/further
+
 The whole path in miniature, on a CPU, in minutes: `make demo`.
 
 In `output_dir` it leaves checkpoints, `base/` and `adapter/` with predictions.jsonl and metrics.json each, the adapter
@@ -29,6 +34,7 @@ from functools import partial
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.errors import UserError
 from vlmcap.evaluation.arguments import GenerationArguments
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.training.arguments import CaptionSFTFields, SplitArguments
@@ -97,6 +103,11 @@ def main(
     from vlmcap.training.early import check_early
 
     check_early(settings, data_args)
+    adapter_dir = Path(settings.output_dir) / "adapter"
+    if model_args.adapter and Path(model_args.adapter).resolve() == adapter_dir.resolve():
+        raise UserError(
+            f"--adapter {model_args.adapter} would be overwritten by this run: choose another --output_dir"
+        )
 
     import torch
     from accelerate import PartialState
@@ -111,8 +122,10 @@ def main(
         load_model,
         load_processor,
         lora_config,
+        read_trained_adapter,
         resolve_revision,
     )
+    from vlmcap.provenance import public_name
     from vlmcap.reporting.cards import write_adapter_card
     from vlmcap.reporting.hub import push_adapter
     from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
@@ -123,7 +136,6 @@ def main(
     from vlmcap.training.validation import CaptionValidation
 
     training_args = complete(CaptionSFTConfig, settings)
-    adapter_dir = Path(training_args.output_dir) / "adapter"
     is_main = PartialState().is_main_process
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
     run = begin(training_args, REPORTED_SETTINGS, **groups)
@@ -145,6 +157,10 @@ def main(
     names = (name, model_args.model_revision)
     processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
     chat_prompt(processor, generation_args.prompt)  # refuses one that would end the turn
+    further = None
+    if model_args.adapter:
+        further = read_trained_adapter(model_args)
+        model_args = replace(model_args, adapter_revision=further.revision)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
     features = validation_features = validation = None
     if training_args.cache_image_features:
@@ -167,6 +183,7 @@ def main(
         peft_config=lora_config(model, model_args),
         features=features,
         validation=validation,
+        adapter=further,
     )
     if is_main:
         print(training_report(trainer, model_args.model_name_or_path, model_args.max_pixels, 64), flush=True)
@@ -196,6 +213,9 @@ def main(
         yj = "train images" if any(splits.train["in_yj"]) else data_args.base_saw
         saw = {"STAIR": "train", "YJ": yj, "COCO": "train images"}
         saw["note"] = "Fine-tuned on the training split, photographs of COCO; else what the base model saw."
+    if further:
+        name = public_name(further.name)
+        saw = saw | {"note": f"{saw['note']} Training started from the adapter {name}; what that saw is not listed."}
     record = {"model": model_record(model, *names, adapter=str(adapter_dir)), "dataset": test_set, "saw": saw}
     generate(model, processor, splits.test, adapter_dir / "predictions.jsonl", generation_args, record)
     if not is_main:

@@ -47,7 +47,7 @@ def run_file(path: Path, *words: str, folder: Path, environment: dict, out: Path
 def run_ranks(ranks: int, function: Callable, *args, log: Path) -> list[int | None]:
     """Exit statuses of the processes of a gloo group that each call `function(*args)`.
 
-    When one of them fails the others are killed, as a launcher does. `log` gets what they printed, one after the other.
+    When one of them fails the others are killed, as a launcher does. `log` gets what they printed, one after another.
     """
     port = free_port()
     logs = [log.with_name(f"{log.name}.{rank}") for rank in range(ranks)]

@@ -91,6 +91,17 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     pasted = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert pasted.returncode == 0 and pasted.stdout.strip(), pasted.stderr
 
+    # A run on other data begins where the pushed adapter ended: with a learning rate of zero it says the same.
+    further = tmp_path / "further"
+    start = ["--adapter", "user/miniature-ja", "--output_dir", further, "--max_steps", 1, "--learning_rate", 0]
+    run_script(*recipe, *start, "--eval_strategy", "no", "--early_stopping_patience", 0)
+    assert captions(further / "adapter/predictions.jsonl") == captions(run / "adapter/predictions.jsonl")
+    head = HfApi().model_info("user/miniature-ja").sha
+    card_text = (further / "adapter/README.md").read_text(encoding="utf-8")
+    assert f"Training started from the adapter `user/miniature-ja` (commit `{head}`)" in card_text
+    overwritten = run_script(*recipe, "--adapter", run / "adapter", expect=1)
+    assert "would be overwritten by this run: choose another --output_dir" in overwritten.stderr
+
     # The same command again does not overwrite the run; asked to, it continues it.
     assert "--resume_from_checkpoint latest" in run_script(*recipe, expect=1).stderr
     run_script(*recipe, "--resume_from_checkpoint", "latest", "--max_steps", "8")

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from vlmcap.data.images import DatasetError
 from vlmcap.data.scenes import scenes
 from vlmcap.evaluation.generate import BeamArguments
+from vlmcap.models.blip import load_blip
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
+from vlmcap.models.vit_llama import VitLlamaArguments, build_vit_llama
 from vlmcap.training.captioner import (
     CaptionerTrainer,
     CaptionerTrainingArguments,
@@ -93,6 +95,43 @@ def test_loss_is_the_smoothed_one_and_validation_loss_the_plain_one(arguments, s
     scores = trainer.validate(model)
     assert scores["loss"] == pytest.approx(plain, abs=1e-5)
     assert scores["loss_and_bleu"] == pytest.approx((scores["bleu_2"] + math.exp(-plain)) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("model", ["blip", "vit_gpt2", "vit_llama"])
+def test_the_logged_loss_is_the_mean_over_all_caption_tokens(repo_root, arguments, splits, tmp_path, model):
+    """Of all accumulated batches, the first token of each caption included; transformers leaves it out for BLIP."""
+    folder, names = repo_root / "recipes/miniatures", ("input_ids", "attention_mask")
+    if model == "blip":
+        model, processor = load_blip(str(folder / "blip"), None)
+        processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
+    elif model == "vit_gpt2":
+        (model, processor), names = build_vit_gpt2(arguments, seed=0), NAMES
+    else:
+        model, processor = build_vit_llama(VitLlamaArguments(str(folder / "vit"), None, str(folder / "llama")), 0)
+    args = CaptionerTrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        label_smoothing_factor=0,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    trainer = CaptionerTrainer(
+        model, args, splits, processor, names, BeamArguments(num_beams=1, max_new_tokens=16), "english"
+    )
+    batches = list(trainer.get_train_dataloader())[:2]
+    with torch.no_grad():
+        pairs = [(model(**{k: v for k, v in b.items() if k != "labels"}).logits, b["labels"]) for b in batches]
+    losses = torch.cat(
+        [F.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="none")[y.flatten() != -100] for x, y in pairs]
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 def test_the_best_checkpoint_is_the_model_and_a_continued_run_the_uninterrupted_one(arguments, splits, tmp_path):

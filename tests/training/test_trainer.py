@@ -9,12 +9,21 @@ import datasets
 import psutil
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap.data.images import DatasetError, load_captions
 from vlmcap.data.scenes import scenes
-from vlmcap.models.load import ModelArguments, chat_prompt, load_model, load_processor, lora_config
+from vlmcap.models.load import (
+    ModelArguments,
+    ModelError,
+    chat_prompt,
+    load_model,
+    load_processor,
+    lora_config,
+    read_trained_adapter,
+)
 from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
 from vlmcap.training.report import estimate_memory, training_report
@@ -62,7 +71,7 @@ def config(tmp_path, **changes):
     return CaptionSFTConfig(**settings | changes)
 
 
-def caption_trainer(miniature_dir, processor, rows, args, **changes):
+def caption_trainer(miniature_dir, processor, rows, args, adapter=None, **changes):
     model = load_model(str(miniature_dir))
     arguments = ModelArguments(model_name_or_path=str(miniature_dir), lora_dropout=0.0, **changes)
     bad_images = BadImages(Path(args.output_dir) / "bad_images.jsonl", limit=2)
@@ -74,11 +83,48 @@ def caption_trainer(miniature_dir, processor, rows, args, **changes):
         prompt=PROMPT,
         bad_images=bad_images,
         peft_config=lora_config(model, arguments),
+        adapter=adapter,
     )
 
 
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def test_training_starts_from_an_adapter(miniature_dir, processor, rows, tmp_path):
+    """Every weight to the last bit, under NF4 too; a checkpoint of that run is refused by a run from another start."""
+    first = caption_trainer(miniature_dir, processor, rows, config(tmp_path / "first", max_steps=1))
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    asked = ModelArguments(str(miniature_dir), adapter=str(tmp_path / "adapter"))
+    second = caption_trainer(
+        miniature_dir, processor, rows, config(tmp_path / "second"), read_trained_adapter(asked), lora_alpha=32
+    )
+    before = weights(first)
+    assert weights(second).keys() == before.keys() and any("merger" in name for name in before)
+    assert all(torch.equal(value, before[name]) for name, value in weights(second).items())
+    assert all(value.dtype == torch.float32 for value in weights(second).values())
+    second.train()
+    assert [name for name, value in weights(second).items() if torch.equal(value, before[name])] == []
+    with pytest.raises(CheckpointError, match="adapter None [(]was sha256:"):
+        caption_trainer(miniature_dir, processor, rows, config(tmp_path / "second")).train(
+            str(tmp_path / "second/checkpoint-2")
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_r": 8, "lora_alpha": 4}, "this run's lora_r 8, lora_alpha 4: set --lora_r 32 --lora_alpha 32$"),
+        ({"lora_top_layers": 2, "train_projector": False}, "set --lora_top_layers 6 --train_projector true$"),
+        ({"lora_target_modules": ["q_proj", "v_proj"]}, "set --lora_target_modules down_proj gate_proj k_proj"),
+    ],
+)
+def test_settings_other_than_the_adapters_are_named(miniature_dir, tmp_path, change, message):
+    model = load_model(str(miniature_dir), load_in_4bit=False)
+    get_peft_model(model, lora_config(model, ModelArguments(str(miniature_dir)))).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        read_trained_adapter(ModelArguments(str(miniature_dir), adapter=str(tmp_path), **change))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

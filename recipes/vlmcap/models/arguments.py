@@ -17,6 +17,15 @@ class ModelArguments:
         default="Qwen/Qwen2-VL-2B-Instruct", metadata={"help": "Base model: Hub id or local folder."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the base model on the Hub."})
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter to train further, on other captions for instance: Hub id or local folder. The settings"
+            " lora_r, lora_alpha, lora_top_layers, lora_target_modules and train_projector must be those it was"
+            " trained with; a message names those that are not."
+        },
+    )
+    adapter_revision: str | None = field(default=None, metadata={"help": "Revision of that adapter on the Hub."})
     attn_implementation: str = field(
         default="sdpa",
         metadata={

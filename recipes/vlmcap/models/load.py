@@ -35,6 +35,7 @@ from vlmcap.models.weights import (
     Adapter,
     ModelError,
     check_adapter,
+    expected_tensors,
     find_conversion,
     hub_errors,
     load_weights,
@@ -327,13 +328,53 @@ def check_adapter_of(found: Adapter, name: str, revision: str | None = None, tru
     Raises:
         ModelError: as `check_adapter`, or there is no such base.
     """
+    check_adapter(found, _skeleton_of(name, revision, trust_remote_code), name, revision)
+
+
+def _skeleton_of(name: str, revision: str | None, trust_remote_code: bool = False) -> PreTrainedModel:
     with loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            base = AutoModelForImageTextToText.from_config(
+            return AutoModelForImageTextToText.from_config(
                 config, attn_implementation="eager", trust_remote_code=trust_remote_code
             )
+
+
+def read_trained_adapter(args: ModelArguments) -> Adapter:
+    """The adapter that `args.adapter` names, to be trained further with these settings.
+
+    Raises:
+        ModelError: as `read_adapter` and `check_adapter`; or it was trained with other settings, which are named.
+    """
+    name, revision = args.model_name_or_path, args.model_revision
+    found, base = read_adapter(args.adapter, args.adapter_revision), _skeleton_of(name, revision)
+    depth = base.config.get_text_config().num_hidden_layers
+    wanted, stored = lora_config(base, args), found.config
     check_adapter(found, base, name, revision)
+    layers = stored.layers_to_transform
+    settings = {
+        "lora_r": (wanted.r, stored.r),
+        "lora_alpha": (wanted.lora_alpha, stored.lora_alpha),
+        "lora_top_layers": (args.lora_top_layers, depth if layers is None else len(layers)),
+        "lora_target_modules": (sorted(wanted.target_modules), sorted(stored.target_modules)),
+        "train_projector": (args.train_projector, bool(stored.modules_to_save)),
+    }
+    changed = {key: pair for key, pair in settings.items() if pair[0] != pair[1]}
+    if changed:
+        asked = ", ".join(f"{key} {value}" for key, (value, _) in changed.items())
+        words = {key: " ".join(v) if isinstance(v, list) else str(v).lower() for key, (_, v) in changed.items()}
+        raise ModelError(
+            f"adapter {found.name} was trained with other settings than this run's {asked}: set"
+            f" {' '.join(f'--{key} {value}' for key, value in words.items())}"
+        )
+    odd = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern") if getattr(stored, key)]
+    expected = expected_tensors(_skeleton_of(name, revision), wanted, found.name)
+    if odd or expected != found.tensors:
+        raise ModelError(
+            f"adapter {found.name} cannot be trained further: {odd[0] if odd else 'the weights that it has'} is not"
+            " what this recipe trains (one rank on all the layers from lora_top_layers on, and the projector)"
+        )
+    return found
 
 
 def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:

@@ -39,8 +39,9 @@ class Run:
 
     def config(self, model_args) -> dict:
         """The settings that the model card prints; `model_args` is the dataclass of what is loaded and trained."""
-        names = {key: public_name(value) for key, value in asdict(model_args).items() if key.endswith("name_or_path")}
-        return asdict(model_args) | self.settings | names
+        settings = asdict(model_args)
+        names = [key for key in settings if key.endswith("name_or_path") or (key == "adapter" and settings[key])]
+        return settings | self.settings | {key: public_name(settings[key]) for key in names}
 
 
 def begin(args: TrainingArguments, reported: Sequence[str], **groups: dict) -> Run:

@@ -76,6 +76,9 @@ class MeasuredTrainer:
     built and has `validate`, the scores of the model as it is."""
 
     def start_measuring(self) -> None:
+        # `caption_loss` takes labels as long as the logits. transformers would leave the first of each row out of
+        # `num_items_in_batch` where a model's own loss shifts them (BLIP), and the loss would be too large.
+        self._loss_shifts_labels = False
         self.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.clock = RunClock()
         self.add_callback(self.clock)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from vlmcap.evaluation.generate import weights_hash
 from vlmcap.models.load import ModelError, free_frozen_parts
+from vlmcap.models.weights import Adapter
 from vlmcap.training import shared_prefix
 from vlmcap.training.arguments import CaptionSFTFields
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
@@ -47,6 +49,7 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
         bad_images: the list of unreadable pictures.
         features: cached image features of the rows, for the shared-prefix engine. The model's vision encoder is then
             taken out.
+        adapter: trained weights to start from, of the same shapes as those of `peft_config`.
         validation: scores the model at every evaluation (`eval_strategy`), as "eval_cider_d" and so on.
     """
 
@@ -63,6 +66,7 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
         peft_config: PeftConfig,
         features: FeatureCache | None = None,
         validation: CaptionValidation | None = None,
+        adapter: Adapter | None = None,
     ):
         self.rows, self.bad_images, self.validation = rows, bad_images, validation
         examples = caption_examples(rows, args.captions_per_image)
@@ -81,6 +85,9 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
             feed_features(model)
         set_seed(args.seed)  # of LoRA's weights
         model = get_peft_model(model, peft_config)
+        self.started_from = adapter and weights_hash(adapter.folder)
+        if adapter is not None:
+            start_from(model, adapter)
         trained = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
         with warnings.catch_warnings():
             # TRL warns that smoothing costs it a second forward and will go; `compute_loss` below needs neither.
@@ -112,7 +119,8 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
         self.start_measuring()
 
     def _order(self) -> dict:
-        return super()._order() | {"image sizes": hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest()}
+        sizes = hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest()
+        return super()._order() | {"image sizes": sizes, "adapter": self.started_from}
 
     def _get_train_sampler(self, train_dataset=None) -> SimilarSizeSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -137,3 +145,11 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         return self.validation(model)
+
+
+def start_from(model: PeftModel, adapter: Adapter) -> None:
+    """Puts the weights of an adapter into a model that is to train them, in float32 as they were trained."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    set_peft_model_state_dict(model, load_peft_weights(str(adapter.folder), device="cpu"))
