@@ -222,13 +222,17 @@ def as_transformers_4_writes_it(model, folder):
 
 
 def test_transformers_4_says_the_same(
-    fresh_python, transformers_4, adapter, pictures, miniature_dir, repo_root, tmp_path, capsys
+    fresh_python, transformers_4, adapter, pictures, measured, miniature_dir, repo_root, tmp_path, capsys, monkeypatch
 ):
-    """Adapters of Qwen2-VL and BLIP, a model of ViT and GPT-2, with what the recipes save beside them."""
+    """Adapters of Qwen2-VL (merged too) and BLIP, a model of ViT and GPT-2, with what the recipes save beside them."""
     from vlmcap.training.start import name_special_tokens
 
     base = as_transformers_4_writes_it(miniature_dir, tmp_path / "base")
-    code = [code_of(miniature_dir, adapter, None)[0].replace(repr(str(miniature_dir)), repr(str(base)))]
+    code = [
+        block.replace(repr(str(miniature_dir)), repr(str(base))) for block in code_of(miniature_dir, adapter, "nf4")
+    ]
+    code.append('model = AutoModelForImageTextToText.from_pretrained("merged", dtype="float32")')
+    code.append('processor = AutoProcessor.from_pretrained("merged")\n' + code[0][code[0].index("prompt = ") :])
     for recipe in ("sft_blip_vi", "sft_vit_gpt2_food"):
         folder = tmp_path / recipe / "trained"
         folder.parent.mkdir()
@@ -236,9 +240,11 @@ def test_transformers_4_says_the_same(
         name_special_tokens(folder)
         code.append(without_vlmcap(recipe).replace('"user/Llama-x"', repr(str(folder))))
     code = "\n".join(code).replace('"photo.jpg"', repr(str(pictures[0])))
+    monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     exec(code, {})
     said = capsys.readouterr().out
-    assert len(said.splitlines()) == 3
+    assert said.splitlines()[:2] == [measured[0]] * 2 and len(said.splitlines()) == 4
     check = f"import transformers; assert transformers.__version__ == {OLDEST['transformers']!r}\n"
-    assert fresh_python(check + code, env={"PYTHONPATH": transformers_4}) == said
+    (tmp_path / "other").mkdir()
+    assert fresh_python(check + code, folder=tmp_path / "other", env={"PYTHONPATH": transformers_4}) == said

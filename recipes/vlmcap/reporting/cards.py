@@ -471,6 +471,10 @@ UNPACKED = """
 for module in model.modules():  # as in training on every CPU, see bitsandbytes issue 2078
     module.support_avx512bf16_for_cpu = False"""
 
+DEQUANTISED = """.dequantize()
+for config in (model.config, model.config.text_config, model.config.vision_config):
+    vars(config).pop("_pre_quantization_dtype", None)  # transformers 4 leaves it, and cannot save it"""
+
 
 def _loaded(metrics: dict, repo: str) -> dict[str, str]:
     """What the templates of code are filled with; what belongs to NF4 is empty where the base was not quantised."""
@@ -483,7 +487,7 @@ def _loaded(metrics: dict, repo: str) -> dict[str, str]:
         "nf4": NF4.format(dtype, unquantised),
         "quantised": "\n    quantization_config=nf4,",
         "unpacked": UNPACKED,
-        "dequantised": ".dequantize()",
+        "dequantised": DEQUANTISED,
     }
     filled = nf4 if model["quantization"] else dict.fromkeys(nf4, "")
     return filled | {"base": _quoted(_name(model["id"])), "repo": _quoted(repo), "revision": revision, "dtype": dtype}
