@@ -50,10 +50,9 @@ def main(
     from transformers import set_seed
 
     from vlmcap.evaluation.generate import model_record
-    from vlmcap.evaluation.tokenise import tokenizer_signature
     from vlmcap.models.blip import add_lora, learn_vietnamese, load_blip, load_blip_adapter
     from vlmcap.models.load import resolve_revision
-    from vlmcap.reporting.recipe import begin, finish_captioner
+    from vlmcap.reporting.recipe import begin, check_base_captions, finish_captioner
     from vlmcap.training.captioner import (
         REPORTED_SETTINGS,
         CaptionerTrainer,
@@ -70,7 +69,6 @@ def main(
 
     # Data: one row an image.
     splits = load_splits(data_args, run.output_dir, training_args.eval_strategy != "no", run.seed)
-    tokenizer_signature(data_args.tokenizer)
 
     # Model: the vision encoder frozen, LoRA on the decoder's attention, embeddings of the new pieces trained.
     name, revision = model_args.model_name_or_path, model_args.model_revision
@@ -78,6 +76,7 @@ def main(
     names = (name, model_args.model_revision)
     set_seed(run.seed)
     model, processor = load_blip(*names)
+    check_base_captions(run, data_args, beam_args, splits, processor, model_record(model, *names))
     captions = [caption for captions in splits.train["captions"] for caption in captions]
     processor = learn_vietnamese(processor, captions, model_args.new_pieces)
     lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)

@@ -57,7 +57,6 @@ class DataArguments(SplitArguments):
             "help": "Whether the base model saw STAIR, YJ Captions and COCO: unknown, no or train. Goes into the card."
         },
     )
-    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
     lexicon: str = field(
         default="coco_ja", metadata={"help": "Things the audit looks for in captions: coco_ja or a YAML file."}
     )
@@ -112,10 +111,16 @@ def main(
     import torch
     from accelerate import PartialState
 
+    from vlmcap.data.images import references_of
     from vlmcap.evaluation.audit import read_instances, write_audit
-    from vlmcap.evaluation.generate import decoding_record, generate, image_size_record, model_record
+    from vlmcap.evaluation.generate import (
+        check_predictions,
+        decoding_record,
+        generate,
+        image_size_record,
+        model_record,
+    )
     from vlmcap.evaluation.lexicon import Lexicon
-    from vlmcap.evaluation.tokenise import tokenizer_signature
     from vlmcap.models.load import (
         chat_prompt,
         load_adapter,
@@ -145,7 +150,6 @@ def main(
     splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images)
 
     # What scores and audit will read hours later is read now.
-    tokenizer_signature(data_args.tokenizer)
     decoding_record(generation_args)
     things = Lexicon(data_args.lexicon)
     if data_args.instances:
@@ -162,6 +166,17 @@ def main(
         further = read_trained_adapter(model_args)
         model_args = replace(model_args, adapter_revision=further.revision)
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
+
+    # The base's captions, of another run perhaps, must be such that they can be taken or continued after training.
+    test_set = splits.record | {"split": data_args.test_split}
+    saw = dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw)
+    saw["note"] = "As stated in the configuration (base_saw)."
+    base_record = {"model": model_record(model, *names), "dataset": test_set, "saw": saw}
+    asked = {"prompt": generation_args.prompt, "images": len(splits.test)}
+    asked |= decoding_record(generation_args) | image_size_record(processor)
+    base_dir = base_folder(run.output_dir, data_args.base_dir, base_record | asked)
+    check_predictions(processor, base_dir / "predictions.jsonl", generation_args, base_record)
+
     features = validation_features = validation = None
     if training_args.cache_image_features:
         cache = partial(cache_features, Path(training_args.cache_image_features), model, processor)
@@ -191,8 +206,6 @@ def main(
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
     save_trained(trainer, adapter_dir, splits, run.config(model_args))
-    train_set, test_set = splits.record, splits.record | {"split": data_args.test_split}
-
     del trainer, model
     gc.collect()
     torch.cuda.empty_cache()
@@ -200,16 +213,10 @@ def main(
 
     # Evaluation: the base and the adapter as they lie on disk, on the same images with the same decoding.
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    saw = dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw)
-    saw["note"] = "As stated in the configuration (base_saw)."
-    record = {"model": model_record(model, *names), "dataset": test_set, "saw": saw}
-    asked = {"prompt": generation_args.prompt, "images": len(splits.test)}
-    asked |= decoding_record(generation_args) | image_size_record(processor)
-    base_dir = base_folder(run.output_dir, data_args.base_dir, record | asked)
-    generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, record)
+    generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, base_record)
 
     model = load_adapter(model, str(adapter_dir))
-    if train_set["corpus"] == "stair":
+    if splits.record["corpus"] == "stair":
         yj = "train images" if any(splits.train["in_yj"]) else data_args.base_saw
         saw = {"STAIR": "train", "YJ": yj, "COCO": "train images"}
         saw["note"] = "Fine-tuned on the training split, photographs of COCO; else what the base model saw."
@@ -223,10 +230,9 @@ def main(
 
     # Scores, audits, model card, a page of samples
     metrics = write_both_metrics(base_dir, adapter_dir, splits.test, data_args.tokenizer)
-    references = dict(zip(map(str, splits.test["image_id"]), splits.test["captions"], strict=True))
     audit = partial(
         write_audit,
-        references=references,
+        references=references_of(splits.test),
         lexicon=data_args.lexicon,
         instances=data_args.instances or [],
         count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),

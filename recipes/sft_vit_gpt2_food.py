@@ -50,9 +50,8 @@ def main(
     import torch
     from accelerate import PartialState
 
-    from vlmcap.evaluation.tokenise import tokenizer_signature
     from vlmcap.models.vit_gpt2 import build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
-    from vlmcap.reporting.recipe import begin, finish_captioner
+    from vlmcap.reporting.recipe import begin, check_base_captions, finish_captioner
     from vlmcap.training.captioner import (
         REPORTED_SETTINGS,
         CaptionerTrainer,
@@ -72,11 +71,11 @@ def main(
 
     # Data: one row an image.
     splits = load_splits(data_args, run.output_dir, training_args.eval_strategy != "no", run.seed)
-    tokenizer_signature(data_args.tokenizer)
 
     # Model: a pretrained ViT and a pretrained GPT-2 with new cross-attention; what is not studied is frozen.
     model_args = resolve_parts(model_args)
     model, processor = build_vit_gpt2(model_args, run.seed)
+    check_base_captions(run, data_args, beam_args, splits, processor, two_part_record(model, model_args))
     freeze(model, model_args)
     captions = [caption for captions in splits.train["captions"] for caption in captions]
     lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)

@@ -54,10 +54,9 @@ def main(
     from accelerate import PartialState
     from transformers import set_seed
 
-    from vlmcap.evaluation.tokenise import tokenizer_signature
     from vlmcap.models.vit_llama import add_lora, build_vit_llama, load_vit_llama
     from vlmcap.reporting.hub import check_llama_name
-    from vlmcap.reporting.recipe import begin, finish_captioner
+    from vlmcap.reporting.recipe import begin, check_base_captions, finish_captioner
     from vlmcap.training.captioner import (
         REPORTED_SETTINGS,
         CaptionerTrainer,
@@ -77,11 +76,11 @@ def main(
 
     # Data: one row an image.
     splits = load_splits(data_args, run.output_dir, training_args.eval_strategy != "no", run.seed)
-    tokenizer_signature(data_args.tokenizer)
 
     # Model: frozen ViT, frozen Llama with LoRA, and between them a projection that is trained in full.
     model_args = resolve_parts(model_args)
     model, processor = build_vit_llama(model_args, run.seed)
+    check_base_captions(run, data_args, beam_args, splits, processor, two_part_record(model, model_args))
     captions = [caption for captions in splits.train["captions"] for caption in captions]
     lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)
     set_seed(run.seed)

@@ -37,8 +37,12 @@ from vlmcap.evaluation.arguments import HELD_BACK
 
 @dataclass
 class AuditArguments:
-    predictions: str | None = field(default=None, metadata={"help": 'Captions, JSONL lines {"image_id", "caption"}.'})
-    references: str | None = field(default=None, metadata={"help": 'References, JSONL {"image_id", "captions"}.'})
+    predictions: str | None = field(
+        default=None, metadata={"help": 'Captions, JSONL lines {"image_id", "caption"} or COCO\'s results list.'}
+    )
+    references: str | None = field(
+        default=None, metadata={"help": 'References, JSONL {"image_id", "captions"} or COCO\'s captions_*.json.'}
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "Published dataset with the references instead: Hub id or local folder."}
     )
@@ -68,17 +72,11 @@ class AuditArguments:
 
 
 def load_rows(dataset: str, split: str, image_dir: str | None):
-    """A split with its pictures where they are at hand, without them otherwise."""
-    import datasets
+    """A split with its pictures where they are at hand, without them otherwise; empty captions are left out."""
+    from vlmcap.data import images
 
-    from vlmcap.data.images import DatasetError, load_captions
-
-    try:
-        return load_captions(dataset, split, image_dir)
-    except DatasetError:
-        if image_dir:
-            raise
-        return datasets.load_dataset(dataset, split=split)
+    rows = images.load_captions(dataset, split, image_dir) if image_dir else images.load_rows(dataset, split)
+    return images.without_empty_captions(rows)[0]
 
 
 def main(args: AuditArguments) -> None:
@@ -87,8 +85,9 @@ def main(args: AuditArguments) -> None:
 
     from transformers import AutoTokenizer
 
+    from vlmcap.data.images import dataset_references
     from vlmcap.evaluation.audit import audit_table, read_audit, write_audit, write_review_queue
-    from vlmcap.evaluation.scoring import dataset_references, read_references
+    from vlmcap.evaluation.scoring import read_references
 
     if args.compare:
         print(audit_table({path: read_audit(path) for path in args.compare}))

@@ -50,7 +50,11 @@ class CompareArguments:
     split: str | None = field(default=None, metadata={"help": "Split of --dataset; default: the one scored."})
     image_dir: str | None = field(default=None, metadata={"help": "Folder of photographs, for a --dataset without."})
     references: str | None = field(
-        default=None, metadata={"help": 'References, JSONL lines {"image_id", "captions"}, instead of the dataset\'s.'}
+        default=None,
+        metadata={
+            "help": 'References, JSONL lines {"image_id", "captions"} or COCO\'s captions_*.json, instead of the'
+            " dataset's."
+        },
     )
     max_gallery_images: int = field(
         default=500,

@@ -19,14 +19,18 @@ r"""Score captions against references, with signatures, intervals and a register
     # SPICE (English) and JaSPICE (Japanese) by services of your own
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer english \
         --spice_url http://127.0.0.1:8080/spice
-    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --jaspice_url http://127.0.0.1:8080
+    python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --jaspice_url http://127.0.0.1:2115
 
     # BLEU, ROUGE-L, CIDEr-D and chrF alone, as fast as can be; all of it from a file
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --no_meteor --resamples 0 \
         --no_register_normalised
     python scripts/eval_captioning.py --config eval.yaml
 
-Predictions are lines {"image_id", "caption"}, references lines {"image_id", "captions": [...]}. If the run record that
+    # COCO's own formats: a results list, and the annotations of the images in it
+    python scripts/eval_captioning.py --predictions results.json --references captions_val2014.json --tokenizer english
+
+Predictions are lines {"image_id", "caption"} or COCO's results [{"image_id", "caption"}, ...], references lines
+{"image_id", "captions": [...]} or COCO's captions_*.json; both must be of the same images. If the run record that
 scripts/infer_baseline.py writes lies beside the predictions (predictions.run.json), it goes into metrics.json too.
 
 METEOR is Java's: `java` on the PATH and meteor-1.5.jar, named by $VLMCAP_METEOR_JAR or found in an installed
@@ -35,27 +39,31 @@ A score that cannot be computed is left out, and a notice says why.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vlmcap.arguments import run_main
 from vlmcap.evaluation.scoring import (
     ScoreError,
     ScoreOptions,
-    dataset_references,
     read_references,
     score_table,
     write_idf,
     write_metrics,
 )
 from vlmcap.evaluation.tokenise import TOKENIZERS
+from vlmcap.files import check_writable
 
 
 @dataclass
 class EvalArguments:
     predictions: str | None = field(
-        default=None, metadata={"help": 'Predictions, JSONL lines {"image_id", "caption"}.'}
+        default=None, metadata={"help": 'Predictions, JSONL lines {"image_id", "caption"} or COCO\'s results list.'}
     )
     references: str | None = field(
-        default=None, metadata={"help": 'References, JSONL lines {"image_id", "captions"}; or give --dataset.'}
+        default=None,
+        metadata={
+            "help": 'References, JSONL lines {"image_id", "captions"} or COCO\'s captions_*.json; or give --dataset.'
+        },
     )
     dataset: str | None = field(
         default=None, metadata={"help": "Published dataset with the references instead: Hub id or local folder."}
@@ -74,9 +82,12 @@ def main(args: EvalArguments, options: ScoreOptions) -> None:
         raise ScoreError("give the references either as --references FILE or as --dataset ID_OR_DIR, one of the two")
     if (args.predictions is None) == (args.write_idf is None):
         raise ScoreError("give either --predictions FILE to score or --write_idf FILE to write an idf, one of the two")
+    check_writable(Path(args.write_idf or args.output).parent)
     if args.references is not None:
         references = read_references(args.references)
     else:
+        from vlmcap.data.images import dataset_references  # takes 3 s, which scoring from files need not wait for
+
         references = dataset_references(args.dataset, args.split, args.dataset_revision)
     if args.write_idf:
         frequencies = write_idf(references, args.write_idf, args.tokenizer)

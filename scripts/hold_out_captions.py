@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.scoring import ScoreError, dataset_references, read_references
+from vlmcap.evaluation.scoring import ScoreError, read_references
 
 
 @dataclass
 class HoldOutArguments:
     output_dir: str = field(metadata={"help": "Folder for predictions.jsonl and references.jsonl."})
-    references: str | None = field(default=None, metadata={"help": 'Captions, JSONL lines {"image_id", "captions"}.'})
+    references: str | None = field(
+        default=None, metadata={"help": 'Captions, JSONL lines {"image_id", "captions"} or COCO\'s captions_*.json.'}
+    )
     dataset: str | None = field(default=None, metadata={"help": "Published dataset instead: Hub id or local folder."})
     split: str = field(default="test", metadata={"help": "Split of --dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of --dataset on the Hub."})
@@ -36,6 +38,8 @@ def main(args: HoldOutArguments) -> None:
     if args.references:
         captions = read_references(args.references)
     else:
+        from vlmcap.data.images import dataset_references
+
         captions = dataset_references(args.dataset, args.split, args.dataset_revision)
     chosen = {image_id: texts for image_id, texts in captions.items() if len(texts) >= args.min_captions}
     folder = Path(args.output_dir)

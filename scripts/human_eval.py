@@ -40,7 +40,9 @@ from vlmcap.evaluation.scoring import read_predictions
 
 @dataclass
 class ExportArguments:
-    systems: list[str] = field(metadata={"help": "Systems to compare, each as NAME=predictions.jsonl."})
+    systems: list[str] = field(
+        metadata={"help": "Systems to compare, each as NAME=FILE (predictions.jsonl or COCO's results list)."}
+    )
     dataset: str = field(metadata={"help": "Caption dataset with the images: Hub id or folder."})
     output_dir: str = field(metadata={"help": "Folder to write, e.g. outputs/human."})
     split: str = field(default="test", metadata={"help": "Split of the dataset."})

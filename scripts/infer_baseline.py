@@ -22,7 +22,8 @@ there. It is asked with the one short Japanese prompt that all share, or with it
 BLIP and BLIP-2 take no prompt: they only caption, in English.
 
 Some need an environment of their own, which is built with uv and kept, and run code of their authors. That happens
-with --trust_remote_code alone, and at a commit that you name (after reading it):
+with --trust_remote_code alone, and at a commit that you name (after reading it). They are experimental: their runners
+have never seen the model's weights.
 
     python scripts/infer_baseline.py --baseline asagi_2b --trust_remote_code --model_revision COMMIT \\
         --dataset you/stair-captions-ja --image_dir images --output outputs/asagi/predictions.jsonl
@@ -141,7 +142,7 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     import torch
     from accelerate import PartialState
 
-    from vlmcap.data.images import check_images, dataset_record, load_captions
+    from vlmcap.data.images import check_images, dataset_record, load_captions, references_of
     from vlmcap.evaluation.baselines import (
         BaselineError,
         check_remote_code,
@@ -154,6 +155,7 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     )
     from vlmcap.evaluation.generate import generate, model_record
     from vlmcap.evaluation.isolated import generate_isolated, isolated_record, start_isolated
+    from vlmcap.evaluation.scoring import check_references
     from vlmcap.models.load import (
         check_adapter_of,
         load_adapter,
@@ -188,6 +190,8 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     rows = load_captions(args.dataset, args.split, args.image_dir, dataset["revision"])
     if args.max_images:
         rows = rows.select(range(min(args.max_images, len(rows))))
+    if args.prompts:
+        check_references(references_of(rows), args.tokenizer, f"{args.dataset} ({args.split})")
     check_images(rows, args.split)
     said = {"STAIR": args.saw_stair, "YJ": args.saw_yj, "COCO": args.saw_coco}
     record = {"dataset": dataset, "saw": saw_record(row, said, adapter=bool(adapter))}

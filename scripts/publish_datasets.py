@@ -3,8 +3,9 @@
 The corpora: stair (STAIR Captions) and yj (YJ Captions), Japanese; uit_viic (UIT-ViIC), Vietnamese; food_titles (dish
 titles of Food Ingredients and Recipes), English. `stair` as the first word is short for `--source stair`.
 
-STAIR Captions and YJ Captions as released (downloaded once, cached by the datasets library), captions and image
-addresses only. Splits like Karpathy's in size; with Karpathy's own ids scores compare with published ones:
+STAIR Captions and YJ Captions as released, captions and image addresses only. The archives are downloaded once,
+compared with their known git blob ids and cached by the datasets library; --latest_archives takes a newer release.
+Splits like Karpathy's in size; with Karpathy's own ids scores compare with published ones:
 
     python scripts/publish_datasets.py stair --tokenizer Qwen/Qwen2-VL-2B-Instruct \\
         --output_dir outputs/stair --karpathy dataset_coco.json

@@ -1,4 +1,7 @@
-"""The one base of the errors that a user can mend."""
+"""The one base of the errors that a user can fix, and notices, which stop nothing."""
+
+import os
+import sys
 
 
 class UserError(ValueError):
@@ -6,3 +9,9 @@ class UserError(ValueError):
 
     Scripts and recipes end with the message instead of a traceback, see `vlmcap.arguments.run_main`.
     """
+
+
+def notice(text: str) -> None:
+    """Prints a line to stderr, from the first process of a launcher alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)

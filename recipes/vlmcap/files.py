@@ -1,6 +1,8 @@
 """Files that are whole or not there."""
 
+import hashlib
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -20,3 +22,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         new.unlink(missing_ok=True)
         raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError unless a file can be made in the folder or, where it does not exist, in the nearest that does."""
+    with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
+        pass
+
+
+def git_blob_id(content: bytes) -> str:
+    """What git calls a file of this content (`git hash-object`): the SHA-1 of `blob SIZE\\0` and the content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -5,7 +5,6 @@ several commits (huggingface_hub 2.4, `_upload_pipeline.py`); between two of the
 """
 
 import fnmatch
-import hashlib
 import json
 import logging
 import time
@@ -18,14 +17,21 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, get_session
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import DatasetInfo, ModelInfo, SpaceInfo
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    DEFAULT_IGNORE_PATTERNS,
+    filter_repo_objects,
+    parse_ratelimit_headers,
+    validate_repo_id,
+)
 
 from vlmcap.credentials import redact
 from vlmcap.errors import UserError
+from vlmcap.files import git_blob_id
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +99,7 @@ def push_folder(
         patiently(lambda: card.validate(repo_type))
         step = "creating the repository"
         before = patiently(lambda: _look_or_create(api, repo, private))
-        if before.private != private:
-            there, asked = ("public", "private") if private else ("private", "public")
-            raise ValueError(
-                f"the repository exists and is {there}, but {asked} was asked for. Change its visibility in its "
-                f"settings on the Hub, or {'pass' if private else 'leave out'} --public"
-            )
+        _check_visibility(before, private)
         step = "uploading the files"
 
         def commit() -> str:
@@ -130,20 +131,41 @@ def push_folder(
     return f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}", revision
 
 
-def check_push_rights(repo_id: str | None) -> None:
-    """Raises PushError unless the Hub's token may write to `repo_id`'s namespace: asked before hours of work."""
+def check_push_rights(
+    repo_id: str | None, option: str = "--hub_model_id", repo_type: RepoType = "model", private: bool = True
+) -> None:
+    """Asks before hours of work whether `push_folder` may do what it will do then.
+
+    Args:
+        option: the one that names `repo_id`, for the error's message.
+
+    Raises:
+        PushError: `repo_id` is no name of a repository, the Hub's token may not write to its namespace, or the
+            repository exists with another visibility.
+    """
     if not repo_id or "/" not in repo_id:
-        raise PushError(f"--push_to_hub needs --hub_model_id USER/NAME, not {repo_id!r}")
+        raise PushError(f"--push_to_hub needs {option} USER/NAME, not {repo_id!r}")
+    api = HfApi()
     try:
-        account = patiently(HfApi().whoami)
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise PushError(f"{option} {repo_id}: {str(error).splitlines()[0]}") from error
+    try:
+        account = patiently(api.whoami)
     except FAILURES as error:
         mend = "`hf auth login` logs in" if is_refused(error) else "start again when it can, or without --push_to_hub"
         raise PushError(f"--push_to_hub: the Hub does not say who you are: {reason(error)}; {mend}") from error
     namespaces = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if repo_id.split("/")[0] not in namespaces:
-        raise PushError(f"--hub_model_id {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")
+        raise PushError(f"{option} {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PushError(f"--push_to_hub: the token of {account['name']} may only read; log in with one that may write")
+    try:
+        _check_visibility(patiently(lambda: api.repo_info(repo_id, repo_type=repo_type)), private)
+    except RepositoryNotFoundError:
+        return  # the push will make it
+    except FAILURES as error:
+        raise PushError(f"{option} {repo_id}: {reason(error)}") from error
 
 
 def patiently(call: Callable[[], T]) -> T:
@@ -225,6 +247,15 @@ def is_refused(error: Exception) -> bool:
     return isinstance(cause, LocalTokenNotFoundError)
 
 
+def _check_visibility(there: RepoInfo, private: bool) -> None:
+    if there.private != private:
+        is_now, asked = ("public", "private") if private else ("private", "public")
+        raise ValueError(
+            f"the repository exists and is {is_now}, but {asked} was asked for. Change its visibility in its "
+            f"settings on the Hub, or {'pass' if private else 'leave out'} --public"
+        )
+
+
 def _look_or_create(api: HfApi, repo: dict, private: bool) -> RepoInfo:
     try:
         return api.repo_info(**repo)
@@ -256,8 +287,8 @@ def _is_same(file: CommitOperationAdd, sibling) -> bool:
         return False
     if sibling.lfs:
         return sibling.lfs.sha256 == file.upload_info.sha256.hex()
-    with file.as_file() as content:  # as git names a file
-        return sibling.blob_id == hashlib.sha1(b"blob %d\0" % sibling.size + content.read()).hexdigest()
+    with file.as_file() as content:
+        return sibling.blob_id == git_blob_id(content.read())
 
 
 def _state(api: HfApi, repo: dict, before: RepoInfo | None, changes: Callable[[RepoInfo], list]) -> str:

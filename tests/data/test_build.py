@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from vlmcap.data import build as build_module
 from vlmcap.data.build import PublishArguments, build, publish, push
 from vlmcap.data.sources import DataError
+from vlmcap.upload import PushError
 
 CAPTIONS = ("白い犬が浜辺を走る", "波打ち際に犬が一匹いる。")
 
@@ -313,6 +314,13 @@ def test_a_failed_push_keeps_the_folder_and_says_how_to_go_on(world, hub, tmp_pa
     hub.faults.clear()
     url, _ = push(world().output_dir, "user/captions")
     assert url.endswith("/datasets/user/captions")
+
+
+def test_a_push_that_would_be_refused_stops_before_the_build(world, hub):
+    HfApi().create_repo("user/captions", repo_type="dataset", private=False)
+    with pytest.raises(PushError, match="--repo_id user/captions: the repository exists and is public"):
+        publish(world("yj", push_to_hub=True, repo_id="user/captions"))
+    assert not Path(world().output_dir).exists()
 
 
 def test_publish_prints_what_was_built(world, capsys):

@@ -1,5 +1,7 @@
 """Loading published datasets with their pictures, and everything that must stop a run before it begins."""
 
+import io
+
 import datasets
 import pytest
 from PIL import Image
@@ -10,9 +12,13 @@ from vlmcap.data.images import (
     check_images,
     check_no_overlap,
     dataset_record,
+    dataset_references,
     load_captions,
+    load_rows,
     missing_files,
     open_image,
+    references_of,
+    without_empty_captions,
 )
 
 
@@ -78,6 +84,65 @@ def test_rows_without_a_name_or_a_picture_are_refused(tmp_path):
         rows.to_parquet(tmp_path / "x/data/test-00000-of-00001.parquet")
         with pytest.raises(DatasetError, match=message):
             load_captions(str(tmp_path / "x"), "test")
+
+
+def png(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (28, 28), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def row_per_caption(folder, **changed) -> str:
+    """A dataset of two images in five rows, the images' rows mixed, with embedded pictures and an empty row."""
+    red, blue = ({"bytes": png(colour), "path": None} for colour in ("red", "blue"))
+    columns = {
+        "image": [red, blue, red, blue, red],
+        "image_id": [7, 3, 7, 3, 7],
+        "file_name": ["a.png", "b.png", "a.png", "b.png", "a.png"],
+        "captions": [["赤"], ["青", "青い紙"], None, ["青色"], ["赤い紙", None]],
+        "caption_ids": [[1], [2, 3], [], [4], [5, 6]],
+    } | changed
+    features = datasets.Dataset.from_dict(columns).features | {"image": datasets.Image(decode=False)}
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features({name: features[name] for name in columns}))
+    rows.to_parquet(folder / "rows/data/test-00000-of-00001.parquet")
+    return str(folder / "rows")
+
+
+def test_rows_of_one_image_become_one(tmp_path, capfd):
+    dataset = row_per_caption(tmp_path)
+    rows = load_captions(dataset, "test")
+    assert capfd.readouterr().err.endswith(f"{dataset} (test): 5 rows of 2 images, grouped by image_id\n")
+    assert rows["image_id"][:] == [7, 3] and rows["file_name"][:] == ["a.png", "b.png"]
+    assert references_of(rows) == {"7": ["赤", "赤い紙", ""], "3": ["青", "青い紙", "青色"]}
+    assert rows["caption_ids"][:] == [[1, 5, 6], [2, 3, 4]]
+    assert [open_image(row).getpixel((0, 0)) for row in rows] == [(255, 0, 0), (0, 0, 255)]
+    assert dataset_references(dataset, "test") == references_of(rows) == references_of(load_rows(dataset, "test"))
+    without, left_out = without_empty_captions(rows)
+    assert references_of(without) == {"7": ["赤", "赤い紙"], "3": ["青", "青い紙", "青色"]}
+    assert left_out == {"captions": 1, "images": 0}
+
+
+def test_rows_of_one_image_that_disagree_are_refused(tmp_path):
+    names = ["a.png", "b.png", "c.png", "b.png", "a.png"]
+    both = "rows 0 and 2 both have the image_id 7 and differ in file_name"
+    dataset = row_per_caption(tmp_path, file_name=names)
+    for read in (load_captions, dataset_references):
+        with pytest.raises(DatasetError, match=rf"rows \(test\): {both}\. Give every image an id"):
+            read(dataset, "test")
+    pictures = [{"bytes": png(colour), "path": None} for colour in ("red", "blue", "red", "white", "red")]
+    with pytest.raises(DatasetError, match="rows 1 and 3 both have the image_id 3 and differ in image"):
+        load_captions(row_per_caption(tmp_path, image=pictures), "test")
+
+
+def test_empty_captions_are_left_out_and_counted(tmp_path):
+    captions = [["犬", "", "白い 犬"], [], [" \n", "\u3000", "\u200b"], ["猫"], ["👍"]]
+    columns = {"image_id": [1, 2, 3, 4, 5], "file_name": list("abcde"), "captions": captions}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "x/data/train-00000-of-00001.parquet")
+    rows, left_out = without_empty_captions(load_rows(str(tmp_path / "x"), "train"))
+    assert references_of(rows) == {"1": ["犬", "白い 犬"], "4": ["猫"], "5": ["👍"]}
+    assert left_out == {"captions": 4, "images": 2}
+    again, left_out = without_empty_captions(rows)
+    assert again is rows and left_out == {"captions": 0, "images": 0}
 
 
 def test_overlap_is_refused(folder):

@@ -2,16 +2,18 @@
 
 import io
 import json
+import subprocess
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from vlmcap.data import sources
-from vlmcap.data.sources import DataError, download_archive, read_rows
+from vlmcap.data.sources import Archive, DataError, download_archive, read_rows
 
 
 def coco(images: list[dict], captions: list[tuple[int, int, str]], **rest) -> dict:
@@ -235,19 +237,31 @@ def file_server(tmp_path):
     server.shutdown()
 
 
-def test_official_archives_are_downloaded_once(tmp_path, file_server, monkeypatch):
+def test_official_archives_are_downloaded_once_and_compared(tmp_path, file_server, monkeypatch):
     folder, address = file_server
-    make_zip(folder / "yj.zip", {"yj_clean.json": json.dumps(GOOD).encode()})
-    monkeypatch.setitem(sources.ARCHIVES, "yj", f"{address}/yj.zip")
-    for _ in range(2):
-        rows, _ = read_rows([download_archive("yj", cache_dir=tmp_path / "cache")], "yj")
-        assert [row["captions"] for row in rows] == [["空"]]
-    assert CountingHandler.gets == ["/yj.zip"]
+    for commit, caption in (("c0ffee", "空"), ("master", "海")):
+        (folder / commit).mkdir()
+        document = coco([{"id": 1}], [(1, 1, caption)])
+        make_zip(folder / commit / "yj.zip", {"yj_clean.json": json.dumps(document).encode()})
+    known = subprocess.run(
+        ["git", "hash-object", "--no-filters", folder / "c0ffee/yj.zip"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    archive = Archive(f"{address}/{{commit}}/yj.zip", "c0ffee", known)
+    monkeypatch.setitem(sources.ARCHIVES, "yj", archive)
+    for latest, captions in ((False, ["空"]), (False, ["空"]), (True, ["海"])):
+        path, url = download_archive("yj", latest, cache_dir=tmp_path / "cache")
+        assert [row["captions"] for row in read_rows([path], "yj")[0]] == [captions]
+        assert url == f"{address}/{'master' if latest else 'c0ffee'}/yj.zip"
+    assert CountingHandler.gets == ["/c0ffee/yj.zip", "/master/yj.zip"]
+
+    monkeypatch.setitem(sources.ARCHIVES, "yj", replace(archive, blob="0" * 40))
+    with pytest.raises(DataError, match=rf"git blob id {known}, the official archive 0{{40}}\..*--latest_archives"):
+        download_archive("yj", cache_dir=tmp_path / "cache")
 
 
 def test_a_download_that_fails_says_what_else_to_do(tmp_path, file_server, monkeypatch):
-    monkeypatch.setitem(sources.ARCHIVES, "stair", f"{file_server[1]}/gone.tar.gz")
-    with pytest.raises(DataError, match=r"gone.tar.gz: the download failed .*--annotations FILE"):
+    monkeypatch.setitem(sources.ARCHIVES, "stair", Archive(f"{file_server[1]}/{{commit}}/gone.tar.gz", "c0ffee", ""))
+    with pytest.raises(DataError, match=r"c0ffee/gone.tar.gz: the download failed .*--annotations FILE"):
         download_archive("stair", cache_dir=tmp_path / "cache")
 
 

@@ -334,18 +334,20 @@ def test_overlap_of_training_and_test(tmp_path):
         return {"image_id": image_id, "captions": captions, "image": {"bytes": None, "path": str(path)}}
 
     train = [row(1, ["犬が走る。", "白い犬"], b"one"), row(2, ["猫が寝る"], b"two"), row(3, ["馬"], b"three")]
+    train[2]["captions"].append("。")  # no word: nobody copies it
     test = [row(11, ["犬が 走る", "茶色い犬"], b"two"), row(12, ["鳥"], b"four"), row(13, ["羊"], b"five")]
     test[2]["image"]["path"] += ".missing"
     rows = [datasets.Dataset.from_list(r).cast_column("image", datasets.Image(decode=False)) for r in (train, test)]
-    predictions = write_predictions(tmp_path, {11: "白い、犬", 12: "大きな鳥", 13: "羊"})
+    predictions = write_predictions(tmp_path, {11: "白い、犬", 12: "", 13: "羊"})
     references = {str(r["image_id"]): r["captions"] for r in test}
     document = write_audit(predictions, references, tmp_path / "audit.json", train_rows=rows[0], test_rows=rows[1])
     assert rate(document, "overlap.image_in_training") == (0, 3)
     assert rate(document, "overlap.picture_in_training") == (1, 2)
     assert rate(document, "overlap.training_caption") == (1, 3)
     assert rate(document, "overlap.references_in_training") == (1, 4)
-    assert document["overlap"]["training_images"] == 3 and document["overlap"]["training_captions"] == 4
-    assert document["flagged"] == {"11": ["picture_in_training", "training_caption"]}
+    assert document["overlap"]["training_images"] == 3 and document["overlap"]["training_captions"] == 5
+    assert document["flagged"]["11"] == ["picture_in_training", "training_caption"]
+    assert "training_caption" not in document["flagged"]["12"]
 
     itself = write_audit(
         write_predictions(tmp_path, {1: "鹿", 2: "鹿"}),
@@ -374,6 +376,9 @@ def test_every_caption_is_released_or_held_back(tmp_path):
     assert queue() == {2: ["non_japanese"], 3: ["hallucination"], 4: ["hallucination", "repetition"]}
     assert queue(hold_back=["repetition"]) == {4: ["repetition"]}
     assert queue(hold_back=[]) == {}
+    results = json.dumps([{"image_id": i, "caption": caption} for i, caption in said.items()])
+    predictions.write_text(results, encoding="utf-8")  # COCO's format
+    assert queue(hold_back=["repetition"]) == {4: ["repetition"]}
     with pytest.raises(AuditError, match="no audit gives the reason 'lies'; there are .*hallucination"):
         queue(hold_back=["lies"])
 
@@ -393,6 +398,12 @@ def test_the_script_audits_and_compares(run_script, tmp_path):
     )  # fmt: skip
     assert "hallucination.chair_s" in done.stdout and "25.0% [0.0, 75.0]" in done.stdout
     assert "3 captions released, 1 held back" in done.stdout
+    rows = {"image_id": [0, 5, 5], "file_name": list("abb"), "captions": [["犬"], ["猫"], ["馬", " "]]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "train/data/train-00000-of-00001.parquet")
+    files = ("--predictions", before, "--references", references, "--output", audits[0])
+    run_script("audit_captions.py", *files, "--train_dataset", tmp_path / "train")
+    overlap = json.loads(audits[0].read_text(encoding="utf-8"))["overlap"]
+    assert (overlap["training_images"], overlap["training_captions"]) == (2, 3)
     done = run_script("audit_captions.py", "--compare", *audits)
     (line,) = (line.split() for line in done.stdout.splitlines() if "form.non_japanese" in line)
     assert line[1] == "25.0%" and line[4] == "0.0%"

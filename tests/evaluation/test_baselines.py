@@ -43,6 +43,7 @@ APART = HERE | {
     "remote_code": True,
     "runner": "asagi.py",
     "python": "3.11",
+    "packages_until": "2024-10-31",
     "requirements": ["transformers==4.45.1"],
 }
 
@@ -73,13 +74,29 @@ def test_the_published_table_names_the_models_that_are_asked_for(published):
     ids = {row.id.split("/")[1] for row in published.rows.values()}
     asked = """Qwen2-VL-2B-Instruct llava-jp-1.3b-v1.0 Asagi-2B japanese-stable-vlm paligemma-3b-mix-224
         Qwen2.5-VL-3B-Instruct Qwen2.5-VL-7B-Instruct Qwen3-VL-2B-Instruct InternVL3-2B-hf gemma-3-4b-it
-        SmolVLM2-2.2B-Instruct sarashina2.2-vision-3b Heron-NVILA-Lite-2B blip-image-captioning-base
+        SmolVLM2-2.2B-Instruct sarashina2.2-vision-3b Heron-NVILA-Lite-2B-hf blip-image-captioning-base
         blip2-opt-2.7b"""
     assert ids == set(asked.split())
     seen = {key: row.saw for key, row in published.rows.items()}
     assert seen["asagi_2b"]["STAIR"] == seen["asagi_2b"]["YJ"] == "train"
     assert seen["llava_jp_1_3b"]["STAIR"] == seen["japanese_stable_vlm"]["STAIR"] == "train"
+    assert seen["heron_nvila_2b"]["STAIR"] == seen["heron_nvila_2b"]["COCO"] == "train"
+    assert [key for key in seen if "YJ is not in its list" in seen[key]["note"] and seen[key]["YJ"] == "no"] == [
+        "llava_jp_1_3b", "japanese_stable_vlm", "heron_nvila_2b",
+    ]  # fmt: skip
     assert seen["paligemma_3b_mix"]["COCO"] == "translated"
+
+
+def test_what_the_isolated_rows_pin(published):
+    llava, sarashina, heron = (
+        published.row(key) for key in ("llava_jp_1_3b", "sarashina2_2_vision_3b", "heron_nvila_2b")
+    )
+    assert "transformers==4.35.2" in llava.requirements and llava.parameters == 1.73
+    assert llava.revision == "e083ee7911fb018568dc59c3f30693944f68f356"
+    assert llava.source["commit"] == "210f2b89832b5693a1f7fa638e05ea4ba94d679d"
+    assert sarashina.gated and not heron.gated
+    assert "transformers==4.57.1" in sarashina.requirements and "transformers==4.57.1" in heron.requirements
+    assert {row.python for row in published.rows.values() if row.runs == "isolated"} == {"3.11"}
 
 
 def test_rows_that_run_apart_have_a_runner_and_refuse_to_run_code_unasked(published):
@@ -125,7 +142,16 @@ def test_a_row_that_takes_no_prompt(write, published):
         with pytest.raises(BaselineError, match=f"blip takes no prompt, it only captions: leave out {option}$"):
             choose_prompts(table, row, *arguments)
     assert [key for key, row in published.rows.items() if row.native_prompt is None] == ["blip_base", "blip2_opt_2_7b"]
-    assert sum("(takes none)" in line for line in table_text(published).splitlines()[2:-4]) == 2
+    assert sum("(takes none)" in line for line in table_text(published).splitlines()[2:-5]) == 2
+
+
+def test_runners_that_never_saw_their_model_are_marked(published, write):
+    experimental = {key for key, row in published.rows.items() if row.experimental}
+    assert experimental == {key for key, row in published.rows.items() if row.runs == "isolated"}
+    text = table_text(published)
+    assert text.count("isolated (experimental, code)") == 5
+    assert "experimental: its runner has never seen the model" in text
+    assert "All search alike, without their own sampling and penalties" in text
 
 
 def test_the_table_as_text(table):
@@ -157,6 +183,9 @@ def test_the_table_as_text(table):
             "row x: `source` needs `url`, begin",
         ),
         (APART | {"python": "--planted"}, "row x: `python` must be a version"),
+        (APART | {"packages_until": ...}, "row x: `packages_until` is missing"),
+        (APART | {"packages_until": "--planted"}, "row x: `packages_until` must be a date"),
+        ({"experimental": "yes"}, "row x: `experimental` cannot be 'yes'"),
         (APART | {"requirements": ["--index-url=http://planted/==1"]}, "row x: `requirements`: .* is not pinned"),
     ],
 )

@@ -59,21 +59,6 @@ serve(load)
 """
 
 
-@pytest.fixture(scope="session")
-def environments(tmp_path_factory):
-    """Where this session's environments are built; skips when there is no uv, or it finds no package."""
-    try:
-        uv = find_uv()
-    except UserError as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("environments")
-    probe = ["pip", "install", "--quiet", "--target", str(folder / "probe"), "--no-deps", "pillow==11.3.0"]
-    done = subprocess.run([uv, *probe], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"uv cannot install pillow here: {done.stderr.strip()[-300:]}")
-    return folder
-
-
 def row_of(tmp_path, **change):
     runner = tmp_path / "describe.py"
     runner.write_text(DESCRIBE, encoding="utf-8")
@@ -90,6 +75,7 @@ def row_of(tmp_path, **change):
         "saw": {"STAIR": "no", "YJ": "no", "COCO": "no", "note": "It has learned nothing."},
         "runner": str(runner),
         "python": ".".join(map(str, sys.version_info[:2])),
+        "packages_until": "2025-11-30",
         "requirements": ["pillow==11.3.0"],
     }
     return Baseline(**values | change)
@@ -151,6 +137,16 @@ def test_a_half_built_environment_is_not_taken_for_whole(environments, tmp_path)
 def test_other_pins_are_another_environment(environments, row, tmp_path):
     other = row_of(tmp_path, requirements=["pillow==11.3.0", "six==1.17.0"])
     assert build_environment(other, environments) != build_environment(row, environments)
+
+
+def test_no_package_is_newer_than_the_row(environments, tmp_path):
+    """What a requirement requires in turn is of its time: zipp 3.20 came on 2024-08-13."""
+    row = row_of(tmp_path, key="dated", requirements=["importlib-metadata==8.0.0"], packages_until="2024-08-01")
+    done = json.loads((build_environment(row, environments) / "complete.json").read_text())
+    assert "zipp==3.19.2" in done["installed"] and done["packages_until"] == "2024-08-01"
+    early = row_of(tmp_path, key="early", packages_until="2025-06-01")
+    with pytest.raises(IsolatedError, match="(?s)Installing early failed.*pillow"):
+        build_environment(early, environments)
 
 
 def test_source_is_checked_out_at_its_commit(environments, tmp_path):
@@ -253,7 +249,7 @@ def test_runners_compile_and_need_nothing_but_what_their_row_installs(repo_root)
             installed = {requirement.split("==")[0].split(" ")[0] for requirement in row.requirements}
             installed |= {"llava"} if row.source else set()
             assert {packages.get(name, name) for name in imports - shared - sys.stdlib_module_names} <= installed
-            assert "Never run with the real weights" in code
+            assert row.experimental == ("Experimental: it has never run with the real weights" in code)
 
 
 def test_the_script_builds_and_asks(environments, rows, run_script, tmp_path):
@@ -270,6 +266,8 @@ def test_the_script_builds_and_asks(environments, rows, run_script, tmp_path):
         "runs": "isolated",
         "runner": str(tmp_path / "describe.py"),
         "python": ".".join(map(str, sys.version_info[:2])),
+        "packages_until": "2025-11-30",
+        "experimental": True,
         "requirements": ["pillow==11.3.0"],
         "parameters": 0,
         "saw": {"STAIR": "no", "YJ": "no", "COCO": "no", "note": "It has learned nothing."},
@@ -282,7 +280,8 @@ def test_the_script_builds_and_asks(environments, rows, run_script, tmp_path):
     where = ["--table", table, "--dataset", tmp_path / "data", "--image_dir", tmp_path, "--output", output]
     where += ["--env_dir", environments, "--model", tmp_path / "data"]  # a folder: no look at the Hub
     env = {"PATH": os.environ["PATH"]}
-    run_script("infer_baseline.py", "--baseline", "describe", "--prompt_kind", "native", *where, env=env)
+    done = run_script("infer_baseline.py", "--baseline", "describe", "--prompt_kind", "native", *where, env=env)
+    assert "describe is experimental: its runner has never seen the model" in done.stderr
     assert captions(output)[0]["caption"].startswith("何色 84x84")
     run = json.loads(output.with_suffix(".run.json").read_text(encoding="utf-8"))
     assert run["prompt_kind"] == "native" and run["saw"]["note"] == "It has learned nothing."

@@ -33,8 +33,10 @@ from vlmcap.data.scenes import scenes
 from vlmcap.evaluation.baselines import read_table
 from vlmcap.evaluation.generate import (
     GenerationArguments,
+    PredictionsError,
     caption_images,
     caption_pictures,
+    check_beams,
     generate,
     model_record,
 )
@@ -250,11 +252,39 @@ def test_a_batch_says_what_single_images_say(family, folders, pictures):
     model, processor = load(folders(family))
     assert type(model).__name__ == f"{family}ForConditionalGeneration"
     caption = caption_pictures if family in UNPROMPTED else caption_images
+    logits, head = [], model.get_output_embeddings()
     for beams in (1, 3):
         args = GenerationArguments(prompt="caption ja", num_beams=beams, max_new_tokens=8)
+        hook = head and head.register_forward_hook(lambda module, inputs, output: logits.append(output[:, -1]))
         together = caption(model, processor, pictures, args)
+        if hook:
+            hook.remove()
         assert together == [caption(model, processor, [picture], args)[0] for picture in pictures]
         assert all(together) and len(set(together)) > 1  # something is said, and the picture matters
+    if head:  # at its first step every beam of a picture sees all of it, and so says the same
+        first = next(step for step in logits if len(step) == 3 * len(pictures)).unflatten(0, (len(pictures), 3))
+        torch.testing.assert_close(first, first[:, :1].expand_as(first))
+
+
+def test_beams_that_would_get_patches_mixed_up_are_refused(folders):
+    """A model of a stranger's code, on transformers that repeat row by row."""
+
+    class Stranger(transformers.GPT2LMHeadModel):
+        def forward(self, input_ids=None, pixel_values=None, **rest):
+            return super().forward(input_ids, **rest)
+
+    class Careful(Stranger):
+        def _expand_inputs_for_generation(self, **inputs):
+            return super()._expand_inputs_for_generation(**inputs)
+
+    config = transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=9)
+    patches = torch.zeros(10, 4)
+    own = load(folders("Qwen2VL"))[0]
+    for model, rows, beams in ((own, patches, 3), (Stranger(config), patches, 1), (Stranger(config), patches[:2], 3)):
+        check_beams(model, rows, 2, beams)
+    check_beams(Careful(config), patches, 2, 3)
+    with pytest.raises(PredictionsError, match="Stranger takes 2 pictures as 10 rows of patches.*--num_beams 1"):
+        check_beams(Stranger(config), patches, 2, 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -316,7 +346,8 @@ def test_a_models_own_penalty_and_sampling_do_not_enter(folders, pictures):
     model, processor = load_model(folder, load_in_4bit=False), load_processor(folder)
     args = GenerationArguments(prompt="caption ja", max_new_tokens=12)
     before = caption_images(model, processor, pictures, args)
-    model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=9.0)
+    own = {"repetition_penalty": 5.0, "length_penalty": -5.0, "no_repeat_ngram_size": 1, "min_length": 99}
+    model.generation_config.update(do_sample=True, temperature=9.0, **own)
     assert caption_images(model, processor, pictures, args) == before
 
 

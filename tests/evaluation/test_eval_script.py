@@ -5,10 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
 
+from vlmcap.data.images import dataset_references
 from vlmcap.evaluation.scoring import (
-    ScoreError,
     ScoreOptions,
-    dataset_references,
     read_predictions,
     read_references,
     score,
@@ -94,7 +93,13 @@ def test_the_run_record_beside_the_predictions_goes_in(run_script, tmp_path, pre
 
 
 def test_scores_against_a_local_dataset_whose_images_cannot_be_read(run_script, tmp_path, predictions, dataset):
-    output = tmp_path / "metrics.json"
+    output, shard = tmp_path / "metrics.json", dataset / "data" / "test-00000-of-00001.parquet"
+    rows = [  # one a caption
+        {"image": {"bytes": b"not an image", "path": None}, "image_id": i, "captions": [caption]}
+        for i, captions in REFERENCES.items()
+        for caption in captions
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), shard)
     run_script("eval_captioning.py", "--predictions", predictions, "--dataset", dataset, "--output", output, *LEAN)
     assert json.loads(output.read_text(encoding="utf-8")) == expected()
 
@@ -105,12 +110,20 @@ def test_references_of_a_dataset_on_the_hub(hub, dataset):
     assert dataset_references("user/captions", "test") == {str(i): captions for i, captions in REFERENCES.items()}
 
 
-def test_an_image_twice_in_a_dataset_is_named(dataset):
-    shard = dataset / "data" / "test-00000-of-00001.parquet"
-    table = pq.read_table(shard)
-    pq.write_table(pa.concat_tables([table, table.slice(1)]), shard)
-    with pytest.raises(ScoreError, match="split test: image_id 2 comes twice"):
-        dataset_references(str(dataset), "test")
+def test_coco_results_and_annotations_score_like_lines(run_script, tmp_path):
+    results, annotations = tmp_path / "results.json", tmp_path / "captions_val2014.json"
+    results.write_text(json.dumps([{"image_id": i, "caption": c} for i, c in PREDICTIONS.items()], indent=1))
+    flat = [{"image_id": i, "id": 9, "caption": c} for i, captions in REFERENCES.items() for c in captions]
+    document = {"info": {}, "images": [{"id": i, "file_name": "x.jpg"} for i in REFERENCES], "annotations": flat}
+    annotations.write_text("\ufeff" + json.dumps(document), encoding="utf-8")
+    files = ["--predictions", results, "--references", annotations, "--output", tmp_path / "metrics.json"]
+    run_script("eval_captioning.py", *files, *LEAN)
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == expected()
+
+    document["images"].append({"id": 3})
+    annotations.write_text(json.dumps(document))
+    unmatched = run_script("eval_captioning.py", *files, *LEAN, expect=1)
+    assert "1 images have references but no prediction (3)" in unmatched.stderr
 
 
 def test_more_keys_stand_beside_the_scores(tmp_path, predictions):

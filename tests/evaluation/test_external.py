@@ -1,7 +1,12 @@
 """Scores of other programs: equal to theirs, and never a number when the program is missing."""
 
 import json
+import socket
+import subprocess
+import sys
 import threading
+import time
+import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -9,6 +14,8 @@ import pytest
 from pycocoevalcap.meteor.meteor import Meteor
 from sacrebleu.metrics import CHRF
 
+from tests.faults.ranks import free_port
+from vlmcap.evaluation import external
 from vlmcap.evaluation.external import (
     METEOR_JAR_VARIABLE,
     ScorerUnavailable,
@@ -21,11 +28,13 @@ from vlmcap.evaluation.external import (
     service_scores,
 )
 from vlmcap.evaluation.scoring import ScoreOptions, read_predictions, read_references, score
+from vlmcap.places import find_uv
 
 needs_java = pytest.mark.usefixtures("java")
 PREDICTIONS = {"1": "赤い車が道路を走っています。", "2": "白い猫が寝ている", "3": ""}
 REFERENCES = {"1": ["赤い車が走る", "道を走る車"], "2": ["猫が眠っている", "白猫"], "3": ["犬"]}
 LEAN = {"resamples": 20, "register_normalised": False}
+ITEMS = [{"candidate": "a", "references": ["b"]}, {"candidate": "c", "references": ["d"]}]
 PATIENCE = 3600  # seconds for what a busy machine may take its time for
 
 
@@ -33,7 +42,7 @@ PATIENCE = 3600  # seconds for what a busy machine may take its time for
 def service():
     """service(answer): URL of a real HTTP server that answers so, and the list of the requests' bodies.
 
-    `answer` is the body, or a status code.
+    `answer` is the body, a status code, or a function from the request's body to its answer.
     """
     servers = []
 
@@ -45,7 +54,8 @@ def service():
                 received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
                 self.send_response(answer if isinstance(answer, int) else 200)
                 self.end_headers()
-                self.wfile.write(b"" if isinstance(answer, int) else answer.encode())
+                said = answer(received[-1]) if callable(answer) else answer
+                self.wfile.write(b"" if isinstance(answer, int) else said.encode())
 
             def log_message(self, *args):
                 pass
@@ -187,33 +197,97 @@ def test_a_java_that_answers_too_little_is_a_notice(monkeypatch, tmp_path):
     assert "answered 1 lines to 3 captions" in missing_meteor()
 
 
-def test_jaspice_comes_from_its_service(service):
-    url, received = service('{"scores": [0.5, 0.25, 0], "version": "jaspice-0.2"}')
-    document = score(PREDICTIONS, REFERENCES, options=ScoreOptions(**LEAN, meteor=False, jaspice_url=url))
-    assert document["scores"]["jaspice"] == 0.25
-    assert document["signatures"]["jaspice"] == "jaspice|norm:none|by:service-jaspice-0.2|nref:1-2|v:0.1"
-    assert document["per_image"]["jaspice"] == [0.5, 0.25, 0.0]
-    assert 0 <= document["intervals"]["jaspice"][0] < 0.25 < document["intervals"]["jaspice"][1] <= 0.5
+def test_jaspice_is_asked_as_its_own_client_asks(service, monkeypatch):
+    """Lists of references and candidates without spaces, some images a request."""
+    monkeypatch.setattr(external, "REQUEST_IMAGES", 2)
+    url, received = service(lambda body: json.dumps([0.5, 0.25][: len(body["candidates"])]))
+    predictions = PREDICTIONS | {"2": "白い 猫 が寝ている"}
+    document = score(predictions, REFERENCES, options=ScoreOptions(**LEAN, meteor=False, jaspice_url=url))
+    assert document["per_image"]["jaspice"] == [0.5, 0.25, 0.5]
+    assert document["scores"]["jaspice"] == pytest.approx(1.25 / 3)
+    assert document["signatures"]["jaspice"] == "jaspice|norm:none|space:no|by:service|nref:1-2|v:0.1"
+    assert 0.25 <= document["intervals"]["jaspice"][0] < 0.4 < document["intervals"]["jaspice"][1] <= 0.5
     assert received == [
-        {"items": [{"image_id": i, "candidate": PREDICTIONS[i], "references": REFERENCES[i]} for i in REFERENCES]}
+        {"references": [REFERENCES["1"], REFERENCES["2"]], "candidates": [PREDICTIONS["1"], "白い猫が寝ている"]},
+        {"references": [REFERENCES["3"]], "candidates": [""]},
     ]
+
+
+# The package's server with a stub in the place of its scorer, which needs JUMAN++, KNP and ray: the share of the
+# candidate's characters that a reference has.
+JASPICE = """
+import sys, types
+stub = types.ModuleType("jaspice.metrics")
+class BatchJaSPICE:
+    def __init__(self, size):
+        self.size = size
+    def __call__(self, batch_candidate, batch_references):
+        assert len(batch_candidate) <= self.size
+        texts = zip(batch_candidate, batch_references)
+        return [sum(c in "".join(refs) for c in text) / max(1, len(text)) for text, refs in texts]
+stub.BatchJaSPICE = BatchJaSPICE
+package = types.ModuleType("jaspice")
+package.__path__ = [sys.argv[1]]
+sys.modules |= {"jaspice": package, "jaspice.metrics": stub}
+import uvicorn
+from jaspice.server import CallbackServer
+run = uvicorn.run
+uvicorn.run = lambda app, host, port: run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
+CallbackServer.start()
+"""
+
+
+@pytest.fixture
+def jaspice_server(environments, tmp_path):
+    """The address of the real `server.py` of the package jaspice, with a stub scorer."""
+    uv, folder = find_uv(), environments / "jaspice"
+    python = str(folder / "bin/python")
+    install = [uv, "pip", "install", "--quiet", "--python", python]
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
+    subprocess.run([*install, "--no-deps", "jaspice==0.0.1"], check=True)
+    subprocess.run([*install, "fastapi==0.165.0", "uvicorn==0.54.0", "tqdm", "numpy"], check=True)
+    (package,) = folder.glob("lib/python*/site-packages/jaspice")
+    port = free_port()
+    log = tmp_path / "server.log"
+    with log.open("w") as file:
+        server = subprocess.Popen([python, "-c", JASPICE, str(package), str(port)], stdout=file, stderr=file)
+    try:
+        for _ in range(PATIENCE):
+            with socket.socket() as probe:
+                if server.poll() is not None or probe.connect_ex(("127.0.0.1", int(port))) == 0:
+                    break
+            time.sleep(0.1)
+        assert server.poll() is None, log.read_text()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_jaspices_own_server_is_understood(jaspice_server):
+    """20 images: more than the server scores at once."""
+    references = {str(i): ["猫が寝ている", "白い猫"] for i in range(20)}
+    predictions = {str(i): "白い 猫" if i % 2 else "犬" for i in range(20)}
+    options = ScoreOptions(**LEAN, meteor=False, jaspice_url=jaspice_server)
+    document = score(predictions, references, options=options)
+    assert document["notices"] == [] and document["per_image"]["jaspice"] == [0.0, 1.0] * 10
 
 
 def test_spice_of_vietnamese_says_that_it_parses_english(service):
     """The published figure of UIT-ViIC is of that kind."""
-    url, received = service('{"scores": [0.5, 0.25]}')
+    url, received = service("[0.5, 0.25]")
     predictions, references = {"1": "Chó chạy.", "2": "mèo"}, {"1": ["Một con chó."], "2": ["Con mèo."]}
     options = ScoreOptions(**LEAN, meteor=False, spice_url=url)
     english = score(predictions, references, "english", options)
     vietnamese = score(predictions, references, "vietnamese", options)
     assert english["notices"] == [] and english["scores"]["spice"] == vietnamese["scores"]["spice"] == 0.375
-    assert received[0] == received[1] and received[0]["items"][0]["candidate"] == "Chó chạy."
+    assert received[0] == received[1] and received[0]["candidates"][0] == "Chó chạy."
     (notice,) = vietnamese["notices"]
     assert notice.startswith("SPICE parses English alone")
 
 
 def test_spice_comes_from_its_service_for_english_only(service):
-    url, received = service('{"scores": [0.5, 0.5, 0.2]}')
+    url, received = service("[0.5, 0.5, 0.2]")
     options = ScoreOptions(**LEAN, meteor=False, spice_url=url, jaspice_url=url)
     japanese = score(PREDICTIONS, REFERENCES, options=ScoreOptions(**LEAN, meteor=False, spice_url=url))
     assert "spice" not in japanese["scores"] and received == []
@@ -228,20 +302,18 @@ def test_spice_comes_from_its_service_for_english_only(service):
     [
         (503, "503 Server Error"),
         ("no json", "Expecting value"),
-        ("[1]", "must answer"),
-        ('{"scores": [0.1]}', "must answer .*2 numbers.* but answered .*0.1"),
-        ('{"scores": [0.1, null]}', "the score None, which is no number"),
-        ('{"scores": [0.1, NaN]}', "the score nan"),
-        ('{"scores": [12.5, 0.1]}', "the score 12.5, which is no number from 0 to 1"),
+        ('{"scores": [0.1, 0.1]}', "must answer a list of 2 numbers"),
+        ("[0.1]", "must answer a list of 2 numbers.* but answered .*0.1"),
+        ("[0.1, null]", "the score None, which is no number"),
+        ("[0.1, NaN]", "the score nan"),
+        ("[12.5, 0.1]", "the score 12.5, which is no number from 0 to 1"),
         ("[" * 100_000, "recursion"),
-        ('{"scores": [0.1, 0.1], "version": "1|nref:5\\n# A heading"}', "must answer a version of letters"),
-        ('{"scores": [0.1, 0.1], "version": {}}', "must answer a version of letters"),
     ],
 )
 def test_a_service_that_fails_is_named(service, answer, message):
     url, _ = service(answer)
     with pytest.raises(ScorerUnavailable, match=message) as failed:
-        service_scores(url, [{}, {}], PATIENCE)
+        service_scores(url, ITEMS, PATIENCE)
     assert url in str(failed.value)
 
 
@@ -249,7 +321,7 @@ def test_a_service_that_fails_is_named(service, answer, message):
 def test_a_notice_tells_no_secret_of_the_url(service, there):
     url = service(503)[0] if there else "http://127.0.0.1:9/spice"
     with pytest.raises(ScorerUnavailable) as failed:
-        service_scores(url.replace("127", "me:secret@127", 1) + "?key=secret", [{}], PATIENCE)
+        service_scores(url.replace("127", "me:secret@127", 1) + "?key=secret", ITEMS, PATIENCE)
     assert url in str(failed.value) and "secret" not in str(failed.value)
 
 
@@ -275,7 +347,34 @@ def test_a_local_spice_is_run_and_read(monkeypatch, tmp_path):
     rows = [{"image_id": i, "scores": {"All": {"f": f, "pr": 1, "re": 1}}} for i, f in ((1, 0.25), (0, 0.75))]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     fake_java(tmp_path, 'while [ "$1" != -out ]; do shift; done; cp rows.json "$2"', monkeypatch)
-    items = [{"candidate": "a", "references": ["b"]}, {"candidate": "c", "references": ["d"]}]
-    assert local_spice_scores(tmp_path, items, PATIENCE).tolist() == [0.75, 0.25]
+    assert local_spice_scores(tmp_path, ITEMS, PATIENCE).tolist() == [0.75, 0.25]
     with pytest.raises(ScorerUnavailable, match="left 1 images without a score"):
-        local_spice_scores(tmp_path, [*items, items[0]], PATIENCE)
+        local_spice_scores(tmp_path, [*ITEMS, ITEMS[0]], PATIENCE)
+
+
+# What FST does where SPICE stores a parse: it opens fields of Java's own classes.
+OPENS = """
+public class Opens {
+    public static void main(String[] words) throws Exception {
+        String[] names = {"java.lang.String", "java.math.BigInteger", "java.util.ArrayList",
+            "java.util.concurrent.ConcurrentHashMap", "java.net.URL", "java.text.SimpleDateFormat"};
+        for (String name : names) Class.forName(name).getDeclaredFields()[0].setAccessible(true);
+        String rows = "[{\\"image_id\\": 0, \\"scores\\": {\\"All\\": {\\"f\\": 0.5}}},"
+            + "{\\"image_id\\": 1, \\"scores\\": {\\"All\\": {\\"f\\": 1}}}]";
+        java.nio.file.Files.write(java.nio.file.Paths.get(words[2]), rows.getBytes());
+    }
+}
+"""
+
+
+def test_java_lets_spice_look_into_its_classes(java, tmp_path):
+    """From Java 16 on that needs to be allowed. Debian's JRE has the compiler's module without `javac`."""
+    (tmp_path / "lib").mkdir()
+    for jar in external.CORENLP_JARS:
+        (tmp_path / "lib" / jar).touch()
+    (tmp_path / "Opens.java").write_text(OPENS)
+    subprocess.run([java, "-m", "jdk.compiler/com.sun.tools.javac.Main", "Opens.java"], cwd=tmp_path, check=True)
+    with zipfile.ZipFile(tmp_path / external.SPICE_JAR, "w") as jar:
+        jar.writestr("META-INF/MANIFEST.MF", "Manifest-Version: 1.0\nMain-Class: Opens\n")
+        jar.write(tmp_path / "Opens.class", "Opens.class")
+    assert local_spice_scores(tmp_path, ITEMS, PATIENCE).tolist() == [0.5, 1.0]

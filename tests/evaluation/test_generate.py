@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from transformers import GenerationConfig
 
 from vlmcap.data.images import BadImageError, load_captions
 from vlmcap.data.scenes import scenes
@@ -12,9 +14,11 @@ from vlmcap.evaluation.generate import (
     GenerationArguments,
     PredictionsError,
     caption_images,
+    check_predictions,
     decoding_record,
     generate,
     model_record,
+    search_config,
 )
 from vlmcap.models.load import count_parameters, load_model, load_processor
 
@@ -49,6 +53,13 @@ def rows(folder):
 
 def record(model):
     return {"model": model_record(model, "a/b", "main"), "dataset": {"id": "c/d", "revision": None, "split": "test"}}
+
+
+def test_tokens_that_end_a_caption_come_from_the_tokenizer_where_the_model_has_none():
+    tokenizer = SimpleNamespace(bos_token_id=5, eos_token_id=7, pad_token_id=9)
+    for own, found in (({}, (7, 9)), ({"eos_token_id": [3, 4], "pad_token_id": 0}, ([3, 4], 0))):
+        config = search_config(SimpleNamespace(generation_config=GenerationConfig(**own)), tokenizer, ARGS)
+        assert (config.eos_token_id, config.pad_token_id) == found
 
 
 def test_a_batch_says_what_single_images_say(model, processor):
@@ -109,6 +120,9 @@ def test_predictions_of_other_settings_are_not_continued(model, processor, rows,
     generate(model, processor, rows.select([0]), output, ARGS, record(model))
     other = GenerationArguments(prompt="この画像を説明して", max_new_tokens=12, generation_batch_size=3)
     before = output.read_bytes()
+    check_predictions(processor, output, ARGS, record(model))
+    with pytest.raises(PredictionsError, match="begun with another prompt"):
+        check_predictions(processor, output, other, record(model))  # as a recipe asks before it trains
     with pytest.raises(PredictionsError, match="begun with another prompt"):
         generate(model, processor, rows, output, other, record(model))
     assert output.read_bytes() == before

@@ -10,10 +10,12 @@ from vlmcap.evaluation.scoring import (
     SCORE_LABELS,
     ScoreError,
     ScoreOptions,
+    check_references,
     paired_comparison,
     quick_scores,
     read_idf,
     read_predictions,
+    read_references,
     score,
     score_table,
     write_metrics,
@@ -206,6 +208,48 @@ def test_hostile_lines_are_named(tmp_path, line, message):
     with pytest.raises(ScoreError, match=message) as refused:
         read_predictions(path)
     assert f"{path}, line 2: " in str(refused.value) and len(str(refused.value)) < 500
+
+
+IMAGES = b'{"images": [{"id": 1}], "annotations": '
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (read_predictions, b'[{"image_id": 1, "caption": "a"}, 7]', "entry 2: a JSON object is needed, but this is 7"),
+        (read_predictions, b'[{"image_id": 1, "caption": null}]', 'entry 1: "caption" must be a string'),
+        (
+            read_predictions,
+            b'[{"image_id": 1, "caption": "a"}, {"image_id": "1"}]',
+            "image_id 1 is on entry 1 already",
+        ),
+        (read_predictions, b'[{"image_id": 1, "caption": "a"}', "file.json: not JSON in UTF-8"),
+        (read_references, IMAGES + b"3}", "file.json: 'annotations' must be a list of objects"),
+        (read_references, IMAGES + b'[{"image_id": 2, "caption": "a"}]}', "image_id 2 is not among the images"),
+        (read_references, IMAGES + b'[{"image_id": 1}]}', r'annotations\[0\]: "caption" must be a string'),
+        (read_references, b'{"images": [{}], "annotations": []}', r'images\[0\]: "id" must be an integer'),
+    ],
+)
+def test_a_malformed_coco_file_is_named_with_the_place(tmp_path, read, content, message):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(ScoreError, match=message) as refused:
+        read(tmp_path / "file.json")
+    assert str(tmp_path / "file.json") in str(refused.value)
+
+
+@pytest.mark.parametrize("tokenizer", ["unidic-lite", "vietnamese", "none"])
+def test_references_that_cannot_be_scored_are_found_without_predictions(tokenizer):
+    check_references({"1": ["犬"], "2": ["a", "b"]}, tokenizer, "data (test)")
+    for references, message in (
+        ({"1": ["犬"], "7": []}, r"1 images have an empty list of references \(7\)"),
+        ({"1": ["犬"], "8": ["犬", " \u3000"]}, r"1 images have an empty reference.*\(8\): remove those captions"),
+        ({}, "there is no image"),
+    ):
+        with pytest.raises(ScoreError, match=rf"^data \(test\): {message}"):
+            check_references(references, tokenizer, "data (test)")
+    if tokenizer != "none":
+        with pytest.raises(ScoreError, match=r"empty reference.*\(9\)"):
+            check_references({"9": ["👍"]}, tokenizer, "data (test)")
 
 
 def test_an_id_as_a_number_and_as_a_text_is_one_id(tmp_path):

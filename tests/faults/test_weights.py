@@ -186,6 +186,13 @@ def not_whole(folder: Path, _: Path) -> None:
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def another_shape(folder: Path, _: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = next(n for n, t in sorted(weights.items()) if t.ndim == 2 and ("attn" in n or "attention" in n))
+    weights[name] = torch.cat([weights[name], weights[name]])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 BASE_FAULTS = {
     bin_alone: "has no weights in safetensors, and others are not loaded",
     harmless_bin_alone: "has no weights in safetensors, and others are not loaded",
@@ -195,6 +202,7 @@ BASE_FAULTS = {
     adapter_inside: "is an adapter",
     truncated: "cannot be loaded",
     not_whole: "has no weights for",
+    another_shape: "has other shapes for",
 }
 
 
@@ -206,6 +214,14 @@ def test_bases_come_whole_from_safetensors_alone(kind, spoil, copy, mark, fault)
     with fault(f"{kind}: {spoil.__name__}"), pytest.raises(ModelError, match=BASE_FAULTS[spoil]) as raised:
         BASES.get(kind, vit_gpt2.load_vit_gpt2)(str(folder))
     assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("spoil", [not_whole, another_shape], ids=lambda spoil: spoil.__name__)
+def test_a_4bit_base_comes_whole(spoil, copy, mark, fault):
+    folder = copy("qwen2_vl", MINIATURES)
+    spoil(folder, mark)
+    with fault(f"4-bit: {spoil.__name__}"), pytest.raises(ModelError, match=BASE_FAULTS[spoil]):
+        load_model(str(folder), load_in_4bit=True)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
@@ -690,7 +706,7 @@ def test_models_of_the_configurations_are_pinned(hub, repo_root, tmp_path):
     shutil.copytree(repo_root / "recipes/configs", tmp_path / "configs")
     said = {line.split(": ")[0]: line for path in tmp_path.rglob("*.yaml") for line in pin_revisions(path)}
     left = {name for name, line in said.items() if "runs its own code" not in line}
-    assert left == {"Salesforce/blip-image-captioning-base", "toshi456/llava-jp-1.3b-v1.0"} and len(said) == 6
+    assert left == {"Salesforce/blip-image-captioning-base"} and len(said) == 5
 
 
 MODELS = {"AutoModel", "BlipForConditionalGeneration", "ViTModel", "VisionEncoderDecoderModel", "LlavaGpt2ForCausalLM"}

@@ -277,6 +277,9 @@ reader("predictions", "predictions.jsonl", jsonl_files(*LINES), ScoreError, read
 reader(
     "references", "refs.jsonl", jsonl_files(*REFERENCES), ScoreError, read_refs, b"\n".join(map(_bytes, REFERENCES))
 )  # fmt: skip
+COCO_CAPTIONS = {"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 2, "caption": "犬が走る"}]}
+reader("coco_results", "results.json", json_files(list(LINES)), ScoreError, read_captions, _bytes(LINES))
+reader("coco_captions", "captions.json", json_files(COCO_CAPTIONS), ScoreError, read_refs, _bytes(COCO_CAPTIONS))
 
 IDF = {"tokenizer": "tok:none|norm:none|punct:keep|case:mixed", "images": 3, "ngrams": {"犬": 2, "犬 が": 3}}
 

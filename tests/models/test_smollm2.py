@@ -26,8 +26,11 @@ NAMES = {
 }
 
 
-def write_gguf(path, folder) -> None:
-    """The model and the tokenizer in `folder` as a GGUF file in float32, its tokenizer declared as a SmolLM's."""
+def write_gguf(path, folder, without=None) -> None:
+    """The model and the tokenizer in `folder` as a GGUF file in float32, its tokenizer declared as a SmolLM's.
+
+    The head's weight is that of the embeddings.
+    """
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = model.config
     writer = GGUFWriter(path, "llama")
@@ -56,7 +59,7 @@ def write_gguf(path, folder) -> None:
 
     for name, tensor in model.state_dict().items():
         values = tensor.numpy()
-        if name == "lm_head.weight":  # is that of the embeddings
+        if name in ("lm_head.weight", without):
             continue
         if name.startswith("model.layers."):
             _, _, number, rest = name.removesuffix(".weight").split(".", 3)
@@ -80,6 +83,12 @@ def converted(repo_root, tmp_path_factory):
     write_gguf(folder / "tiny.gguf", repo_root / "recipes/miniatures/llama")
     convert_gguf(folder / "tiny.gguf", folder / "tiny")
     return folder / "tiny"
+
+
+def test_a_file_without_a_weight_is_refused(repo_root, tmp_path):
+    write_gguf(tmp_path / "part.gguf", repo_root / "recipes/miniatures/llama", without="model.norm.weight")
+    with pytest.raises(ModelError, match="part.gguf has no weights for model.norm.weight of a LlamaForCausalLM"):
+        convert_gguf(tmp_path / "part.gguf", tmp_path / "out")
 
 
 def test_weights_come_back(converted, repo_root):

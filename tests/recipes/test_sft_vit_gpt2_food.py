@@ -1,5 +1,7 @@
 """The ViT + GPT-2 recipe: its configurations and grids, and a run of the miniatures from drawn scenes to the hub."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard
@@ -81,16 +83,28 @@ def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_
     publish += ["--images", tmp_path / "scenes/images", "--card", "scene_titles", "--output_dir", tmp_path / "dataset"]
     publish += ["--pretty_name", "Scenes", "--license", "cc0-1.0"]
     run_script(*publish, "--push_to_hub", "--repo_id", "user/scene-titles")
+    # Another row of the first image, with a caption of white space.
+    (shard,) = (tmp_path / "dataset/data").glob("train-*.parquet")
+    table = pq.read_table(shard)
+    place, field = table.schema.get_field_index("captions"), table.schema.field("captions")
+    more = table.slice(0, 1).set_column(place, field, pa.array([[" "]], field.type))
+    pq.write_table(pa.concat_tables([table, more]), shard)
+    where = {"repo_id": "user/scene-titles", "repo_type": "dataset", "path_in_repo": f"data/{shard.name}"}
+    HfApi().upload_file(path_or_fileobj=shard, **where)
 
     run = tmp_path / "run"
     command = ["recipes/sft_vit_gpt2_food.py", *SETTINGS, "--dataset", "user/scene-titles", "--output_dir", run]
     done = run_script(*command, "--push_to_hub", "--hub_model_id", "user/dishes")
     assert "crossattention" in done.stdout and "encoder.embeddings" not in done.stdout
+    assert f"{len(table) + 1} rows of {len(table)} images" in done.stderr
+    assert "Left out of train: 1 empty captions, and 0 images" in done.stdout
     metrics = read(run / "model/metrics.json")
     assert metrics["recipe"] == "sft_vit_gpt2_food" and metrics["prompt"] is None
     assert metrics["model"]["id"] == "recipes/miniatures/vit + recipes/miniatures/gpt2"
     assert metrics["model"]["parts"]["decoder"]["id"] == "recipes/miniatures/gpt2"
     assert metrics["training"]["config"]["freeze_vit_blocks"] == 2
+    assert metrics["training"]["images"] == metrics["training"]["captions"] == len(table)
+    assert metrics["training"]["empty_captions"] == {"captions": 1, "images": 0}
     assert metrics["training"]["best"]["metric"] == "loss_and_bleu"
     # Before training the cross-attention is noise and the picture unseen; afterwards new combinations are named.
     assert metrics["base"]["scores"]["bleu_2"] < 0.1 < 0.4 < metrics["scores"]["bleu_2"]
@@ -113,7 +127,7 @@ def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_
     assert not [name for name in files if "optimizer" in name or "training_args" in name or "checkpoint" in name]
     card = ModelCard.load("user/dishes")
     card.validate()
-    assert f"{metrics['scores']['cider_d']:.4f}" in card.text
+    assert f"{metrics['scores']['cider_d']:.4f}" in card.text and "| empty captions left out | 1 |" in card.text
     said = captions(run / "model/predictions.jsonl")
     rows = load_dataset("user/scene-titles", split="test")
     beams = BeamArguments(num_beams=3, max_new_tokens=24)
@@ -121,6 +135,9 @@ def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_
 
     assert "--resume_from_checkpoint latest" in run_script(*command, expect=1).stderr
     more = ["--resume_from_checkpoint", "latest", "--max_steps", str(STEPS + 2)]
+    stopped = run_script(*command, *more, "--num_beams", 1, expect=1)  # captions of the base lie there
+    assert "base/predictions.jsonl was begun with another decoding" in stopped.stderr
+    assert not (run / f"checkpoint-{STEPS + 2}").exists()
     run_script(*command, *more)
     continued = read(run / "model/metrics.json")
     assert continued["training"]["steps"] == STEPS + 2

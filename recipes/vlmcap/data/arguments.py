@@ -64,6 +64,13 @@ class PublishArguments:
             "for uit_viic the column then stays empty."
         },
     )
+    latest_archives: bool = field(
+        default=False,
+        metadata={
+            "help": "stair, yj: download the archives as their repositories hold them today. Without it the known "
+            "ones are downloaded, and compared with their git blob ids."
+        },
+    )
     max_tokens: int | None = field(
         default=None,
         metadata={
@@ -105,6 +112,8 @@ def check_arguments(args: PublishArguments) -> None:
         raise DataError(
             "--yj_annotations goes with --source stair or uit_viic; with --source yj the files are --annotations."
         )
+    if args.latest_archives and args.source not in ("stair", "yj"):
+        raise DataError("--latest_archives goes with --source stair or yj: nothing else is downloaded.")
     if args.source in ("stair", "yj"):
         if not args.tokenizer:
             raise DataError(f"--source {args.source} needs --tokenizer, e.g. --tokenizer Qwen/Qwen2-VL-2B-Instruct.")

@@ -34,7 +34,7 @@ from vlmcap.data.titles import word_counts, write_word_cloud
 from vlmcap.documents import parse_json
 from vlmcap.markdown import code_span, escape_unseen, prose
 from vlmcap.places import ROOT, check_miniature
-from vlmcap.upload import PushError, push_folder
+from vlmcap.upload import PushError, check_push_rights, push_folder
 
 CARDS = ROOT / "dataset_cards"
 REPORT = "cleaning_report.json"
@@ -56,8 +56,11 @@ ROW_GROUP = {"captions": 10_000, "images": 100}
 def publish(args: PublishArguments) -> dict:
     """Builds the dataset folder, prints what it holds, and pushes it when asked. Returns the summary of `build`.
 
-    Raises DataError as `build` and `push` do.
+    Raises DataError as `build` and `push` do, and PushError before the build when the push would be refused.
     """
+    check_arguments(args)
+    if args.push_to_hub:
+        check_push_rights(args.repo_id, "--repo_id", "dataset", private=not args.public)
     summary = build(args)
     print(summary_text(summary))
     if args.push_to_hub:

@@ -107,8 +107,8 @@ def find_license(args: PublishArguments, files: list[SourceFile]) -> str:
 
 # STAIR Captions ----------------------------------------------------------------------------------------------------
 def read_stair(args: PublishArguments) -> Corpus:
-    rows, files = _read_or_download("stair", args.annotations)
-    yj_rows, yj_files = _read_or_download("yj", args.yj_annotations)
+    rows, files = _read_or_download("stair", args.annotations, args.latest_archives)
+    yj_rows, yj_files = _read_or_download("yj", args.yj_annotations, args.latest_archives)
     yj_ids = {row["image_id"] for row in yj_rows}
     splits.flag_yj(rows, yj_ids)
     held_out, origin = _held_out_ids(args)
@@ -133,7 +133,7 @@ def read_stair(args: PublishArguments) -> Corpus:
 
 # YJ Captions -------------------------------------------------------------------------------------------------------
 def read_yj(args: PublishArguments) -> Corpus:
-    rows, files = _read_or_download("yj", args.annotations)
+    rows, files = _read_or_download("yj", args.annotations, args.latest_archives)
     held_out, origin = _held_out_ids(args)
     text = "Not compared with the validation and test images of STAIR Captions in this build."
     if held_out:
@@ -227,11 +227,12 @@ def _title_key(row: dict) -> str:
 READ = {"stair": read_stair, "yj": read_yj, "uit_viic": read_uit_viic, "food_titles": read_food_titles}
 
 
-def _read_or_download(source: str, annotations: list[str] | None) -> tuple[list[dict], list[SourceFile]]:
+def _read_or_download(source: str, annotations: list[str] | None, latest: bool) -> tuple[list[dict], list[SourceFile]]:
     if annotations:
         return sources.read_rows(annotations, source)
-    rows, files = sources.read_rows([sources.download_archive(source)], source)
-    return rows, [replace(file, name=sources.ARCHIVES[source]) for file in files]
+    path, url = sources.download_archive(source, latest)
+    rows, files = sources.read_rows([path], source)
+    return rows, [replace(file, name=url) for file in files]
 
 
 def _held_out_ids(args: PublishArguments) -> tuple[tuple[list[int], list[int]] | None, str]:

@@ -1,9 +1,11 @@
 """Published datasets with their pictures: embedded in the dataset, or in a folder named by `file_name`."""
 
+import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 
 from vlmcap.data.lookup import DatasetError, find_dataset, missing
 from vlmcap.documents import parse_json
+from vlmcap.errors import notice
 from vlmcap.provenance import public_name
 
 # Cards of publish_datasets.py have the tag NAME-captions.
@@ -48,6 +51,9 @@ TYPES = {
     "coco_url": (pa.types.is_string, "texts"),
     "captions": (lambda kind: pa.types.is_list(kind) and pa.types.is_string(kind.value_type), "lists of texts"),
 }
+# What rows of one image must agree in.
+OF_IMAGE = ("file_name", "coco_url", "license", "in_yj", "image")
+UNSEEN = ("Cc", "Cf")  # Unicode's categories of control and format characters, such as the zero-width space
 CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where datasets from the Hub lie
 
 
@@ -71,12 +77,49 @@ def load_captions(
         revision: of a dataset on the Hub.
 
     Returns:
-        One row per image (see DESIGN: image_id, captions, ...). Column `image` is undecoded,
-        {"bytes": bytes | None, "path": str | None}; `open_image` reads it.
+        Rows of `load_rows` with the column `image`.
+
+    Raises:
+        DatasetError: as `load_rows`; the dataset has neither embedded images nor an image_dir; a file_name leads out
+            of image_dir.
+    """
+    rows = load_rows(dataset, split, revision)
+    if "image" in rows.column_names:
+        return rows
+    if not image_dir:
+        raise DatasetError(
+            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python"
+            f" scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir images` and add `--image_dir"
+            " images`, or build the dataset with `publish_datasets.py --images DIR`."
+        )
+    folder = Path(image_dir)
+    if not folder.is_dir():
+        raise DatasetError(f"--image_dir {image_dir} is not a folder")
+    paths = []
+    for name in rows["file_name"]:
+        if not is_plain_path(name):
+            raise DatasetError(f"{dataset} ({split}): the file_name {name!r} does not stay in --image_dir {image_dir}")
+        paths.append({"bytes": None, "path": str(folder / name)})
+    return rows.add_column("image", paths, feature=datasets.Image(decode=False))
+
+
+def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets.Dataset:
+    """Loads one split of a published caption dataset as it is, with or without pictures.
+
+    Args:
+        dataset: Hub id or local folder, as `load_dataset` takes it.
+        split: e.g. "train".
+        revision: of a dataset on the Hub.
+
+    Returns:
+        One row per image (see DESIGN: image_id, captions, ...), whatever rows the dataset has (`one_row_per_image`).
+        Embedded pictures are in the column `image`, undecoded, {"bytes": bytes | None, "path": str | None};
+        `open_image` reads them.
 
     Raises:
         DatasetError: the dataset cannot be loaded or has no such split; a column is missing, of another type or has
-            empty places; it has neither embedded images nor an image_dir; a picture's path leads out of its folder.
+            empty places (null captions are empty ones); rows of one image disagree; a picture's path leads out of the
+            dataset.
     """
     revision = None if Path(dataset).exists() else revision
     try:
@@ -95,22 +138,114 @@ def load_captions(
         except (TypeError, ValueError, pa.ArrowException) as error:
             raise DatasetError(f"{dataset} ({split}): the column image holds no images ({error})") from error
         _check_paths(rows, dataset, split)
+    return one_row_per_image(_without_nulls(rows), f"{dataset} ({split})")
+
+
+def references_of(rows: datasets.Dataset) -> dict[str, list[str]]:
+    """Image id -> captions of rows of `load_captions`."""
+    return dict(zip(map(str, rows["image_id"]), rows["captions"], strict=True))
+
+
+def dataset_references(dataset: str, split: str, revision: str | None = None) -> dict[str, list[str]]:
+    """Image id -> captions of a split of a published dataset, a Hub id or a local folder of parquet files.
+
+    Reads no picture, and takes ids that are texts too. Null captions are empty ones.
+
+    Raises:
+        DatasetError: a column is missing; rows of one image have different file names.
+    """
+    source = {"path": dataset, "split": split, "revision": revision, "streaming": True}
+    there = datasets.load_dataset(**source).column_names
+    if missing := [name for name in ("image_id", "captions") if name not in there]:
+        raise DatasetError(f"{dataset} ({split}) has no column {', '.join(missing)}; it has {', '.join(there)}")
+    # Streaming reads these columns alone: no photograph is downloaded or decoded.
+    columns = [name for name in ("image_id", "captions", "file_name") if name in there]
+    rows = list(datasets.load_dataset(columns=columns, **source))
+    return {
+        str(image_id): [caption or "" for number in numbers for caption in rows[number]["captions"] or []]
+        for image_id, numbers in group_by_image(rows, f"{dataset} ({split})").items()
+    }
+
+
+def one_row_per_image(rows: datasets.Dataset, place: str) -> datasets.Dataset:
+    """The first row of every image, with the captions (and caption_ids) of all its rows, in the order of the rows.
+
+    Rows that are one per image are returned as they are. Else a line says how many rows became how many images.
+
+    Raises:
+        DatasetError: naming `place`; rows of one image disagree, see `group_by_image`.
+    """
+    if len(set(rows["image_id"])) == len(rows):
         return rows
-    if not image_dir:
-        raise DatasetError(
-            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python"
-            f" scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir images` and add `--image_dir"
-            " images`, or build the dataset with `publish_datasets.py --images DIR`."
-        )
-    folder = Path(image_dir)
-    if not folder.is_dir():
-        raise DatasetError(f"--image_dir {image_dir} is not a folder")
-    paths = []
-    for name in rows["file_name"]:
-        if not is_plain_path(name):
-            raise DatasetError(f"{dataset} ({split}): the file_name {name!r} does not stay in --image_dir {image_dir}")
-        paths.append({"bytes": None, "path": str(folder / name)})
-    return rows.add_column("image", paths, feature=datasets.Image(decode=False))
+    of_image = rows.select_columns([name for name in ("image_id", *OF_IMAGE) if name in rows.column_names])
+    members = list(group_by_image(of_image, place).values())
+    for name in [name for name in ("captions", "caption_ids") if name in rows.column_names]:
+        lists, joined = rows[name][:], [[]] * len(rows)
+        for numbers in members:
+            joined[numbers[0]] = [item for number in numbers for item in lists[number] or []]
+        rows = _with_column(rows, name, joined)
+    return rows.select([numbers[0] for numbers in members])
+
+
+def group_by_image(rows: Iterable[dict], place: str) -> dict[int | str, list[int]]:
+    """Image id -> numbers of its rows. Prints how many rows are of how many images, when there are more of them.
+
+    Raises:
+        DatasetError: naming `place` and the image; its rows differ in one of OF_IMAGE that they have.
+    """
+    known, members = {}, {}
+    number = -1
+    for number, row in enumerate(rows):
+        image_id, facts = row["image_id"], {name: _fact(row[name]) for name in OF_IMAGE if name in row}
+        first = known.setdefault(image_id, facts)
+        if differs := [name for name in facts if facts[name] != first[name]]:
+            raise DatasetError(
+                f"{place}: rows {members[image_id][0]} and {number} both have the image_id {image_id} and differ in"
+                f" {', '.join(differs)}. Give every image an id of its own, and all rows of an image the same picture"
+                " and file_name."
+            )
+        members.setdefault(image_id, []).append(number)
+    if number + 1 > len(members):
+        notice(f"{place}: {number + 1:,} rows of {len(members):,} images, grouped by image_id")
+    return members
+
+
+def _fact(value: object) -> object:
+    """What is compared: of a picture the hash of its bytes, or its path."""
+    if not isinstance(value, dict):
+        return value
+    return value["path"] if value["bytes"] is None else hashlib.sha256(value["bytes"]).hexdigest()
+
+
+def _without_nulls(rows: datasets.Dataset) -> datasets.Dataset:
+    """Null captions as empty ones: whoever reads them counts or refuses those."""
+    if not _has_nulls(rows, "captions"):
+        return rows
+    return _with_column(rows, "captions", [[caption or "" for caption in texts or []] for texts in rows["captions"]])
+
+
+def _with_column(rows: datasets.Dataset, name: str, values: list) -> datasets.Dataset:
+    """The rows with other values in a column that they have. Before rows are selected: afterwards datasets would copy
+    all that are left, pictures too."""
+    names, feature = rows.column_names, rows.features[name]
+    return rows.remove_columns(name).add_column(name, values, feature=feature).select_columns(names)
+
+
+def without_empty_captions(rows: datasets.Dataset) -> tuple[datasets.Dataset, dict[str, int]]:
+    """Rows without captions that show nothing (empty, white space, characters that cannot be seen), and without images
+    that have no other; and how many {"captions", "images"} were left out. Captions of ordinary rows stay as they are.
+    """
+    captions = [[caption for caption in texts if _shows_something(caption)] for texts in rows["captions"]]
+    kept = [row for row, texts in enumerate(captions) if texts]
+    empty = sum(map(len, rows["captions"])) - sum(map(len, captions))
+    left_out = {"captions": empty, "images": len(rows) - len(kept)}
+    if any(left_out.values()):
+        rows = _with_column(rows, "captions", captions).select(kept)
+    return rows, left_out
+
+
+def _shows_something(caption: str) -> bool:
+    return any(not character.isspace() and unicodedata.category(character) not in UNSEEN for character in caption)
 
 
 def is_plain_path(name: str) -> bool:
@@ -131,16 +266,21 @@ def whole_reason(error: BaseException) -> str:
 
 
 def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
-    """Raises DatasetError on a column that is missing, is not what DESIGN says, or has empty places."""
+    """Raises DatasetError on a column that is missing, is not what DESIGN says, or (captions may) has empty places."""
     for name in names:
         if name not in rows.column_names:
             raise DatasetError(f"{place} has no column {name}; it has {', '.join(rows.column_names)}")
         kind, (test, wanted) = rows.features.arrow_schema.field(name).type, TYPES[name]
         if not test(kind):
             raise DatasetError(f"{place}: the column {name} is {kind}, expected {wanted}")
-        for chunk in rows.select_columns(name).with_format("arrow")[:][name].chunks:
-            if chunk.null_count or pa.types.is_nested(kind) and chunk.flatten().null_count:
-                raise DatasetError(f"{place}: the column {name} has empty places (null)")
+        if name != "captions" and _has_nulls(rows, name):
+            raise DatasetError(f"{place}: the column {name} has empty places (null)")
+
+
+def _has_nulls(rows: datasets.Dataset, name: str) -> bool:
+    """Whether a column, or a list in it, has empty places."""
+    chunks = rows.select_columns(name).with_format("arrow")[:][name].chunks
+    return any(chunk.null_count or pa.types.is_list(chunk.type) and chunk.flatten().null_count for chunk in chunks)
 
 
 def _check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:

@@ -22,11 +22,31 @@ from tqdm.auto import tqdm
 from vlmcap.data.arguments import DataError
 from vlmcap.data.images import is_plain_path
 from vlmcap.documents import parse_json, shown
+from vlmcap.files import git_blob_id
 
-# Official releases, both CC BY 4.0: github.com/STAIR-Lab-CIT/STAIR-captions and github.com/yahoojapan/YJCaptions.
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of a repository on GitHub: address with a place for the commit, the commit, and git's id of the file."""
+
+    url: str
+    commit: str
+    blob: str
+    branch: str = "master"
+
+
+# Official releases, both CC BY 4.0.
 ARCHIVES = {
-    "stair": "https://github.com/STAIR-Lab-CIT/STAIR-captions/raw/master/stair_captions_v1.2.tar.gz",
-    "yj": "https://github.com/yahoojapan/YJCaptions/raw/master/yjcaptions26k.zip",
+    "stair": Archive(
+        "https://github.com/STAIR-Lab-CIT/STAIR-captions/raw/{commit}/stair_captions_v1.2.tar.gz",
+        "6ac656e65d80cbe2c914d93626a1d5454e35a5d6",
+        "25aaad5f686580b6aaddabd0c741f60bb73c0f49",
+    ),
+    "yj": Archive(
+        "https://github.com/yahoojapan/YJCaptions/raw/{commit}/yjcaptions26k.zip",
+        "2f2d6de87ce90b7ff1fd318efef17b1ce0e127db",
+        "17d1fd8056e4ef43bc5e7a9420f950ee956573c9",
+    ),
 }
 # COCO's own licence table, the same in all its annotation files; UIT-ViIC has the numbers and not the table.
 COCO_LICENSES = {
@@ -59,22 +79,33 @@ class SourceFile:
     license: str
 
 
-def download_archive(source: str, cache_dir: str | Path | None = None) -> Path:
-    """The official archive of "stair" or "yj", downloaded once into the cache of the datasets library, with progress.
+def download_archive(source: str, latest: bool = False, cache_dir: str | Path | None = None) -> tuple[Path, str]:
+    """The official archive of "stair" or "yj" and its address; downloaded once into the cache of the datasets library.
 
-    Raises DataError when the archive cannot be had.
+    Args:
+        latest: take the file of the repository's branch, whatever it is, and not the one whose git blob id is known.
+
+    Raises:
+        DataError: the archive cannot be had, or is not the one that is known.
     """
-    url = ARCHIVES[source]
+    archive = ARCHIVES[source]
+    url = archive.url.format(commit=archive.branch if latest else archive.commit)
     manager = DownloadManager(
         dataset_name=source, download_config=DownloadConfig(cache_dir=cache_dir, download_desc=f"Downloading {url}")
     )
     try:
-        return Path(manager.download(url))
+        path = Path(manager.download(url))
     except Exception as error:  # whatever lies under fsspec: OSError, aiohttp errors, offline mode
         raise DataError(
             f"{url}: the download failed ({type(error).__name__}: {error}). Fetch the archive in another way and name "
             f"it with {'--annotations' if source == 'stair' else '--annotations (or --yj_annotations)'} FILE."
         ) from error
+    if not latest and (blob := git_blob_id(read_source(path))) != archive.blob:
+        raise DataError(
+            f"{url}: what was downloaded has the git blob id {blob}, the official archive {archive.blob}. Look at"
+            f" {path} and delete it to download it again; for a newer release add --latest_archives."
+        )
+    return path, url
 
 
 def read_rows(paths: Sequence[str | Path], source: str) -> tuple[list[dict], list[SourceFile]]:

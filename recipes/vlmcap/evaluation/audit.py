@@ -36,7 +36,7 @@ from vlmcap.evaluation.arguments import FORM, HELD_BACK
 from vlmcap.evaluation.bootstrap import LEVEL, interval, resampled_scores
 from vlmcap.evaluation.constraints import japanese_characters
 from vlmcap.evaluation.lexicon import Lexicon, analyse
-from vlmcap.evaluation.scoring import read_jsonl, read_predictions
+from vlmcap.evaluation.scoring import read_entries, read_predictions
 from vlmcap.files import write_atomically
 
 RESAMPLES, SEED = 1000, 0
@@ -83,7 +83,7 @@ def write_audit(
     """Audits a predictions file and writes audit.json; returns what was written.
 
     Args:
-        predictions_path: JSON lines {"image_id", "caption"}; the run record beside it gives prompt and max_new_tokens.
+        predictions_path: as `read_predictions` takes it; the run record beside it gives prompt and max_new_tokens.
         references: image id -> captions of every predicted image; without them persons and objects are not compared.
         lexicon: things; persons: words about persons. Names of shipped lexicons or YAML files.
         instances: COCO instance annotations whose images hold all predicted ones, and whose categories hold all of
@@ -467,7 +467,7 @@ def _overlap(
 ) -> dict:
     every = np.ones(len(predictions))
     train_ids = set(map(str, train_rows["image_id"]))
-    trained = {_normalised(caption) for captions in train_rows["captions"] for caption in captions}
+    trained = {_normalised(caption) for captions in train_rows["captions"] for caption in captions} - {""}
     shared = [image_id in train_ids for image_id in predictions]
     copied = [_normalised(caption) in trained for caption in predictions.values()]
     overlap: dict = {
@@ -514,7 +514,7 @@ def write_review_queue(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     released, held = [], []
-    for _, image_id, line in read_jsonl(predictions_path):
+    for _, image_id, line in read_entries(predictions_path):
         why = [reason for reason in audit["flagged"].get(image_id, []) if reason in hold_back]
         (held if why else released).append(line | ({"reasons": why} if why else {}))
     for name, lines in (("released", released), ("held_back", held)):

@@ -11,6 +11,7 @@ import datasets
 import transformers
 from transformers.utils import cached_file
 
+from vlmcap.data.images import references_of
 from vlmcap.documents import parse_json, parse_yaml, shown
 from vlmcap.errors import UserError
 from vlmcap.evaluation.generate import GenerationArguments
@@ -44,8 +45,10 @@ class Baseline:
     parameters: float
     saw: dict[str, str]
     remote_code: bool = False
+    experimental: bool = False
     runner: str | None = None
     python: str | None = None
+    packages_until: str | None = None
     requirements: list[str] = field(default_factory=list)
     source: dict[str, str] | None = None
 
@@ -83,7 +86,7 @@ def read_table(path: str | Path) -> BaselineTable:
     Raises:
         BaselineError: naming file, row and key: a key that is missing, unknown or of the wrong kind, a corpus without
             a word on whether it was seen, a revision that is no commit, a class that transformers does not have, an
-            isolated row without runner, python and pinned requirements.
+            isolated row without runner, python, a date for its packages and pinned requirements.
     """
     document = _read_yaml(path)
     if not isinstance(document.get("common_prompt"), str) or not isinstance(document.get("models"), dict):
@@ -118,11 +121,15 @@ def _read_row(where: str, key: str, row: dict) -> Baseline:
     if row["model_class"] not in ("remote", "package") and not hasattr(transformers, row["model_class"]):
         raise BaselineError(f"{where}: `class` {row['model_class']} is neither in transformers, nor remote or package")
     if row["runs"] == "isolated":
-        for name in ("runner", "python", "requirements"):
+        for name in ("runner", "python", "packages_until", "requirements"):
             if not row.get(name):
                 raise BaselineError(f"{where}: `{name}` is missing, which an isolated row needs")
         if not re.fullmatch(r"\d+(\.\d+)*", row["python"]):
             raise BaselineError(f"{where}: `python` must be a version such as '3.11', but is {row['python']!r:.80}")
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d", row["packages_until"]):
+            raise BaselineError(
+                f"{where}: `packages_until` must be a date such as '2025-11-30', but is {row['packages_until']!r:.80}"
+            )
         for requirement in row["requirements"]:
             if requirement.startswith("-") or "==" not in requirement and not COMMIT.search(requirement):
                 raise BaselineError(
@@ -139,7 +146,7 @@ def _read_row(where: str, key: str, row: dict) -> Baseline:
 
 
 def _is_kind(value, name: str) -> bool:
-    if name in ("gated", "remote_code"):
+    if name in ("gated", "remote_code", "experimental"):
         return isinstance(value, bool)
     if name == "parameters":
         return isinstance(value, int | float)
@@ -158,7 +165,8 @@ def table_text(table: BaselineTable) -> str:
     for row in table.rows.values():
         gated = " (gated)" if row.gated else ""
         seen = [row.saw[corpus] for corpus in CORPORA]
-        runs = row.runs + (" (code)" if row.foreign_code else "")
+        marks = ["experimental"] * row.experimental + ["code"] * row.foreign_code
+        runs = row.runs + (f" ({', '.join(marks)})" if marks else "")
         lines.append(
             (
                 row.key,
@@ -180,7 +188,8 @@ def table_text(table: BaselineTable) -> str:
             *text,
             "",
             "STAIR, YJ, COCO: what the model was trained on. (gated): accept the licence on its page and log in.",
-            "(code): runs code of others, with --trust_remote_code only. (takes none): it only captions, in English.",
+            "experimental: its runner has never seen the model. code: of others, runs with --trust_remote_code only.",
+            "(takes none): it only captions, in English. All search alike, without their own sampling and penalties.",
             f"Common prompt: {table.common_prompt}",
         ]
     )
@@ -333,7 +342,7 @@ def score_prompts(folder: Path, names: list[str], rows: datasets.Dataset, tokeni
     Raises:
         ScoreError, TokenizerError: as `write_metrics` does.
     """
-    references = {str(i): captions for i, captions in zip(rows["image_id"], rows["captions"], strict=True)}
+    references = references_of(rows)
     documents = {
         name: write_metrics(folder / name / "predictions.jsonl", references, folder / name / "metrics.json", tokenizer)
         for name in names

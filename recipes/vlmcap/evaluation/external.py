@@ -3,17 +3,16 @@
 What cannot be computed raises ScorerUnavailable with the reason; no score is ever 0 for want of a program. The reasons
 go into metrics.json, which may be published: they name no folder of the machine, no user and no key of a URL.
 
-A SPICE or JaSPICE service is any HTTP server that answers this protocol of ours (JaSPICE's own container listens with
-another one on port 2115; a few lines around `jaspice.api.JaSPICE` make it a service):
+A service is any HTTP server that answers as JaSPICE's own does (`server.py` of the package jaspice; its container
+listens on port 2115). SPICE has none; one for English may speak the same protocol:
 
-    POST  {"items": [{"image_id": "1", "candidate": "...", "references": ["...", "..."]}, ...]}
-    200   {"scores": [0.25, ...], "version": "spice-1.0"}      one number from 0 to 1 an item; "version" may be absent
+    POST  {"references": [["...", "..."], ...], "candidates": ["...", ...]}
+    200   [0.25, ...]      one number from 0 to 1 a candidate
 """
 
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 import numpy as np
 import requests
 from sacrebleu.metrics import CHRF
+from tqdm.auto import tqdm
 
 METEOR_JAR_VARIABLE = "VLMCAP_METEOR_JAR"
 # alpha, beta, gamma, delta and the weights of exact, stem, synonym and paraphrase matches of METEOR 1.5's English
@@ -32,8 +32,17 @@ METEOR_JAR_VARIABLE = "VLMCAP_METEOR_JAR"
 METEOR_PARAMETERS = (0.85, 0.2, 0.6, 0.75)
 METEOR_STAGES = (1.0, 0.6, 0.8, 0.6)
 METEOR_NUMBERS = 23
-VERSION = re.compile(r"[\w.+-]{1,64}", re.ASCII)
+REQUEST_IMAGES = 256  # JaSPICE's server scores 16 at once; no answer comes before the last
 SPICE_JAR = "spice-1.0.jar"
+# What FST 2.47, with which SPICE stores its parses, looks into: from version 16 on Java must be told to allow it.
+# Java 8 does not know the option, and ignores it when told to.
+SPICE_OPENS = [
+    "-XX:+IgnoreUnrecognizedVMOptions",
+    *(
+        f"--add-opens=java.base/{package}=ALL-UNNAMED"
+        for package in ("java.lang", "java.math", "java.util", "java.util.concurrent", "java.net", "java.text")
+    ),
+]
 CORENLP_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
@@ -87,6 +96,12 @@ def meteor_jar() -> Path:
     raise ScorerUnavailable(
         f"no meteor-1.5.jar: `pip install pycocoevalcap` brings it, ${METEOR_JAR_VARIABLE} names another"
     )
+
+
+def check_meteor() -> None:
+    """Raises ScorerUnavailable when METEOR's jar or Java is missing."""
+    meteor_jar()
+    _find_java()
 
 
 def meteor_statistics(
@@ -151,40 +166,72 @@ def meteor(statistics: np.ndarray) -> np.ndarray:
     return mean * (1 - gamma * np.where(whole, 0, fragmentation) ** beta)
 
 
-def service_scores(url: str, items: list[dict], timeout: float) -> tuple[np.ndarray, str]:
-    """Scores (images,) and version ("unknown" if not given) that a SPICE or JaSPICE service answers.
+def service_scores(url: str, items: list[dict], timeout: float, spaces: bool = True) -> np.ndarray:
+    """Scores (images,) that a SPICE or JaSPICE service answers, some images a request.
 
     Args:
-        items: {"image_id", "candidate", "references"} of each image; all go in one request.
+        items: {"candidate", "references"} of each image.
         timeout: seconds without an answer after which it is given up.
+        spaces: whether spaces stay in the texts. JaSPICE's own client takes them out.
 
     Raises:
         ScorerUnavailable: the service cannot be reached, or answers anything but one number from 0 to 1 an image.
     """
+
+    def sent(text: str) -> str:
+        return text if spaces else text.replace(" ", "")
+
+    scores = []
+    with tqdm(total=len(items), desc=_without_secrets(url), unit=" images") as bar:
+        for begin in range(0, len(items), REQUEST_IMAGES):
+            part = items[begin : begin + REQUEST_IMAGES]
+            body = {
+                "references": [[sent(text) for text in item["references"]] for item in part],
+                "candidates": [sent(item["candidate"]) for item in part],
+            }
+            scores += _ask(url, body, timeout)
+            bar.update(len(part))
+    return np.array(scores, dtype=np.float64)
+
+
+def _without_secrets(url: str) -> str:
     parts = urlsplit(url)
-    user, at, host = parts.netloc.rpartition("@")
-    shown = urlunsplit((parts.scheme, host, parts.path, "", ""))
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _ask(url: str, body: dict, timeout: float) -> list[float]:
+    shown, count = _without_secrets(url), len(body["candidates"])
     try:
-        answer = requests.post(url, json={"items": items}, timeout=timeout)
+        answer = requests.post(url, json=body, timeout=timeout)
         answer.raise_for_status()
-        body = answer.json()
+        scores = answer.json()
     except (requests.RequestException, ValueError, RecursionError) as error:
-        reason = str(error)
+        parts, reason = urlsplit(url), str(error)
+        user, at, _ = parts.netloc.rpartition("@")
         for secret in filter(None, (user + at, parts.query and f"?{parts.query}")):
             reason = reason.replace(secret, "")
         raise ScorerUnavailable(f"{shown}: {reason}") from error
-    scores = body.get("scores") if isinstance(body, dict) else None
-    if not isinstance(scores, list) or len(scores) != len(items):
+    if not isinstance(scores, list) or len(scores) != count:
         raise ScorerUnavailable(
-            f'{shown} must answer {{"scores": [{len(items):,} numbers]}}, but answered {answer.text[:200]!r}'
+            f"{shown} must answer a list of {count:,} numbers, as JaSPICE's server does, but answered"
+            f" {answer.text[:200]!r}"
         )
     wrong = [score for score in scores if type(score) not in (int, float) or not 0 <= score <= 1]
     if wrong:
         raise ScorerUnavailable(f"{shown} answered the score {wrong[0]!r}, which is no number from 0 to 1")
-    version = str(body.get("version", "unknown"))
-    if not VERSION.fullmatch(version):  # it becomes a part of the signature
-        raise ScorerUnavailable(f"{shown} must answer a version of letters, digits and . _ + -, not {version!r:.80}")
-    return np.array(scores, dtype=np.float64), version
+    return scores
+
+
+def check_local_spice(folder: str | Path) -> None:
+    """Raises ScorerUnavailable when `folder` lacks a jar of `local_spice_scores`, or there is no Java."""
+    folder = Path(folder).resolve()
+    missing = [name for name in (SPICE_JAR, *(f"lib/{jar}" for jar in CORENLP_JARS)) if not (folder / name).is_file()]
+    if missing:
+        raise ScorerUnavailable(
+            f"the folder {folder.name} lacks {', '.join(missing)}: SPICE comes from https://panderson.me/spice, "
+            "CoreNLP 3.6.0 from https://stanfordnlp.github.io/CoreNLP/history.html"
+        )
+    _find_java()
 
 
 def local_spice_scores(folder: str | Path, items: list[dict], timeout: float) -> np.ndarray:
@@ -193,18 +240,14 @@ def local_spice_scores(folder: str | Path, items: list[dict], timeout: float) ->
     Raises:
         ScorerUnavailable: no Java, a jar is missing, an error of SPICE, or the time limit.
     """
+    check_local_spice(folder)
     folder = Path(folder).resolve()
-    missing = [name for name in (SPICE_JAR, *(f"lib/{jar}" for jar in CORENLP_JARS)) if not (folder / name).is_file()]
-    if missing:
-        raise ScorerUnavailable(
-            f"the folder {folder.name} lacks {', '.join(missing)}: SPICE comes from https://panderson.me/spice, "
-            "CoreNLP 3.6.0 from https://stanfordnlp.github.io/CoreNLP/history.html"
-        )
     asked = [{"image_id": i, "test": item["candidate"], "refs": item["references"]} for i, item in enumerate(items)]
     with tempfile.TemporaryDirectory() as temporary:
         questions, answers = Path(temporary) / "in.json", Path(temporary) / "out.json"
         questions.write_text(json.dumps(asked), encoding="utf-8")
-        _java(["-Xmx8G", "-jar", SPICE_JAR, str(questions), "-out", str(answers), "-silent"], "", folder, timeout)
+        arguments = ["-Xmx8G", *SPICE_OPENS, "-jar", SPICE_JAR, str(questions), "-out", str(answers), "-silent"]
+        _java(arguments, "", folder, timeout)
         if not answers.is_file():
             raise ScorerUnavailable(f"{SPICE_JAR} wrote no scores")
         found = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(answers.read_bytes())}
@@ -214,11 +257,16 @@ def local_spice_scores(folder: str | Path, items: list[dict], timeout: float) ->
     return scores
 
 
-def _java(arguments: list[str], text: str, folder: Path, timeout: float) -> str:
-    """Standard output of `java` with `text` on its standard input. Raises ScorerUnavailable."""
+def _find_java() -> str:
     java = shutil.which("java")
     if java is None:
         raise ScorerUnavailable("there is no Java (`java` on the PATH; any version from 8 on)")
+    return java
+
+
+def _java(arguments: list[str], text: str, folder: Path, timeout: float) -> str:
+    """Standard output of `java` with `text` on its standard input. Raises ScorerUnavailable."""
+    java = _find_java()
     # Before version 18 Java reads and writes in the encoding of the machine's locale.
     command = [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
     try:

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import inspect
 import json
 import os
 import time
@@ -13,7 +14,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from vlmcap import provenance
 from vlmcap.data.images import BadImageError, open_image
@@ -23,6 +24,9 @@ from vlmcap.evaluation.constraints import constraints
 from vlmcap.files import write_atomically
 from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
 from vlmcap.places import own_file
+
+# Of a run record: what captions that lie at a place must have been made with, to be continued.
+ASKED = ("model", "dataset", "prompt", "decoding")
 
 
 class PredictionsError(UserError):
@@ -141,6 +145,52 @@ def image_size_record(processor: ProcessorMixin) -> dict:
     return {"image_size": dict(size)}
 
 
+def search_config(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: BeamArguments
+) -> GenerationConfig:
+    """Beam search as `args` asks for it, the same for every model.
+
+    What a configuration does not set is taken from the model's own, and the one published with Qwen2-VL-2B-Instruct
+    samples (temperature 0.01, top_k 1), Qwen2.5-VL's has a penalty of 1.05: sampling, penalties and lengths are set
+    back. The tokens that begin, end and pad a caption are the model's own, or else the tokenizer's.
+    """
+    own = model.generation_config
+    tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return GenerationConfig(
+        num_beams=args.num_beams,
+        do_sample=False,
+        max_new_tokens=args.max_new_tokens,
+        min_length=0,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        no_repeat_ngram_size=0,
+        early_stopping=False,
+        **{name: getattr(tokenizer, name) if token is None else token for name, token in tokens.items()},
+    )
+
+
+def check_beams(
+    model: PreTrainedModel | PeftModel, pixel_values: torch.Tensor | None, pictures: int, beams: int
+) -> None:
+    """Beams get whole pictures: rows of `pixel_values` are pictures, or the model sees to it that beams get all rows.
+
+    transformers repeats tensors row by row for the beams, patches and tiles of a picture too, unless the model takes
+    pictures that were encoded before (`mm_encoder_outputs`), as its own models do, or repeats them in its own way.
+
+    Raises:
+        PredictionsError: beams would get rows of one picture mixed up.
+    """
+    base = base_model(model)
+    if beams == 1 or pixel_values is None or len(pixel_values) == pictures:
+        return
+    own_way = type(base)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation
+    if not own_way and "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        raise PredictionsError(
+            f"{type(base).__name__} takes {pictures} pictures as {len(pixel_values)} rows of patches, which beam"
+            f" search would mix up: give --num_beams 1, instead of {beams}"
+        )
+
+
 @torch.inference_mode()
 def caption_images(
     model: PreTrainedModel | PeftModel,
@@ -167,17 +217,8 @@ def caption_images(
     inputs = inputs.to(model.device, dtype=base_model(model).dtype)
     inputs.pop("labels", None)  # PaliGemma's processor makes them, also without a text to learn
     prompt_length = inputs["input_ids"].shape[1]
-    own = model.generation_config
-    # A fresh configuration: the one published with Qwen2-VL-2B-Instruct samples (temperature 0.01, top_k 1). What is
-    # not set here is still taken from the model's own, so the penalty is: Qwen2.5-VL comes with 1.05.
-    config = GenerationConfig(
-        num_beams=args.num_beams,
-        do_sample=False,
-        max_new_tokens=args.max_new_tokens,
-        repetition_penalty=1.0,
-        eos_token_id=own.eos_token_id,
-        pad_token_id=processor.tokenizer.pad_token_id if own.pad_token_id is None else own.pad_token_id,
-    )
+    check_beams(model, inputs.get("pixel_values"), len(images), args.num_beams)
+    config = search_config(model, processor.tokenizer, args)
     limits = constraints(
         processor.tokenizer,
         prompt_length,
@@ -185,7 +226,7 @@ def caption_images(
         args.no_repeat_ngram_size,
         read_words(args.avoid_words),
         max_new_tokens=args.max_new_tokens,
-        eos_token_id=own.eos_token_id,
+        eos_token_id=config.eos_token_id,
     )
     output = model.generate(**inputs, generation_config=config, logits_processor=limits)
     texts = processor.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
@@ -198,17 +239,8 @@ def caption_pictures(
 ) -> list[str]:
     """Captions of a list of PIL images by a model that takes no prompt (BLIP, ViT + GPT-2 and the like)."""
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    own, tokenizer = model.generation_config, processor.tokenizer
-    config = GenerationConfig(
-        num_beams=args.num_beams,
-        do_sample=False,
-        max_new_tokens=args.max_new_tokens,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
-        bos_token_id=tokenizer.bos_token_id if own.bos_token_id is None else own.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if own.pad_token_id is None else own.pad_token_id,
-    )
+    config = search_config(model, processor.tokenizer, args)
+    config.no_repeat_ngram_size = args.no_repeat_ngram_size
     dtype = base_model(model).dtype
     ids = model.generate(pixel_values=pixels.to(model.device, dtype), generation_config=config)
     return [" ".join(text.split()) for text in processor.batch_decode(ids, skip_special_tokens=True)]
@@ -231,10 +263,8 @@ def generate(
         args: GenerationArguments for a model that takes a prompt.
         record: "model", "dataset" and "saw" of the run record.
     """
-    decoding = decoding_record(args) | image_size_record(processor)
+    record = record | _asked_of(processor, args)
     prompted = takes_prompt(processor)
-    if not prompted and ("japanese_only" in decoding or "avoid_words" in decoding):
-        raise PredictionsError("japanese_only and avoid_words are for models that take a prompt; this one takes none")
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -246,8 +276,22 @@ def generate(
     def peak_memory() -> int | None:
         return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
 
-    record = record | {"prompt": args.prompt if prompted else None, "decoding": decoding}
     write_captions(caption, rows, output, record, peak_memory)
+
+
+def check_predictions(processor: ProcessorMixin, output: Path, args: BeamArguments, record: dict) -> None:
+    """Raises PredictionsError if `generate` with these arguments could not write or continue `output`: it was begun
+    with other settings, or is damaged. Recipes ask before they train."""
+    record = record | _asked_of(processor, args)
+    read_done(output, {key: record[key] for key in ASKED})
+
+
+def _asked_of(processor: ProcessorMixin, args: BeamArguments) -> dict:
+    """ "prompt" and "decoding" of a run record."""
+    decoding, prompted = decoding_record(args) | image_size_record(processor), takes_prompt(processor)
+    if not prompted and ("japanese_only" in decoding or "avoid_words" in decoding):
+        raise PredictionsError("japanese_only and avoid_words are for models that take a prompt; this one takes none")
+    return {"prompt": args.prompt if prompted else None, "decoding": decoding}
 
 
 def write_captions(
@@ -295,7 +339,7 @@ def _write_captions(
     state = PartialState()
     output.parent.mkdir(parents=True, exist_ok=True)
     batch_size = record["decoding"]["batch_size"]
-    asked = {key: record[key] for key in ("model", "dataset", "prompt", "decoding")}
+    asked = {key: record[key] for key in ASKED}
     run_record = run_record_path(output)
     done, earlier = read_done(output, asked)
     todo = [i for i, image_id in enumerate(rows["image_id"]) if image_id not in done]

@@ -52,13 +52,14 @@ def _tail(lines: list[str]) -> str:
 def build_environment(row: Baseline, env_dir: Path = ENVIRONMENTS) -> Path:
     """The folder of the row's environment, built when it is not there yet.
 
-    It lies in `env_dir` under the row's key and a hash of its Python version, requirements and source: other pins make
-    another environment. It counts as built when `complete.json`, written last, lists what was installed.
+    It lies in `env_dir` under the row's key and a hash of its Python version, requirements, date and source: other
+    pins make another environment. No package is newer than the row's `packages_until`. It counts as built when
+    `complete.json`, written last, lists what was installed.
 
     Raises:
         IsolatedError: uv or git failed.
     """
-    recipe = {"python": row.python, "requirements": row.requirements, "source": row.source}
+    recipe = {key: getattr(row, key) for key in ("python", "requirements", "packages_until", "source")}
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
     env_dir = env_dir.expanduser().resolve()
     env_dir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,9 @@ def build_environment(row: Baseline, env_dir: Path = ENVIRONMENTS) -> Path:
         print(f"Building the environment of {row.key} in {folder}", file=sys.stderr, flush=True)
         _run([uv, "venv", "--quiet", "--python", row.python, str(folder)], f"The environment of {row.key}")
         python = str(folder / "bin/python")
-        _run([uv, "pip", "install", "--quiet", "--python", python, *row.requirements], f"Installing {row.key}")
+        install = [uv, "pip", "install", "--quiet", "--python", python]
+        install += ["--exclude-newer", f"{row.packages_until}T23:59:59Z"]  # a date alone is one of this machine's zone
+        _run([*install, *row.requirements], f"Installing {row.key}")
         if row.source:
             code = str(folder / "source")
             _run(["git", "init", "--quiet", code], f"Fetching the code of {row.key}")
@@ -231,6 +234,10 @@ def start_isolated(
     constrained = decoding.keys() & {"japanese_only", "no_repeat_ngram_size", "avoid_words"}
     if constrained:
         raise PredictionsError(f"{row.key} runs in its own environment, where there is no {', '.join(constrained)}")
+    if row.experimental:
+        print(
+            f"{row.key} is experimental: its runner has never seen the model. Look at its captions.", file=sys.stderr
+        )
     header = {"model": name, "revision": revision, "trust_remote_code": row.remote_code, "decoding": decoding}
     return IsolatedModel(row, build_environment(row, env_dir), header)
 

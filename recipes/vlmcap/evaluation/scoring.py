@@ -1,7 +1,9 @@
 """Files of predictions and references in, a document of scores out.
 
 predictions.jsonl   {"image_id": 1, "caption": "..."}               one line an image
+results.json        [{"image_id": 1, "caption": "..."}, ...]        COCO's list of results, instead
 references.jsonl    {"image_id": 1, "captions": ["...", "..."]}     one line an image, or a published dataset
+captions_*.json     {"images": [...], "annotations": [...]}         COCO's annotations, instead
 idf.json            {"tokenizer": "tok:...", "images": 5000, "ngrams": {"犬 が": 17, ...}}
 
 The idf file fixes CIDEr-D's document frequencies: "images" is how many images' references they were counted in,
@@ -11,6 +13,7 @@ spaces (one of a single image weighs as much as one of none).
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +50,11 @@ SCORE_LABELS = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {
 }
 
 
+# How whole JSON files begin: a list of COCO results; COCO's annotations, told by the first key.
+RESULTS_LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[")
+COCO_ANNOTATIONS = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|type|categories)"\s*:')
+
+
 class ScoreError(UserError):
     """Predictions or references that cannot be scored; the message names the file and line, or the images."""
 
@@ -79,7 +87,7 @@ class ScoreOptions:
         default=None, metadata={"help": "Or a local SPICE: folder with spice-1.0.jar and the CoreNLP jars in lib/."}
     )
     jaspice_url: str | None = field(
-        default=None, metadata={"help": "JaSPICE service for Japanese, of the same protocol as --spice_url."}
+        default=None, metadata={"help": "JaSPICE's server, for Japanese: its container, e.g. http://127.0.0.1:2115."}
     )
     spice_timeout: float = field(
         default=1800, metadata={"help": "Seconds after which SPICE, or a service without an answer, is given up."}
@@ -181,6 +189,22 @@ def score(
     }
 
 
+def check_references(references: dict[str, list[str]], tokenizer: str, place: str) -> None:
+    """Raises ScoreError, naming `place` and image ids, if `score` could take no prediction for these references: there
+    is no image, or one without references or with a reference without any token."""
+    if not references:
+        raise ScoreError(f"{place}: there is no image, so nothing can be scored")
+    variants = [references]
+    if tokenizer in JAPANESE_TOKENIZERS:
+        variants.append({image_id: list(map(to_plain, captions)) for image_id, captions in references.items()})
+    try:
+        for texts in variants:
+            for name in {tokenizer, _meteor_tokenizer(tokenizer)}:
+                _reference_tokens(texts, name)
+    except ScoreError as error:
+        raise ScoreError(f"{place}: {error}") from error
+
+
 def _tokens(
     predictions: dict[str, str], references: dict[str, list[str]], tokenizer: str
 ) -> tuple[list[list[str]], list[list[list[str]]]]:
@@ -188,10 +212,14 @@ def _tokens(
     _check_same_images(predictions, references)
     _check_text(predictions, references)
     hypotheses = tokenise([predictions[image_id] for image_id in references], tokenizer)
+    return hypotheses, _reference_tokens(references, tokenizer)
+
+
+def _reference_tokens(references: dict[str, list[str]], tokenizer: str) -> list[list[list[str]]]:
     flat = iter(tokenise(chain.from_iterable(references.values()), tokenizer))
     reference_tokens = [[next(flat) for _ in captions] for captions in references.values()]
     _check_references(list(references), reference_tokens, tokenizer)
-    return hypotheses, reference_tokens
+    return reference_tokens
 
 
 def _statistics(
@@ -231,10 +259,7 @@ def _add_meteor(statistics: dict[str, dict], variants: dict[str, tuple], tokeniz
 
 
 def _items(predictions: dict[str, str], references: dict[str, list[str]]) -> list[dict]:
-    return [
-        {"image_id": str(image_id), "candidate": predictions[image_id], "references": captions}
-        for image_id, captions in references.items()
-    ]
+    return [{"candidate": predictions[image_id], "references": captions} for image_id, captions in references.items()]
 
 
 def _spices(tokenizer: str, options: ScoreOptions) -> dict[str, Callable[[list[dict]], tuple[np.ndarray, str]]]:
@@ -242,9 +267,12 @@ def _spices(tokenizer: str, options: ScoreOptions) -> dict[str, Callable[[list[d
     if options.spice_url and options.spice_dir:
         raise ScoreError(f"--spice_url {options.spice_url} and --spice_dir {options.spice_dir}: give one of the two")
 
-    def service(url: str, items: list[dict]) -> tuple[np.ndarray, str]:
-        scores, version = external.service_scores(url, items, options.spice_timeout)
-        return scores, f"by:service-{version}"
+    def spice(items: list[dict]) -> tuple[np.ndarray, str]:
+        return external.service_scores(options.spice_url, items, options.spice_timeout), "by:service"
+
+    def jaspice(items: list[dict]) -> tuple[np.ndarray, str]:
+        scores = external.service_scores(options.jaspice_url, items, options.spice_timeout, spaces=False)
+        return scores, "space:no|by:service"
 
     def local(items: list[dict]) -> tuple[np.ndarray, str]:
         return external.local_spice_scores(options.spice_dir, items, options.spice_timeout), "by:spice-1.0"
@@ -254,11 +282,11 @@ def _spices(tokenizer: str, options: ScoreOptions) -> dict[str, Callable[[list[d
 
     spices = {}
     if options.spice_url or options.spice_dir:
-        spices["spice"] = partial(service, options.spice_url) if options.spice_url else local
+        spices["spice"] = spice if options.spice_url else local
         if tokenizer in JAPANESE_TOKENIZERS:
             spices["spice"] = partial(wrong_language, "English")
     if options.jaspice_url:
-        spices["jaspice"] = partial(service, options.jaspice_url)
+        spices["jaspice"] = jaspice
         if tokenizer not in JAPANESE_TOKENIZERS:
             spices["jaspice"] = partial(wrong_language, "Japanese")
     return spices
@@ -485,48 +513,62 @@ def _few(ids: list) -> str:
 
 
 def read_predictions(path: str | Path) -> dict[str, str]:
-    """Image id -> caption from JSONL lines {"image_id", "caption", ...}; integer ids become strings.
+    """Image id -> caption of a predictions file or COCO results list; integer ids become strings.
 
-    Raises ScoreError, naming file and line, on a line that is no such object and on an id that comes twice.
+    Raises ScoreError, naming file and place, on an entry that is none and on an id that comes twice.
     """
     predictions = {}
-    for where, image_id, line in read_jsonl(path):
-        if not isinstance(line.get("caption"), str):
-            raise ScoreError(f'{where}: "caption" must be a string, but is {shown(line.get("caption"))}')
-        predictions[image_id] = line["caption"]
+    for where, image_id, entry in read_entries(path):
+        predictions[image_id] = _caption(entry, where)
     return predictions
 
 
 def read_references(path: str | Path) -> dict[str, list[str]]:
-    """Image id -> captions from JSONL lines {"image_id", "captions", ...}; integer ids become strings.
+    """Image id -> captions of a references file or COCO's captions_*.json; integer ids become strings.
 
-    Raises ScoreError, naming file and line, on a line that is no such object and on an id that comes twice.
+    An image that COCO's file lists without captions has an empty list.
+
+    Raises ScoreError, naming file and place, on an entry that is none and on an id that comes twice.
     """
+    content = Path(path).read_bytes()
+    if COCO_ANNOTATIONS.match(content):
+        return _coco_references(_parse_object(content, str(path)), str(path))
     references = {}
-    for where, image_id, line in read_jsonl(path):
-        captions = line.get("captions")
+    for where, image_id, entry in read_entries(path):
+        captions = entry.get("captions")
         if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
             raise ScoreError(f'{where}: "captions" must be a list of strings, but is {shown(captions)}')
         references[image_id] = captions
     return references
 
 
-def dataset_references(dataset: str, split: str, revision: str | None = None) -> dict[str, list[str]]:
-    """Image id -> captions of a split of a published dataset, a Hub id or a local folder of parquet files.
-
-    Raises ScoreError on an image id that comes twice.
-    """
-    from datasets import load_dataset  # takes 3 s to import, which scoring from files need not wait for
-
-    # Streaming reads these two columns alone: no photograph is downloaded or decoded.
-    rows = load_dataset(dataset, split=split, revision=revision, columns=["image_id", "captions"], streaming=True)
-    references = {}
-    for row in rows:
-        image_id = str(row["image_id"])
-        if image_id in references:
-            raise ScoreError(f"{dataset}, split {split}: image_id {image_id} comes twice")
-        references[image_id] = row["captions"]
+def _coco_references(document: dict, path: str) -> dict[str, list[str]]:
+    for key in ("images", "annotations"):
+        entries = document.get(key)
+        if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
+            raise ScoreError(f"{path}: {key!r} must be a list of objects, as in COCO's captions_*.json")
+    references: dict[str, list[str]] = {}
+    for number, image in enumerate(document["images"]):
+        references[_image_id(image, f"{path}, images[{number}]", "id")] = []
+    for number, annotation in enumerate(document["annotations"]):
+        where = f"{path}, annotations[{number}]"
+        image_id = _image_id(annotation, where)
+        if image_id not in references:
+            raise ScoreError(f"{where}: image_id {image_id} is not among the images of the file")
+        references[image_id].append(_caption(annotation, where))
     return references
+
+
+def _caption(entry: dict, where: str) -> str:
+    if not isinstance(entry.get("caption"), str):
+        raise ScoreError(f'{where}: "caption" must be a string, but is {shown(entry.get("caption"))}')
+    return entry["caption"]
+
+
+def _image_id(entry: dict, where: str, key: str = "image_id") -> str:
+    if type(entry.get(key)) not in (int, str):
+        raise ScoreError(f'{where}: "{key}" must be an integer or a string, but is {shown(entry.get(key))}')
+    return str(entry[key])
 
 
 def write_metrics(
@@ -605,33 +647,50 @@ def _score_lines(scored: dict) -> list[str]:
     return lines
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, str, dict]]:
-    """`file, line n`, the image id and the object of every line that is not blank.
+def read_entries(path: str | Path) -> Iterator[tuple[str, str, dict]]:
+    """`file, line n`, the image id and the object of every line that is not blank; or of a whole file that is a list,
+    such as COCO's results, `file, entry n` and so on.
 
-    Raises ScoreError, naming file and line, on a line that is no object with an image id and on an id that is not new.
+    Raises ScoreError, naming file and place, on an entry that is no object with an image id, and on an id that is not
+    new.
     """
     seen = {}
+    for place, where, entry in _entries(path):
+        image_id = _image_id(entry, where)
+        if image_id in seen:
+            raise ScoreError(f"{where}: image_id {image_id} is on {seen[image_id]} already")
+        seen[image_id] = place
+        yield where, image_id, entry
+
+
+def _entries(path: str | Path) -> Iterator[tuple[str, str, dict]]:
     with open(path, "rb") as lines:
-        for number, text in enumerate(lines, 1):
-            if not text.strip():
-                continue
-            where = f"{path}, line {number}"
-            line = _parse_object(text, where)
-            image_id = line.get("image_id")
-            if type(image_id) not in (int, str):
-                raise ScoreError(f'{where}: "image_id" must be an integer or a string, but is {shown(image_id)}')
-            image_id = str(image_id)
-            if image_id in seen:
-                raise ScoreError(f"{where}: image_id {image_id} is on line {seen[image_id]} already")
-            seen[image_id] = number
-            yield where, image_id, line
+        if not RESULTS_LIST.match(lines.read(100)):
+            lines.seek(0)
+            for number, text in enumerate(lines, 1):
+                if text.strip():
+                    where = f"{path}, line {number}"
+                    yield f"line {number}", where, _parse_object(text, where)
+            return
+        lines.seek(0)
+        content = lines.read()
+    for number, entry in enumerate(_parse(content, str(path)), 1):
+        where = f"{path}, entry {number}"
+        yield f"entry {number}", where, _as_object(entry, where)
 
 
 def _parse_object(text: bytes, where: str) -> dict:
+    return _as_object(_parse(text, where), where)
+
+
+def _parse(text: bytes, where: str) -> object:
     try:
-        parsed = parse_json(text)
+        return parse_json(text)
     except ValueError as error:
         raise ScoreError(f"{where}: not JSON in UTF-8 ({error})") from error
-    if not isinstance(parsed, dict):
-        raise ScoreError(f"{where}: a JSON object is needed, but this is {shown(parsed)}")
-    return parsed
+
+
+def _as_object(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise ScoreError(f"{where}: a JSON object is needed, but this is {shown(value)}")
+    return value

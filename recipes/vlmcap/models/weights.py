@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, constants, hf_hub_download
@@ -129,11 +130,11 @@ def find_conversion(name: str, commit: str) -> str | None:
 
 
 def load_weights(kind: type, name: str, revision: str | None, *args, new: str = "", **options) -> PreTrainedModel:
-    """`kind.from_pretrained` from safetensors alone, with a weight for every parameter.
+    """`kind.from_pretrained` from safetensors alone, with a weight of its shape for every parameter.
 
     Left to itself, transformers takes pickles where an index of safetensors names them, puts an adapter on the model
     when there is an `adapter_config.json`, loading another base and perhaps pickles for it, and draws weights that are
-    missing at random.
+    missing at random. Tied weights do not count as missing; weights without a use are in transformers' own report.
 
     Args:
         kind: a model class, or an Auto class.
@@ -141,7 +142,8 @@ def load_weights(kind: type, name: str, revision: str | None, *args, new: str = 
         new: what marks the names of weights that are new, and so in no checkpoint.
 
     Raises:
-        ModelError: there is no such model, its weights are no safetensors or not whole, or it is an adapter.
+        ModelError: there is no such model, its weights are no safetensors, not whole or of other shapes, or it is an
+            adapter.
     """
     with loading(name):
         if find_adapter_config_file(name, revision=revision):
@@ -150,13 +152,38 @@ def load_weights(kind: type, name: str, revision: str | None, *args, new: str = 
             )
         check_index(name, revision)
         model, report = kind.from_pretrained(
-            name, *args, revision=revision, use_safetensors=True, output_loading_info=True, **options
+            name,
+            *args,
+            revision=revision,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else a traceback that names no weight
+            **options,
         )
-    missing = sorted(key for key in report["missing_keys"] if not new or new not in key)
-    if missing:
-        raise ModelError(f"{name} has no weights for {missing[0]} of a {type(model).__name__}")
+    check_report(report, name, model, new)
     keep_as_quantised(model)
     return model
+
+
+def check_report(report: dict, name: str, model: PreTrainedModel, new: str = "") -> None:
+    """No weight is missing and none has another shape, by the `output_loading_info` of `from_pretrained`.
+
+    Args:
+        new: what marks the names of weights that are new, and so in no checkpoint.
+
+    Raises:
+        ModelError: naming the first five weights.
+    """
+    missing = {key for key in report["missing_keys"] if not new or new not in key}
+    shapes = {key for key, *_ in report["mismatched_keys"]}
+    for key, module in model.named_modules():  # transformers 5.23 compares no shape that it quantises
+        state = getattr(module.weight, "quant_state", None) if isinstance(module, bnb.nn.Linear4bit) else None
+        if state is not None and state.shape != (module.out_features, module.in_features):
+            shapes.add(f"{key}.weight")
+    for problem, keys in (("has no weights for", missing), ("has other shapes for", shapes)):
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise ModelError(f"{name} {problem} {', '.join(sorted(keys)[:5])}{more} of a {type(model).__name__}")
 
 
 def check_index(name: str, revision: str | None) -> None:

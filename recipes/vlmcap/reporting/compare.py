@@ -18,12 +18,19 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from vlmcap.data.images import BadImageError, DatasetError, dataset_record, load_captions, open_image
+from vlmcap.data.images import (
+    BadImageError,
+    DatasetError,
+    dataset_record,
+    dataset_references,
+    load_captions,
+    open_image,
+    references_of,
+)
 from vlmcap.documents import shown
 from vlmcap.evaluation.scoring import (
     SCORE_LABELS,
     ScoreError,
-    dataset_references,
     paired_comparison,
     read_predictions,
     read_references,
@@ -650,7 +657,7 @@ def _read_dataset(
         if image_dir is not None:
             raise
         return dataset_references(dataset, split, revision), None
-    return dict(zip(map(str, rows["image_id"]), rows["captions"], strict=True)), rows
+    return references_of(rows), rows
 
 
 def _cards(

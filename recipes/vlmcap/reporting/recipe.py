@@ -12,8 +12,8 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
-from vlmcap.data.images import open_image
-from vlmcap.evaluation.generate import BeamArguments, generate, model_record
+from vlmcap.data.images import open_image, references_of
+from vlmcap.evaluation.generate import BeamArguments, check_predictions, generate, model_record
 from vlmcap.evaluation.scoring import ScoreOptions, read_predictions, write_metrics
 from vlmcap.provenance import public_name
 from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
@@ -64,6 +64,26 @@ def begin(args: TrainingArguments, reported: Sequence[str], **groups: dict) -> R
     if PartialState().is_main_process:
         print(settings_report(**groups, training=settings), flush=True)
     return Run(output_dir, checkpoint, push_to, settings, args.seed)
+
+
+def check_base_captions(
+    run: Run,
+    data_args: CaptionerDataArguments,
+    beam_args: BeamArguments,
+    splits: Splits,
+    processor: ProcessorMixin,
+    base: dict,
+) -> None:
+    """Asks before training whether `finish_captioner` can take or continue captions that lie in `output_dir/base`.
+
+    Args:
+        processor, base: of the untrained model; "model" of its run record.
+
+    Raises:
+        PredictionsError: they were begun with other settings, or are damaged.
+    """
+    record = {"model": base, "dataset": splits.record | {"split": data_args.test_split}}
+    check_predictions(processor, run.output_dir / "base/predictions.jsonl", beam_args, record)
 
 
 def finish_captioner(
@@ -127,7 +147,7 @@ def write_both_metrics(
 
     Raises as `write_metrics` does.
     """
-    references = {str(i): captions for i, captions in zip(rows["image_id"], rows["captions"], strict=True)}
+    references = references_of(rows)
 
     def scored(folder: Path, more: dict | None = None) -> dict:
         files = (folder / "predictions.jsonl", references, folder / "metrics.json")

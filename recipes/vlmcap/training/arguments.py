@@ -12,6 +12,13 @@ from dataclasses import dataclass, field
 VALIDATION_METRICS = "cider_d bleu_1 bleu_2 bleu_3 bleu_4 rouge_l loss loss_and_bleu".split()
 
 
+def _check_metric(metric: str | None, measured: list[str]) -> None:
+    if metric is not None and metric.removeprefix("eval_") not in measured:
+        raise ValueError(
+            f"metric_for_best_model: {metric} is not measured during training; choose one of {', '.join(measured)}"
+        )
+
+
 @dataclass
 class SplitArguments:
     """What is trained and evaluated on."""
@@ -37,6 +44,7 @@ class SplitArguments:
     max_bad_images: float = field(
         default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
     )
+    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
 
 
 @dataclass
@@ -151,6 +159,7 @@ class CaptionSFTFields(MeasuredFields):
     def __post_init__(self):
         if self.cache_image_features and not self.shared_prefix:
             raise ValueError("cache_image_features needs the shared-prefix engine: leave shared_prefix at true")
+        _check_metric(self.metric_for_best_model, [name for name in VALIDATION_METRICS if "loss" not in name])
         super().__post_init__()
 
 
@@ -164,13 +173,8 @@ class CaptionerFields(MeasuredFields):
     """
 
     def __post_init__(self):
-        metric = self.metric_for_best_model
-        if metric is not None and metric not in VALIDATION_METRICS:
-            raise ValueError(
-                f"metric_for_best_model: {metric} is not measured during training; choose one of"
-                f" {', '.join(VALIDATION_METRICS)}"
-            )
-        if metric == "loss_and_bleu":
+        _check_metric(self.metric_for_best_model, VALIDATION_METRICS)
+        if self.metric_for_best_model == "loss_and_bleu":
             self.greater_is_better = True
         super().__post_init__()
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
@@ -11,8 +11,17 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
 from vlmcap import provenance
-from vlmcap.data.images import check_images, check_no_overlap, dataset_record, load_captions
+from vlmcap.data.images import (
+    DatasetError,
+    check_images,
+    check_no_overlap,
+    dataset_record,
+    load_captions,
+    references_of,
+    without_empty_captions,
+)
 from vlmcap.evaluation.generate import delete_predictions, weights_hash
+from vlmcap.evaluation.scoring import check_references
 from vlmcap.files import write_atomically
 from vlmcap.training import checkpoints
 from vlmcap.training.arguments import SplitArguments
@@ -22,7 +31,8 @@ from vlmcap.training.collator import BadImages, drop_missing
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows as `load_captions` returns them; no `validation` without validation. `record`: of the training split."""
+    """Rows as `load_captions` returns them; no `validation` without validation. `record`: of the training split.
+    `empty`: {"captions", "images"} of the training split that were left out, see `without_empty_captions`."""
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
@@ -30,6 +40,7 @@ class Splits:
     record: dict
     validation_split: str | None
     bad_images: BadImages
+    empty: dict = field(default_factory=lambda: {"captions": 0, "images": 0})
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> str | None:
@@ -78,42 +89,59 @@ def load_splits(
 ) -> Splits:
     """Loads the splits of a run and checks them: what cannot be read is found now, what overlaps ends the run.
 
-    Training pictures that are missing are left out and listed in `output_dir/bad_images.jsonl`, up to
-    `max_bad_images`; every picture of the test and validation images is decoded. The list of a run that has
+    Empty training captions are left out, and the number is printed. Test and validation captions must be references
+    that can be scored. Training pictures that are missing are left out and listed in `output_dir/bad_images.jsonl`,
+    up to `max_bad_images`; every picture of the test and validation images is decoded. The list of a run that has
     checkpoints is kept: it goes on with them.
 
     Args:
         validates: whether validation rows are wanted.
         seed: of the choice of validation images.
-        include_yj_images: False leaves out training images that YJ Captions describes too.
+        include_yj_images: False leaves out training images that YJ Captions describes too. A dataset without the
+            column in_yj is taken as not compared with YJ Captions (null).
 
     Raises:
-        DatasetError: no such dataset or split, an image in two splits, unreadable pictures.
+        DatasetError: no such dataset or split, an image in two splits, unreadable pictures, no training caption.
+        ScoreError: test or validation captions without any word; the message names the images.
     """
     is_main = PartialState().is_main_process
     record = dataset_record(args.dataset, args.train_split, args.dataset_revision)
     source = {"image_dir": args.image_dir, "revision": record["revision"]}
+    splits = {"train": args.train_split, "test": args.test_split}
+    if validates:
+        splits["validation"] = args.validation_split
     with PartialState().local_main_process_first():
-        train = load_captions(args.dataset, args.train_split, **source)
-        test = load_captions(args.dataset, args.test_split, **source)
-    check_no_overlap(train, test, args.test_split)
+        rows = {name: load_captions(args.dataset, split, **source) for name, split in splits.items()}
+    train, test, validation = rows["train"], rows["test"], rows.get("validation")
+    for name in [name for name in splits if name != "train"]:
+        check_no_overlap(train, rows[name], splits[name])
+    if "in_yj" not in train.column_names:
+        train = train.add_column("in_yj", [None] * len(train), feature=datasets.Value("bool"))
+    train, empty = without_empty_captions(train)
+    if is_main and any(empty.values()):
+        print(
+            f"Left out of {args.train_split}: {empty['captions']:,} empty captions, and {empty['images']:,} images"
+            " without any other",
+            flush=True,
+        )
     if not include_yj_images:
         train = train.select([i for i, in_yj in enumerate(train["in_yj"]) if not in_yj])
     train, test = _first(train, args.max_train_images), _first(test, args.max_test_images)
+    if not len(train):
+        raise DatasetError(f"{args.dataset} ({args.train_split}) has no image with a caption to train on")
+    if validates:
+        validation = _first(validation.shuffle(seed=seed), args.max_validation_images)
     bad_images = BadImages(output_dir / "bad_images.jsonl", int(args.max_bad_images * len(train)))
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         bad_images.begin(keep=bool(checkpoints.checkpoints(output_dir)))
-        check_images(test, args.test_split)
-    validation = None
-    if validates:
-        validation = load_captions(args.dataset, args.validation_split, **source)
-        check_no_overlap(train, validation, args.validation_split)
-        validation = _first(validation.shuffle(seed=seed), args.max_validation_images)
-        if is_main:
-            check_images(validation, args.validation_split)
+        scored = [(args.test_split, test), *([(args.validation_split, validation)] if validates else [])]
+        for split, rows in scored:
+            check_references(references_of(rows), args.tokenizer, f"{args.dataset} ({split})")
+        for split, rows in scored:
+            check_images(rows, split)
     train = drop_missing(train, bad_images, write=is_main)
-    return Splits(train, validation, test, record, args.validation_split if validates else None, bad_images)
+    return Splits(train, validation, test, record, splits.get("validation"), bad_images, empty)
 
 
 def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
@@ -153,6 +181,7 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
         "in_yj_images": sum(map(bool, splits.train["in_yj"])),
         "validation_split": splits.validation_split,
         "bad_images": splits.bad_images.count(),
+        "empty_captions": splits.empty,
         "hardware": provenance.hardware(),
         "seed": trainer.args.seed,
     }

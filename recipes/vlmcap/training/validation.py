@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import ProcessorMixin
 
-from vlmcap.data.images import open_image
+from vlmcap.data.images import open_image, references_of
 from vlmcap.evaluation.generate import BeamArguments, caption_images, caption_pictures
 from vlmcap.evaluation.scoring import quick_scores
 from vlmcap.models.load import takes_prompt
@@ -52,5 +52,4 @@ class CaptionValidation:
                 said = caption_pictures(model, self.processor, images, self.generation)
             captions += zip(batch["image_id"], said, strict=True)
         predictions = {str(image_id): caption for image_id, caption in gather_object(captions)}
-        references = dict(zip(map(str, self.rows["image_id"]), self.rows["captions"], strict=True))
-        return quick_scores(predictions, references, self.tokenizer)
+        return quick_scores(predictions, references_of(self.rows), self.tokenizer)

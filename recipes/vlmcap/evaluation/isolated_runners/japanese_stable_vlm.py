@@ -1,16 +1,13 @@
 """Japanese Stable VLM (Stability AI): code in the model's repository, transformers 4.45; gated.
 
-Never run with the real weights. The format of the prompt is that of the card's task "caption". Unverified: that
-`generate` returns the caption without the prompt.
+Experimental: it has never run with the real weights. The format of the prompt is that of the card's task "caption".
 """
 
-from loading import about, device_and_dtype, open_png, search_settings
+from loading import about, device_and_dtype, inputs_of, load_whole, open_png, response, search_settings
 from protocol import serve
 
-FORMAT = (
-    "以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。要求を適切に満たす応答を書きなさい。"
-    "\n\n### 指示: \n{}\n\n### 応答: \n"
-)
+START = "以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。要求を適切に満たす応答を書きなさい。"
+FORMAT = START + "\n\n### 指示: \n{}\n\n### 応答: \n"
 
 
 def load(header):
@@ -22,15 +19,15 @@ def load(header):
     device, dtype = device_and_dtype()
     pictures = AutoImageProcessor.from_pretrained(name, **pinned)
     tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
-    model = AutoModelForVision2Seq.from_pretrained(name, torch_dtype=dtype, use_safetensors=True, **pinned)
-    model = model.to(device).eval()
+    model = load_whole(AutoModelForVision2Seq, name, torch_dtype=dtype, **pinned).to(device)
+    search = search_settings(header["decoding"], model, tokenizer)
 
     @torch.inference_mode()
     def caption(png, prompt):
-        inputs = pictures(images=open_png(png), return_tensors="pt")
-        inputs.update(tokenizer(FORMAT.format(prompt), add_special_tokens=False, return_tensors="pt"))
-        output = model.generate(**inputs.to(device, dtype), **search_settings(header["decoding"]))
-        return tokenizer.decode(output[0], skip_special_tokens=True).split("### 応答:")[-1].strip()
+        tokens = tokenizer(FORMAT.format(prompt), add_special_tokens=False, return_tensors="pt")
+        encoded = {**pictures(images=open_png(png), return_tensors="pt"), **tokens}
+        output = model.generate(**inputs_of(encoded, device, dtype), **search)
+        return response(tokenizer.decode(output[0], skip_special_tokens=True), START)
 
     return caption, about(model)
 
