@@ -34,8 +34,7 @@ def main(args: PushArguments) -> None:
 
     url = push_adapter(args.adapter_dir, args.repo_id, private=not args.public)
     print(f"Pushed to {url} ({'public' if args.public else 'private'}). To load it:\n")
-    metrics = read_metrics(args.adapter_dir)
-    print(load_snippet(metrics["model"]["id"], args.repo_id, metrics.get("recipe", "sft_qwen2vl_jp")))
+    print(load_snippet(read_metrics(args.adapter_dir), args.repo_id))
 
 
 if __name__ == "__main__":

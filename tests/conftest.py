@@ -72,6 +72,7 @@ SLOW = [
     ("recipes/", "run_script", "launched recipes"),
     ("recipes/test_wheel.py", "python", "launched recipes"),
     ("test_startup.py", "answers", "Python started anew"),
+    ("reporting/test_snippets.py", "adapter", "models that cards load"),
     ("training/test_bench.py", "run_script", "a benchmark"),
     ("training/test_validation.py", "", "whole training runs"),
     ("invariants/test_precision.py", "", "whole training runs"),

@@ -1,7 +1,9 @@
 """Pictures of every kind that exists (vlmcap.data.images): one outcome, wherever a picture is read."""
 
+import base64
 import io
 import json
+import re
 import struct
 import zlib
 
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 from transformers import AutoImageProcessor, AutoProcessor
 
+from tests.reporting.documents import PARTS, adapter_document, family_document
 from vlmcap.data import images
 from vlmcap.data.build import _check_images
 from vlmcap.data.fetch import _flaw
@@ -24,6 +27,9 @@ from vlmcap.data.images import (
     missing_files,
     open_image,
 )
+from vlmcap.evaluation.isolated_runners.loading import open_png
+from vlmcap.reporting.cards import render_adapter_card
+from vlmcap.reporting.html import PIXEL_ART, embed
 from vlmcap.training.collator import BadImages, read_example
 from vlmcap.training.features import identify
 
@@ -67,6 +73,7 @@ BIG_ENDIAN = b"MM\0*\0\0\0\x0c" + b"\x80\0\x80\xff" + struct.pack(">H", 9) + b""
 PALETTE = Image.new("P", (40, 24), 1)
 PALETTE.putpalette([0, 0, 0, 255, 0, 0])
 JPEG = encoded(photo(), "JPEG")
+WHITE = (255, 255, 255)
 TEXTS = PngImagePlugin.PngInfo()
 TEXTS.add_text("Comment", "x" * 900_000, zip=True)
 
@@ -80,10 +87,20 @@ READ = {
     "16-bit grey TIFF": (encoded(GREY16.crop((2, 0, 4, 1)), "TIFF"), (2, 1), (128, 128, 128)),
     "16-bit grey TIFF, big-endian": (BIG_ENDIAN, (2, 1), (128, 128, 128)),
     "palette": (encoded(PALETTE, "PNG"), (40, 24), (255, 0, 0)),
-    "palette with transparency": (encoded(PALETTE, "PNG", transparency=bytes([0, 3])), (40, 24), (255, 0, 0)),
-    "palette with a transparent colour": (encoded(PALETTE, "GIF", transparency=1), (40, 24), (255, 0, 0)),
-    "LA": (encoded(Image.new("LA", (40, 24), (9, 0)), "PNG"), (40, 24), (9, 9, 9)),
-    "RGBA": (encoded(Image.new("RGBA", (40, 24), (1, 2, 3, 0)), "PNG"), (40, 24), (1, 2, 3)),
+    "palette with transparency": (encoded(PALETTE, "PNG", transparency=bytes([0, 51])), (40, 24), (255, 204, 204)),
+    "palette with a transparent colour": (encoded(PALETTE, "GIF", transparency=1), (40, 24), WHITE),
+    "LA": (encoded(Image.new("LA", (40, 24), (9, 0)), "PNG"), (40, 24), WHITE),
+    "RGBA": (encoded(Image.new("RGBA", (40, 24), (1, 2, 3, 0)), "PNG"), (40, 24), WHITE),
+    "RGBA TIFF": (encoded(Image.new("RGBA", (40, 24), (0, 0, 0, 51)), "TIFF"), (40, 24), (204, 204, 204)),
+    "RGB with a transparent colour": (encoded(photo(), "PNG", transparency=(0, 0, 90)), (40, 24), WHITE),
+    "grey with a transparent value": (encoded(Image.new("L", (40, 24), 7), "PNG", transparency=7), (40, 24), WHITE),
+    "bilevel with a transparent value": (encoded(Image.new("1", (40, 24)), "PNG", transparency=0), (40, 24), WHITE),
+    "16-bit grey with a transparent value": (encoded(GREY16, "PNG", transparency=0), (4, 1), WHITE),
+    "transparent and sideways": (
+        encoded(Image.new("RGBA", (24, 40), (9, 9, 9, 0)), "PNG", exif=exif(6)),
+        (40, 24),
+        WHITE,
+    ),
     "RGBA WebP": (
         encoded(Image.new("RGBA", (40, 24), (0, 0, 255, 255)), "WEBP", lossless=True),
         (40, 24),
@@ -154,6 +171,31 @@ def test_what_is_read(name):
     assert pixel is None or image.getpixel((0, 0)) == pixel
 
 
+@pytest.fixture(scope="module")
+def snippets() -> list[str]:
+    """The lines of every card's code that open a picture."""
+    cards = [adapter_document(), *map(family_document, PARTS)]
+    found = [re.findall(r"^photo = .*?^image\.paste.*?$", render_adapter_card(card), re.S | re.M) for card in cards]
+    assert all(found)
+    return [code for codes in found for code in codes]
+
+
+@pytest.mark.parametrize("name", READ)
+def test_cards_runners_and_pages_show_the_same_picture(name, snippets, tmp_path):
+    expected = open_image(record(READ[name][0]))
+    shown = base64.b64decode(embed(expected)["uri"].split(",")[1])
+    assert "icc_profile" not in Image.open(io.BytesIO(shown)).info
+    assert max(expected.size) > PIXEL_ART or np.array_equal(Image.open(io.BytesIO(shown)), expected)
+    if name.startswith("16-bit") or name == "EXIF that is none":  # Pillow alone makes them white, or fails
+        return
+    assert np.array_equal(open_png(READ[name][0]), expected)
+    (tmp_path / "photo.jpg").write_bytes(READ[name][0])
+    for code in snippets:
+        seen = {"Image": Image, "ImageOps": ImageOps}
+        exec(code.replace("photo.jpg", str(tmp_path / "photo.jpg")), seen)
+        assert seen["image"].mode == "RGB" and np.array_equal(seen["image"], expected)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_is_refused(fault, name):
@@ -177,7 +219,7 @@ def test_every_orientation_is_turned_upright(format, orientation):
     file = encoded(photo(), format, exif=exif(orientation), **({"lossless": True} if format == "WEBP" else {}))
     with Image.open(io.BytesIO(file)) as image:
         expected = ImageOps.exif_transpose(image).convert("RGB")
-    assert np.array_equal(open_image(record(file)), expected)
+    assert np.array_equal(open_image(record(file)), expected) and np.array_equal(open_png(file), expected)
     assert image_size(record(file)) == expected.size
 
 

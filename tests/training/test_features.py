@@ -74,6 +74,17 @@ def assert_same_features(ours: FeatureCache, theirs: FeatureCache) -> None:
             torch.testing.assert_close(ours.batch([row])[key], value, rtol=1e-6, atol=1e-6)
 
 
+def test_pictures_read_in_another_way_are_computed_anew(pictures, model, computed, monkeypatch):
+    Image.new("RGBA", (84, 84), (0, 0, 0, 0)).save(pictures / "0.png")
+    on_white = build(pictures, model)
+    Image.new("RGB", (84, 84), "white").save(pictures / "0.png")
+    assert_same_features(build(pictures, model), on_white)
+    computed()
+    monkeypatch.setattr(module, "READING", "as before")
+    build(pictures, model)
+    assert computed() == len(tiny.read_pictures(pictures))
+
+
 def test_batches(pictures, model):
     cache = build(pictures, model)
     batch = cache.batch([3, 0])

@@ -32,6 +32,8 @@ CORPORA = ("stair", "yj", "scenes", "uit_viic", "scenes_vi", "food_titles", "sce
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb: 256 MiB as RGB
 MAX_RATIO = 200  # of the sides; more is what the Qwen2-VL image processors refuse (smart_resize in transformers)
+# What `open_image` makes of a file. It is part of the key of cached features: change it with what is returned.
+READING = "8-bit RGB, upright, on white"
 # By EXIF orientation, as in PIL.ImageOps.exif_transpose.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -297,10 +299,11 @@ def _check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
 
 
 def open_image(row: dict) -> Image.Image:
-    """Reads the picture of a row of `load_captions` as 8-bit RGB, upright; of an animation the first frame.
+    """Reads the picture of a row of `load_captions` as 8-bit RGB, upright, on white; of an animation the first frame.
 
-    Upright by its EXIF orientation, as datasets.Image shows it. 16-bit grey is scaled to 8 bits; transparency is
-    dropped, as image processors drop it (`Image.convert`).
+    Upright by its EXIF orientation, as datasets.Image shows it. 16-bit grey is scaled to 8 bits. What is transparent
+    becomes white, as in Qwen's own utilities (qwen_vl_utils) and vLLM: `Image.convert` would show what lies under it,
+    mostly black.
 
     Raises:
         BadImageError: the file is missing, cut off or no image of `FORMATS`; it has no pixels, more than MAX_PIXELS,
@@ -349,10 +352,25 @@ def _check(image: Image.Image) -> None:
 
 def _pixels(image: Image.Image) -> Image.Image:
     turn = TURNS.get(_orientation(image))
-    if image.mode.startswith("I;16"):
-        image = image.convert("I").point(lambda value: value * (1 / 256))  # else all above 255 would be white
-    image = image.convert("RGB")
+    image = _on_white(_eight_bits(image) if image.mode.startswith("I;16") else image)
+    image.info = {}  # a colour profile would go into pages with the picture, where browsers apply it
     return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8 bits, where Pillow would make all above 255 white; what is transparent is white already."""
+    values = np.asarray(image)
+    transparent = values == image.info.get("transparency", -1)
+    return Image.fromarray(np.where(transparent, 255, values >> 8).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def _size(image: Image.Image) -> tuple[int, int]:

@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
 
+# Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
+# `lm_head` shares the embedding matrix.
+VISION_TOWERS = ["model.visual", "model.vision_tower", "model.vision_model"]
+UNQUANTISED = [*VISION_TOWERS, "model.multi_modal_projector", "model.connector", "lm_head"]  # in a 4-bit model
 # Attention implementations and the module that each needs beside transformers. Others would be compiled code that
 # transformers fetches from the Hub.
 ATTENTION = {

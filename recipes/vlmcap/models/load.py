@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from vlmcap.documents import parse_yaml
 from vlmcap.files import write_atomically
-from vlmcap.models.arguments import ModelArguments
+from vlmcap.models.arguments import UNQUANTISED, VISION_TOWERS, ModelArguments
 from vlmcap.models.weights import (
     COMMIT,
     PICKLES,
@@ -47,15 +47,11 @@ from vlmcap.models.weights import (
 )
 from vlmcap.places import check_miniature
 
-# Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
-# `lm_head` shares the embedding matrix.
-VISION_TOWERS = ["model.visual", "model.vision_tower", "model.vision_model"]
 PROJECTOR = re.compile(r"model\.(visual\.(merger|deepstack_merger_list\.\d+)|multi_modal_projector|connector)")
 # Of YAML files: a model's name, and a revision that is not pinned.
 MODEL_LINE = re.compile(r"( *)(?:(\w+)_name_or_path|id): *([^\s#]+)")
 REVISION_LINE = re.compile(r"( *)(\w*revision): *null\b(.*)")
 LAYERS_PATTERN = "layers"  # language_model.layers; Qwen's ViT calls its layers `blocks`
-UNQUANTISED = [*VISION_TOWERS, "model.multi_modal_projector", "model.connector", "lm_head"]
 
 
 def compute_dtype() -> torch.dtype:

@@ -8,7 +8,6 @@ by their length (`vlmcap.training.captioner`), and generation stops at the first
 """
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from vlmcap.models.arguments import VitGpt2Arguments
-from vlmcap.models.load import load_part
+from vlmcap.models.load import load_part, local_device
 from vlmcap.models.weights import ModelError, load_weights, loading
 from vlmcap.provenance import public_name
 
@@ -60,7 +59,7 @@ def build_vit_gpt2(args: VitGpt2Arguments, seed: int) -> tuple[VisionEncoderDeco
     model.config.update(ends)
     model.config.decoder.pad_token_id = tokenizer.pad_token_id  # as the Trainer would set it, with a warning
     model.generation_config = GenerationConfig(**ends)
-    return model.to(PartialState().device), VisionTextDualEncoderProcessor(image_processor, tokenizer)
+    return model.to(local_device()), VisionTextDualEncoderProcessor(image_processor, tokenizer)
 
 
 def load_vit_gpt2(
@@ -82,7 +81,7 @@ def load_vit_gpt2(
     model = load_weights(VisionEncoderDecoderModel, name, revision, encoder, config=config, dtype=torch.float32)
     with loading(name):
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-    return model.to(PartialState().device).eval(), processor
+    return model.to(local_device()).eval(), processor
 
 
 def freeze(model: VisionEncoderDecoderModel, args: VitGpt2Arguments) -> None:

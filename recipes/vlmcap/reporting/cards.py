@@ -21,7 +21,9 @@ from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.files import write_atomically
 from vlmcap.markdown import code_span, escape_unseen, fenced, prose, visible
+from vlmcap.models.arguments import UNQUANTISED
 from vlmcap.places import ROOT, paths_root
+from vlmcap.versions import OLDEST
 
 TEMPLATES = ROOT / "model_cards"
 EVAL_RESULTS = ".eval_results/captioning.yaml"
@@ -76,7 +78,7 @@ class Recipe:
     language: str
     license: str  # of the published weights; of a miniature's Apache-2.0
     tags: tuple[str, ...]
-    load: str  # Python that makes `model` and `processor`; {repo} and {base} are ids
+    load: str  # Python that makes `model` and `processor` as they were measured, filled by `load_snippet`
     pipeline_tag: str = "image-to-text"  # image alone in, text out; image-text-to-text is with a prompt
     trained: str = "adapter"
     untrained: str = "base, zero-shot"
@@ -93,9 +95,16 @@ RECIPES = {
         tags=("japanese", "lora", "qwen2_vl", "sft", "trl"),
         load="""\
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-processor = AutoProcessor.from_pretrained("{repo}")
-model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{base}"), "{repo}")""",
+from transformers import AutoModelForImageTextToText, AutoProcessor{nf4_import}
+
+base, adapter = {base}, {repo}
+processor = AutoProcessor.from_pretrained(adapter){nf4}
+model = AutoModelForImageTextToText.from_pretrained(
+    base,{revision}
+    dtype={dtype},
+    device_map="auto",{quantised}
+){unpacked}
+model = PeftModel.from_pretrained(model, adapter).eval()""",
         pipeline_tag="image-text-to-text",
         saw=("STAIR", "YJ", "COCO"),
     ),
@@ -108,7 +117,8 @@ model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained("{
         tags=("vietnamese", "lora", "blip"),
         load="""\
 from vlmcap.models.blip import load_blip_adapter
-model, processor = load_blip_adapter("{repo}")""",
+
+model, processor = load_blip_adapter({repo})""",
         saw=("COCO",),
     ),
     "sft_vit_gpt2_food": Recipe(
@@ -120,8 +130,9 @@ model, processor = load_blip_adapter("{repo}")""",
         tags=("food", "vit", "gpt2", "vision-encoder-decoder"),
         load="""\
 from transformers import AutoProcessor, VisionEncoderDecoderModel
-processor = AutoProcessor.from_pretrained("{repo}")
-model = VisionEncoderDecoderModel.from_pretrained("{repo}")""",
+
+processor = AutoProcessor.from_pretrained({repo})
+model = VisionEncoderDecoderModel.from_pretrained({repo})""",
         trained="model",
         untrained="before training",
     ),
@@ -135,7 +146,8 @@ model = VisionEncoderDecoderModel.from_pretrained("{repo}")""",
         tags=("food", "lora", "vit", "llama"),
         load="""\
 from vlmcap.models.vit_llama import load_vit_llama
-model, processor = load_vit_llama("{repo}")""",
+
+model, processor = load_vit_llama({repo})""",
         untrained="before training",
     ),
 }
@@ -275,6 +287,7 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
                 key for key in ("japanese_only", "no_repeat_ngram_size", "avoid_words") if key in metrics["decoding"]
             ],
             quick_start=Markup(quick_start(metrics, adapter_name)),
+            merge=Markup(merge_snippet(metrics, adapter_name)),
         )
     )
     metadata = _metadata(metrics, repo_id).to_yaml()
@@ -291,6 +304,7 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=False,
         finalize=_shown,  # whatever the documents hold is shown as text: no link, no heading, no HTML, no second row
     )
+    environment.globals["oldest"] = {name: Markup(f'"{name}>={version}"') for name, version in OLDEST.items()}
     environment.filters |= {
         "cell": _cell,
         "code": _code,
@@ -415,72 +429,109 @@ def local_name(path: str) -> str:
     return full.relative_to(root).as_posix() if full.is_relative_to(root) else full.name
 
 
-def load_snippet(base_id: str, repo_id: str, recipe: str = "sft_qwen2vl_jp") -> str:
-    """A few lines of Python that load model and processor from the Hub."""
-    return RECIPES[recipe].load.format(base=_quoted(base_id)[1:-1], repo=_quoted(repo_id)[1:-1])
+def load_snippet(metrics: dict, repo: str) -> str:
+    """Python that loads model and processor as they were measured, NF4 included; `repo` is a Hub id or a folder."""
+    return recipe_of(metrics).load.format(**_loaded(metrics, repo))
 
 
-def quick_start(metrics: dict, adapter: str) -> str:
-    """Python that captions one photograph with the settings of the measured run, ready to paste."""
-    if _recipe_name(metrics) == "sft_qwen2vl_jp":
-        return _quick_start_with_prompt(metrics, adapter)
-    load = load_snippet(metrics["model"]["id"], adapter, _recipe_name(metrics)).splitlines()
-    imports = ["from PIL import Image", *(line for line in load if line.startswith("from "))]
-    keys = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "do_sample")
-    settings = ", ".join(f"{key}={metrics['decoding'][key]!r}" for key in keys if key in metrics["decoding"])
-    lines = [*imports, "", *(line for line in load if line not in imports), "", *CAPTION.format(settings).splitlines()]
-    return "\n".join(lines)
+def merge_snippet(metrics: dict, repo: str) -> str:
+    """Python that makes one model of base and adapter and writes it into the folder `merged`.
+
+    The weights that the adapter was trained on are those of NF4, so it is merged into these, made numbers again
+    (`dequantize`); the published weights are others, and 4-bit ones would be rounded anew.
+    """
+    return MERGE.format(**_loaded(metrics, repo))
 
 
-CAPTION = """\
-image = Image.open("photo.jpg").convert("RGB")
-pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values.to(model.device)
-ids = model.generate(
-    pixel_values=pixel_values, {}
-)
-print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
+MERGE = """\
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor{nf4_import}
 
+base, adapter = {base}, {repo}{nf4}
+model = AutoModelForImageTextToText.from_pretrained(
+    base,{revision}
+    dtype={dtype},
+    device_map="auto",{quantised}
+){dequantised}
+model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+model.save_pretrained("merged")
+AutoProcessor.from_pretrained(adapter).save_pretrained("merged")"""
 
-def _quick_start_with_prompt(metrics: dict, adapter: str) -> str:
-    model, decoding = metrics["model"], metrics["decoding"]
-    revision = f", revision={_quoted(model['revision'])}" if model["revision"] and is_hub_id(model["id"]) else ""
-    dtype = model["dtype"].removeprefix("torch.")
-    # Despite the names, transformers 5 means by these the least and the greatest area of the image in pixels.
-    size = {"shortest_edge": decoding["min_pixels"], "longest_edge": decoding["max_pixels"]}
-    keys = ("num_beams", "max_new_tokens", "do_sample")
-    generate = ", ".join(f"{key}={decoding[key]!r}" for key in keys)
-    quantised, load, unpacked = "", f'dtype={_quoted(dtype)}, device_map="auto"', ""
-    if model["quantization"]:
-        quantised = f"""
+NF4 = """
 nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype={_quoted(dtype)},
-    llm_int8_skip_modules=["model.visual", "lm_head"],
+    bnb_4bit_compute_dtype={},
+    llm_int8_skip_modules=[
+{}    ],
 )"""
-        load += ", quantization_config=nf4"
-        unpacked = """
+
+UNPACKED = """
 for module in model.modules():  # as in training on every CPU, see bitsandbytes issue 2078
     module.support_avx512bf16_for_cpu = False"""
-    return f"""\
-from peft import PeftModel
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor{", BitsAndBytesConfig" if quantised else ""}
 
-base, adapter = {_quoted(_name(model["id"]))}, {_quoted(adapter)}
-processor = AutoProcessor.from_pretrained(adapter, size={json.dumps(size)}){quantised}
-model = AutoModelForImageTextToText.from_pretrained(
-    base{revision}, {load}
-){unpacked}
-model = PeftModel.from_pretrained(model, adapter).eval()
+DEQUANTISED = """.dequantize()
+for config in (model.config, model.config.text_config, model.config.vision_config):
+    vars(config).pop("_pre_quantization_dtype", None)  # transformers 4 leaves it, and cannot save it"""
 
-prompt = {_quoted(metrics["prompt"])}
+
+def _loaded(metrics: dict, repo: str) -> dict[str, str]:
+    """What the templates of code are filled with; what belongs to NF4 is empty where the base was not quantised."""
+    model = metrics["model"]
+    dtype = _quoted(model["dtype"].removeprefix("torch."))
+    revision = f"\n    revision={_quoted(model['revision'])}," if model["revision"] and is_hub_id(model["id"]) else ""
+    unquantised = "".join(f"        {_quoted(name)},\n" for name in UNQUANTISED)
+    nf4 = {
+        "nf4_import": ", BitsAndBytesConfig",
+        "nf4": NF4.format(dtype, unquantised),
+        "quantised": "\n    quantization_config=nf4,",
+        "unpacked": UNPACKED,
+        "dequantised": DEQUANTISED,
+    }
+    filled = nf4 if model["quantization"] else dict.fromkeys(nf4, "")
+    return filled | {"base": _quoted(_name(model["id"])), "repo": _quoted(repo), "revision": revision, "dtype": dtype}
+
+
+def quick_start(metrics: dict, adapter: str) -> str:
+    """Python that captions one photograph with the settings of the measured run, ready to paste."""
+    load = load_snippet(metrics, adapter).splitlines()
+    imports = ["from PIL import Image, ImageOps", *(line for line in load if line.startswith("from "))]
+    if metrics["prompt"] is None:
+        keys = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "do_sample")
+        caption = PICTURE + CAPTION
+    else:
+        keys, caption = ("num_beams", "max_new_tokens", "do_sample"), PROMPT + PICTURE + ANSWER
+    decoding = {key: metrics["decoding"][key] for key in keys if key in metrics["decoding"]}
+    decoding["repetition_penalty"] = 1.0  # some bases bring another, which the measured captions were made without
+    settings = ", ".join(f"{key}={value!r}" for key, value in decoding.items())
+    lines = [*imports, *(line for line in load if line not in imports), ""]
+    return "\n".join(lines) + "\n" + caption.format(settings=settings, prompt=_quoted(metrics["prompt"] or ""))
+
+
+# As vlmcap.data.images.open_image reads a picture: upright, transparency on white.
+PICTURE = """\
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")
+image = Image.new("RGB", photo.size, "white")
+image.paste(photo, mask=photo)
+"""
+
+CAPTION = """\
+pixel_values = processor.image_processor(image, return_tensors="pt").pixel_values.to(model.device)
+ids = model.generate(
+    pixel_values=pixel_values, {settings}
+)
+print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
+
+PROMPT = """\
+prompt = {prompt}
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": prompt}}]}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
-image = Image.open("photo.jpg").convert("RGB")
+"""
+
+ANSWER = """\
 inputs = processor(text=[text], images=[image], return_tensors="pt").to(model.device)
-output = model.generate(**inputs, {generate})
+output = model.generate(**inputs, {settings})
 print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())"""
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import datasets
 import psutil
 import torch
-from PIL import Image
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap import provenance
+from vlmcap.data.images import open_image
 from vlmcap.data.scenes import scenes
 from vlmcap.models.load import ModelArguments, base_model, count_parameters, load_model, lora_config
 from vlmcap.models.miniature import JAPANESE_PROMPT
@@ -114,7 +114,7 @@ def build_trainer(engine: str, args, preset: dict, folder: Path, processor, rows
         )
     examples = [
         {
-            "images": [Image.open(row["image"]["path"]).convert("RGB")],
+            "images": [open_image(row)],
             "prompt": [{"role": "user", "content": JAPANESE_PROMPT}],
             "completion": [{"role": "assistant", "content": caption}],
         }

@@ -35,7 +35,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
-from vlmcap.data.images import BadImageError, DatasetError, image_size, open_image
+from vlmcap.data.images import READING, BadImageError, DatasetError, image_size, open_image
 from vlmcap.files import write_atomically
 from vlmcap.training.collator import BadImages
 
@@ -104,6 +104,7 @@ def cache_features(
         "blocks": projector_blocks(tower),
         "width": width,
         "dtype": str(tower.dtype),
+        "pictures": READING,
         "image_processor": image_processor.to_dict(),
     }
     text = json.dumps(settings, indent=2, sort_keys=True)

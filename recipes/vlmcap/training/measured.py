@@ -55,9 +55,13 @@ COURSE = (
 def choose_by_device(args: MeasuredFields) -> None:
     """Sets what was left out and depends on the device: precision, and how batches travel.
 
+    The devices are those of `local_device`, where models are loaded: CUDA (to torch, ROCm is CUDA too) or the CPU.
+    Left to itself, the Trainer would take others that torch finds, such as Apple's MPS, and send batches there.
+
     Raises:
         ValueError: bf16 on a GPU older than compute capability 8.0, where torch would emulate it.
     """
+    args.use_cpu = args.use_cpu or not torch.cuda.is_available()
     dtype = compute_dtype()
     if args.bf16 is None and not args.fp16:
         args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16

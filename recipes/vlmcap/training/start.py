@@ -191,9 +191,22 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
         if weights_hash(folder) != weights_hash(new):
             delete_predictions(folder / "predictions.jsonl")
         (folder / "training.json").unlink(missing_ok=True)
+        name_special_tokens(new)
         for path in [path for path in new.rglob("*") if path.is_file()]:
             target = folder / path.relative_to(new)
             target.parent.mkdir(exist_ok=True)
             path.replace(target)
         shutil.rmtree(new)
         write_atomically(folder / "training.json", text)
+
+
+def name_special_tokens(folder: Path) -> None:
+    """Writes a saved tokenizer's list of further special tokens under the name that transformers 4 and 5 read.
+
+    transformers 5 writes `extra_special_tokens`, for which 4.57 wants a mapping and fails; 5 reads the older name too.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        write_atomically(path, json.dumps(settings, ensure_ascii=False, indent=2))

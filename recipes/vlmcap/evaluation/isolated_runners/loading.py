@@ -7,7 +7,7 @@ import io
 import sys
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def device_and_dtype():
@@ -68,7 +68,11 @@ def repeat_whole_inputs(model):
 
 
 def open_png(png):
-    return Image.open(io.BytesIO(png)).convert("RGB")
+    """RGB, upright, transparency on white: as vlmcap.data.images.open_image reads a picture."""
+    photo = ImageOps.exif_transpose(Image.open(io.BytesIO(png))).convert("RGBA")
+    image = Image.new("RGB", photo.size, "white")
+    image.paste(photo, mask=photo)
+    return image
 
 
 def inputs_of(encoded, device, dtype):
