@@ -33,7 +33,7 @@ UNFIT_LAUNCHES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGAT
 
 
 def check_early(settings: MeasuredFields, data_args: SplitArguments) -> None:
-    """Needs no torch, and comes before it: with `use_cpu`, torch sees no GPU. Says whether METEOR will be left out.
+    """Needs no torch, and comes before it: with `use_cpu`, also of accelerate, torch sees no GPU. Says whether METEOR will be left out.
 
     Raises:
         PushError: with `push_to_hub`, the Hub's token may not push to `hub_model_id`, or what is there is public.
@@ -43,7 +43,7 @@ def check_early(settings: MeasuredFields, data_args: SplitArguments) -> None:
             installed; `accelerate launch` was configured for DeepSpeed or Megatron-LM.
         OSError: a folder that the run writes into cannot be written.
     """
-    if settings.use_cpu:
+    if settings.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     check_trackers(settings.report_to)
     for variable, launch in UNFIT_LAUNCHES.items():
