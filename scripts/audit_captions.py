@@ -15,7 +15,7 @@ r"""Audit captions: things that are not in the picture, words about persons, bro
     python scripts/audit_captions.py --predictions run/predictions.jsonl --references references.jsonl \
         --review_queue run/review --hold_back hallucination non_japanese
 
-    # a mitigation beside what it should mend: the same audit of both, rates side by side
+    # a mitigation beside what it should fix: the same audit of both, rates side by side
     python scripts/audit_captions.py --compare run/audit.json run_japanese_only/audit.json
 
     # the miniature's scenes

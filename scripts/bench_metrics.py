@@ -13,8 +13,8 @@ in length and repetition. Every round times, in turn,
 
 and a median over the rounds is reported: `speedup_vs_pycocoevalcap` is pycocoevalcap / ours, the bound is 4.
 `bootstrap_1000_seconds` is the time of 1,000 resamples of BLEU, ROUGE-L, CIDEr-D and chrF, the bound is 20 seconds; it
-is computed from per-image statistics, whose own time stands beside it. The scores of both must be equal to 1e-9. It
-exits with 1 when a bound is missed.
+is computed from per-image statistics, whose own time is printed beside it. The scores of both must be equal to 1e-9.
+It exits with 1 when a bound is missed.
 
 pycocoevalcap is needed for this alone: `pip install pycocoevalcap`.
 """

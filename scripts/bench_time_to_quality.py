@@ -3,9 +3,9 @@
     python scripts/bench_time_to_quality.py --output_dir outputs/time_to_quality    # two CPU cores, 70 minutes
 
 The miniature learns to caption drawn scenes in Japanese, with the settings of recipes/configs/sft_qwen2vl_jp/demo.yaml
-but for those of `GRID` in recipes/vlmcap/training/time_to_quality.py: engine, images a step, captions of an image in
-one step, learning rate, number of steps. Between steps the first `--test_images` test scenes are captioned and scored;
-that time is not counted.
+except for those of `GRID` in recipes/vlmcap/training/time_to_quality.py: engine, images a step, captions of an image
+in one step, learning rate, number of steps. Between steps the first `--test_images` test scenes are captioned and
+scored; that time is not counted.
 
 Two questions, two panels. Left, the same learning settings: every configuration trains on 15 captions a step, of 15, 9
 or 3 images, at one learning rate for one number of steps. What a curve loses against another at the same step is what
@@ -22,9 +22,9 @@ are measured when all of them are done: one process, all cores, all configuratio
 of pictures included, and the median over the turns counts. A curve is drawn as step x median seconds. Give this last
 part (3 minutes) a machine with nothing else to do.
 
-Given again, the same command goes on where it was stopped: trainings that stand in runs.jsonl are not repeated (delete
+Run again, the same command continues where it was stopped: trainings that are in runs.jsonl are not repeated (delete
 the file after a change of settings), so that on a finished folder only the timing is. `--timing_rounds 0` keeps the
-timing too and only draws anew.
+timing too and only draws the plots again.
 
 Output: runs.jsonl, timing.json, results.json (everything: curves, seconds a step, best learning rates, seconds to
 reach a score, versions, commit, hardware), time_to_quality.svg, a table. It is the miniature: the machinery is what is

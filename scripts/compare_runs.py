@@ -10,7 +10,7 @@ r"""Compare runs that were scored on the same images: tables, plots, and a page 
     python scripts/compare_runs.py --scores bleu_1 bleu_2 rouge_l meteor outputs/r8 outputs/r32
     python scripts/compare_runs.py --overview BLIP=outputs/sft_blip_vi/adapter ViT=outputs/sft_vit_gpt2_food/model
 
-Every RUN, before or behind options, is a metrics.json (scripts/eval_captioning.py, scripts/infer_baseline.py and the
+Every RUN, before or after options, is a metrics.json (scripts/eval_captioning.py, scripts/infer_baseline.py and the
 recipes write them) or a folder that holds one, and may be named: NAME=PATH. Captions for the page are read from
 predictions.jsonl beside it, flags from audit.json (scripts/audit_captions.py). Runs of other images, another dataset
 or other metric signatures than the first are refused; --overview takes runs of several datasets and writes overview.md
@@ -87,10 +87,10 @@ def main(args: CompareArguments) -> None:
 
 
 def name_runs(words: list[str]) -> list[str]:
-    """The command line with all runs behind --runs, wherever they stood in it.
+    """The command line with all runs after --runs, wherever they were in it.
 
-    They are what is no option and no option's value: --overview has none, --scores has all that follow up to a word
-    that is a file or has a = in it, every other has one.
+    They are the words that are neither an option nor the value of one: --overview has no value, --scores has all words
+    up to one that is a file or has a = in it, every other option has one.
     """
     runs, rest, option = [], [], "--runs"
     for word in words:

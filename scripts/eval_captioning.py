@@ -31,7 +31,7 @@ r"""Score captions against references, with signatures, intervals and a register
 
 Predictions are lines {"image_id", "caption"} or COCO's results [{"image_id", "caption"}, ...], references lines
 {"image_id", "captions": [...]} or COCO's captions_*.json; both must be of the same images. If the run record that
-scripts/infer_baseline.py writes lies beside the predictions (predictions.run.json), it goes into metrics.json too.
+scripts/infer_baseline.py writes is beside the predictions (predictions.run.json), it goes into metrics.json too.
 
 METEOR is Java's: `java` on the PATH and meteor-1.5.jar, named by $VLMCAP_METEOR_JAR or found in an installed
 pycocoevalcap. It knows English. It has no Japanese, and is computed on characters there, which its signature says.

@@ -5,12 +5,12 @@
     python scripts/fetch_images.py --dataset outputs/yj --output_dir images --base_url http://mirror.example.org/coco
     accelerate launch recipes/sft_qwen2vl_jp.py --image_dir images
 
-All of COCO 2014 is 123,287 files and about 19 GB. The photographs lie flat in output_dir under their `file_name`.
-Ctrl-C, a crash or a broken connection lose nothing: the same command goes on where the last run ended, within a file
+All of COCO 2014 is 123,287 files and about 19 GB. The photographs are directly in output_dir under their `file_name`.
+Ctrl-C, a crash or a broken connection lose nothing: the same command continues where the last run ended, within a file
 too, and fetches again what failed. Every file was compared with the length (and md5) that the server announces and
 decoded; delete output_dir/.verified.tsv to have all of them decoded again.
 
-Photographs that cannot be had are listed in output_dir/failed.jsonl ({"image_id", "url", "reason"}), and the exit
+Photographs that cannot be fetched are listed in output_dir/failed.jsonl ({"image_id", "url", "reason"}), and the exit
 status is then 1, or 0 with --allow_failures. The run stops early when 18 of the last 20 photographs failed.
 
 The photographs are not the dataset's: each has its own licence (column `license`), mostly from Flickr.

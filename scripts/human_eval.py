@@ -73,7 +73,7 @@ class ImportArguments:
     prompt: str | None = field(
         default=None,
         metadata={
-            "help": "The user's text behind the image in preferences.jsonl. Default: the prompt that all predictions"
+            "help": "The user's text after the image in preferences.jsonl. Default: the prompt that all predictions"
             " were made with, by the run records beside them."
         },
     )
@@ -143,7 +143,7 @@ def import_answers(args: ImportArguments) -> None:
     if prompt is None:
         print(
             "preferences.jsonl is not written: the predictions do not record one prompt for all systems. Give"
-            " --prompt, the text behind the image with which the model that is to learn from it is asked."
+            " --prompt, the text after the image with which the model that is to learn from it is asked."
         )
         return
     pictures = {image_id: str(Path(args.key).parent / place) for image_id, place in key["pictures"].items()}
@@ -154,7 +154,7 @@ def import_answers(args: ImportArguments) -> None:
 
 
 def with_answers(words: list[str]) -> list[str]:
-    """The command line of import, `--answers` put in front of paths that stand alone: other options take one value."""
+    """The command line of import, with `--answers` before paths without an option: other options take one value."""
     if "--answers" in words:
         return words
     values = [before.startswith("--") and "=" not in before for before in ["", *words[:-1]]]

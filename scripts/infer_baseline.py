@@ -38,8 +38,8 @@ The scores' words are Japanese unless `--tokenizer english` or `--tokenizer viet
 studies of recipes/configs/prompts/qwen2_5_vl_7b_food.yaml and qwen2_5_vl_7b_vi.yaml.
 
 Beside predictions.jsonl it writes predictions.run.json: model, dataset, prompt, decoding, hardware, seconds, versions.
-An interrupted run continues when the same command is given again. Several GPUs share the work under `accelerate
-launch`, but for models in an environment of their own.
+An interrupted run continues when the same command is run again. Several GPUs share the work under `accelerate
+launch`, except for models in an environment of their own.
 """
 
 from contextlib import nullcontext
@@ -212,7 +212,7 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         processor = load_processor(*source, args.min_pixels, args.max_pixels, trust_processor)
         if not takes_prompt(processor):
             if generation_args.japanese_only or generation_args.avoid_words:
-                raise BaselineError(f"{name} only captions: --japanese_only and --avoid_words cannot be had there")
+                raise BaselineError(f"{name} only captions: --japanese_only and --avoid_words cannot be used with it")
             prompts = without_prompt(name, generation_args.prompt, args.prompt_kind, args.prompts)
         model = load_model(name, revision, args.load_in_4bit, args.attn_implementation, trusted)
         if adapter:

@@ -8,7 +8,7 @@
     python -c 'import evaluate; evaluate.load("you/japanese_caption_metrics")'
 
 The Space is private unless --public is given, and then only who may read it can load the metric. The folder and its
-script bear the name of the repository, as evaluate demands.
+script have the name of the repository, as evaluate demands.
 """
 
 import sys

@@ -4,10 +4,10 @@
     make ablation                                                                            # the miniature, on a CPU
 
 The grid file names the recipe, its configuration and what is varied: LoRA rank, number of top layers, projector,
-label smoothing, resolution, or any other key of the recipe. Given again, the command skips finished cells and goes on
+label smoothing, resolution, or any other key of the recipe. Run again, the command skips finished cells and resumes
 from the last checkpoint of an interrupted one. A failed cell stops no other; the next call tries it again.
 
-Cells lie in OUTPUT_DIR/cells; OUTPUT_DIR/ablation.md and comparison/ (see scripts/compare_runs.py) cover all that are
+Cells are in OUTPUT_DIR/cells; OUTPUT_DIR/ablation.md and comparison/ (see scripts/compare_runs.py) cover all that are
 finished. Scores of one seed scatter: `grid: {seed: [42, 43, 44]}` trains each cell three times, and ablation.md gives
 mean, least and most. The grid of a recipe that trains a whole model says `trained: model`; `scores: [bleu_1, meteor]`
 chooses the columns of both tables. Ctrl-C and SIGTERM end the running cell, with all of its processes, too.

@@ -56,7 +56,7 @@ def test_config_and_command_line(tmp_path):
         ("rate: {a: 1}", r"rate must be float \| None, but is {'a': 1}"),
         ("careful: 2", "careful must be bool, but is 2"),
         ("env: {PATH: x}", "`env` would set environment variables"),
-        ("steps: 1\nsteps: 2", "the key 'steps' stands twice"),
+        ("steps: 1\nsteps: 2", "the key 'steps' occurs twice"),
         ("steps: &a [*a]", "alias"),
         ("steps: !!int ''", "not YAML"),
         ("steps: [", "not YAML"),

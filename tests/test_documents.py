@@ -14,10 +14,10 @@ LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     [
         ("[" * 100_000, "levels of nesting"),
         ("[" * DEPTH + "[1]" + "]" * DEPTH, "levels of nesting"),
-        ('{"a": 1, "b": {"c": 2, "c": 3}}', "the key 'c' stands twice"),
-        ("[NaN]", "NaN is no finite number"),
-        ("-Infinity", "-Infinity is no finite number"),
-        ("1e999", "1e999 is no finite number"),
+        ('{"a": 1, "b": {"c": 2, "c": 3}}', "the key 'c' occurs twice"),
+        ("[NaN]", "NaN is not a finite number"),
+        ("-Infinity", "-Infinity is not a finite number"),
+        ("1e999", "1e999 is not a finite number"),
         ("9" * 5000, "4300 digits"),
         (r'{"a": "\ud800"}', "half of a surrogate pair"),
         (r'{"\udfff": 1}', "half of a surrogate pair"),
@@ -44,14 +44,14 @@ def test_json_that_is_read():
         ("a: &a [*a]", "alias"),
         ("- " * 500 + "a", "levels of nesting"),
         ("{" * 3000, "levels of nesting"),
-        ("a: 1\nb: 2\na: 3", "the key 'a' stands twice"),
+        ("a: 1\nb: 2\na: 3", "the key 'a' occurs twice"),
         ("!!int ''", "index out of range"),  # PyYAML's own, an IndexError
         ("!!timestamp x", "groupdict"),  # an AttributeError
         ("!!bool x", "x"),  # a KeyError
         ("2020-13-45", "month"),
         ('"\\UFFFFFFFF"', "too large|not in range"),
-        ("a: .nan", "nan is no finite number"),
-        ("a: [-.inf, 1.0e+999]", "-inf is no finite number"),
+        ("a: .nan", "nan is not a finite number"),
+        ("a: [-.inf, 1.0e+999]", "-inf is not a finite number"),
         ("a: 0x" + "f" * 5_000, "a whole number in it has thousands of digits"),
         ('a: ["\\ud800"]', "half of a surrogate pair"),
         ("!!set {\"\\ud800\"}", "half of a surrogate pair"),
@@ -76,5 +76,5 @@ def test_yaml_that_is_read():
 
 def test_a_key_that_comes_twice_among_many_is_found_at_once():
     keys = ", ".join(f'"{i}": 0' for i in range(200_000))  # to compare each with each would take minutes
-    with pytest.raises(ValueError, match="'199999' stands twice"):
+    with pytest.raises(ValueError, match="'199999' occurs twice"):
         parse_json(f'{{{keys}, "199999": 1}}')

@@ -125,8 +125,8 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
             ["--report_to", "mlflow"],
             "report_to: mlflow needs the Python package mlflow, which is not installed",
         ),
-        (RECIPES, ["--dataset", "data/none"], "data/none is no folder"),
-        (RECIPES, ["--dataset", "data/one/more/none"], "data/one/more/none is no folder"),
+        (RECIPES, ["--dataset", "data/none"], "data/none is not a folder"),
+        (RECIPES, ["--dataset", "data/one/more/none"], "data/one/more/none is not a folder"),
     ]
     (tmp_path / "changed.yaml").write_text("dataset: x\noutput_dir: x\nloss_type: dft\n")
     commands = [(program, words, message) for programs, words, message in refused for program in programs]

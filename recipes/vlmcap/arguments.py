@@ -29,11 +29,11 @@ def run_main(
     config: Path | None = None,
     interrupted: str = "",
 ) -> None:
-    """Calls `main` with the arguments that `parse` finds. An error that the user can mend, or the system's, ends the
+    """Calls `main` with the arguments that `parse` finds. An error that the user can fix, or the system's, ends the
     program with its message and status 1, Ctrl-C with a line and status 130.
 
     Args:
-        command_line: the words behind the program's name; None for those it was started with.
+        command_line: the words after the program's name; None for those it was started with.
         config: the `--config` of a command line without one.
         interrupted: what that line says of how to continue.
     """
@@ -59,9 +59,9 @@ def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None
 
     `--help` begins with `manual`, the docstring of the script. A revision in the configuration (`model_revision`,
     `dataset_revision`) is that of what is named there (`model_name_or_path`, `dataset`), and is left out where the
-    command line names another. A configuration file that is missing, is no mapping, holds an unknown key or a value of
-    another type than its field ends the program with a message that names it. So does a token or a password in a
-    setting.
+    command line names another. A configuration file that is missing, is not a mapping, holds an unknown key or a value
+    of another type than its field ends the program with a message that names it. So does a token or a password in
+    a setting.
     """
     parser = TrlParser(dataclasses, description=as_typed_here(manual), formatter_class=ManualFormatter)
     words = sys.argv[1:] if command_line is None else command_line

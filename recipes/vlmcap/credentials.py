@@ -29,8 +29,8 @@ def refuse_credentials(*arguments) -> None:
             value = getattr(group, name)
             if name in ("hub_token", "push_to_hub_token") and value:
                 raise CredentialError(
-                    f"--{name}: a token is not taken as an argument, where logs and checkpoints would keep it. Log in"
-                    " with `hf auth login`, or set HF_TOKEN in the environment."
+                    f"--{name}: a token is not accepted as an argument, where logs and checkpoints would keep it. Log"
+                    " in with `hf auth login`, or set HF_TOKEN in the environment."
                 )
             if redact(str(value)) != str(value):
                 raise CredentialError(

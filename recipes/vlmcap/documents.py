@@ -1,6 +1,6 @@
 """JSON and YAML from elsewhere, read strictly.
 
-The parsers take more than a program can bear: a key twice (the last counts), NaN and 1e999, numbers too long to be
+The parsers accept more than a program can handle: a key twice (the last counts), NaN and 1e999, numbers too long to be
 printed, half a surrogate pair (which no UTF-8 file can hold), nesting that exhausts the stack, and YAML aliases, a few
 lines of which unfold into gigabytes. All of it is refused here, each as a ValueError with the place where the parser
 knows it.
@@ -24,7 +24,7 @@ def parse_json(data: bytes | str) -> object:
     """The value of a JSON document; bytes are UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: it is none, or holds what the head of this module lists. json.JSONDecodeError where the parser
+        ValueError: it is not JSON, or holds what this module's docstring lists. json.JSONDecodeError where the parser
             itself says so, UnicodeDecodeError for bytes that are not UTF-8.
     """
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
@@ -40,7 +40,7 @@ def parse_yaml(data: bytes | str) -> object:
     """The value of a YAML document of plain types, at most YAML_BYTES long; bytes are UTF-8.
 
     Raises:
-        ValueError: it is none, or holds what the head of this module lists.
+        ValueError: it is not YAML, or holds what this module's docstring lists.
     """
     if len(data) > YAML_BYTES:
         raise ValueError(f"{len(data):,} bytes are more than the {YAML_BYTES:,} that a YAML file may have here")
@@ -61,7 +61,7 @@ def shown(value: object) -> str:
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError(f"the key {_first_repeated(key for key, _ in pairs)!r} stands twice in one object")
+        raise ValueError(f"the key {_first_repeated(key for key, _ in pairs)!r} occurs twice in one object")
     return value
 
 
@@ -73,7 +73,7 @@ def _first_repeated(keys: Iterable) -> object:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text:.40} is no finite number")
+        raise ValueError(f"{text:.40} is not a finite number")
     return value
 
 
@@ -97,7 +97,7 @@ def _check(value: object, scalars: bool) -> None:
 
 def _check_scalar(value: object) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no finite number")
+        raise ValueError(f"{value} is not a finite number")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ValueError("a whole number in it has thousands of digits")
     if isinstance(value, str):
@@ -115,7 +115,9 @@ class _StrictLoader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, f"the alias *{event.anchor} is not taken", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, f"the alias *{event.anchor} is not accepted", event.start_mark
+            )
         self.depth += 1
         if self.depth > DEPTH + 1:
             raise yaml.composer.ComposerError(None, None, f"more than {DEPTH} levels of nesting", event.start_mark)
@@ -127,5 +129,5 @@ class _StrictLoader(yaml.SafeLoader):
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             twice = _first_repeated(self.construct_object(key, deep=True) for key, _ in node.value)
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} occurs twice", node.start_mark)
         return mapping

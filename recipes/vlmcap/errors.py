@@ -5,7 +5,7 @@ import sys
 
 
 class UserError(ValueError):
-    """Something is not as it must be. The message names the file or the setting, the value, and the mend.
+    """Something is not as it must be. The message names the file or the setting, the value, and the fix.
 
     Scripts and recipes end with the message instead of a traceback, see `vlmcap.arguments.run_main`.
     """

@@ -43,7 +43,7 @@ def fenced(text: str, language: str = "text") -> str:
 
 
 def text_table(rows: list[list[str]]) -> str:
-    """Rows of text, header first, in columns for a terminal; all but the first stand right."""
+    """Rows of text, header first, in columns for a terminal; all except the first are aligned right."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([f"{name:<{first}}", *(f"{text:>{width}}" for text, width in zip(values, others, strict=True))])
@@ -53,7 +53,7 @@ def text_table(rows: list[list[str]]) -> str:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of text, header first, as a Markdown table; all columns but the first stand right."""
+    """Rows of text, header first, as a Markdown table; all columns except the first are aligned right."""
     rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]) + "\n"
 

@@ -1,7 +1,7 @@
 """Where the project's own files are: templates, configurations, recipes and scripts.
 
-In a clone they lie in the folders of its root. An installed package holds the same folders, see `package_dir` in
-setup.cfg, but for what a clone alone has: miniatures, tests, figures. `python -m vlmcap.places` prints their folder:
+In a clone they are in the folders of its root. An installed package holds the same folders, see `package_dir` in
+setup.cfg, except for what only a clone has: miniatures, tests, figures. `python -m vlmcap.places` prints their folder:
 
     accelerate launch --config_file "$(python -m vlmcap.places)/accelerate_configs/t4.yaml" \\
         -m vlmcap.recipes.sft_qwen2vl_jp --config recipes/configs/sft_qwen2vl_jp/t4.yaml

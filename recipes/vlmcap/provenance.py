@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, `-dirty` behind it for uncommitted changes; None outside one."""
+    """Commit of the checkout this package runs from, `-dirty` after it for uncommitted changes; None outside one."""
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:

@@ -42,14 +42,14 @@ RepoInfo = DatasetInfo | ModelInfo | SpaceInfo
 # How long a call that may still succeed is tried again, in seconds: longer than the window of the Hub's rate limits.
 PATIENCE = 300
 LONGEST_WAIT = 32  # between two tries, unless the Hub asks for more
-# huggingface_hub's client waits for an answer for ever.
+# huggingface_hub's client waits for an answer without end.
 TIMEOUT = httpx2.Timeout(60, read=120)
 # 409 and 412: another commit or creation was under way. The next try looks first at what has become of the repository.
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
 BROKEN = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
 # What a call of huggingface_hub raises: HfHubHTTPError (an httpx2.HTTPError), a bare httpx2 error without connection,
 # OSError without token or in offline mode, RuntimeError from an LFS or Xet upload, ValueError from validation and from
-# an answer that is no JSON.
+# an answer that is not JSON.
 FAILURES = (httpx2.HTTPError, OSError, RuntimeError, ValueError, yaml.YAMLError)
 UNFINISHED = [".*.new", "*/.*.new"]  # what vlmcap.files leaves when it is killed
 
@@ -119,14 +119,14 @@ def push_folder(
             raise ValueError(f"commit {revision[:12]} does not hold what the folder does: {names}")
     except FAILURES as error:
         state = _state(api, repo, before, lambda now: _changes(files, now, replace))
-        mend = (
+        fix = (
             "Log in with a token that may write (`hf auth login`); then"
             if is_refused(error)
-            else "Once that is mended,"
+            else "Once that is fixed,"
         )
         raise PushError(
             f"pushing {folder} to {repo_id} failed while {step}: {reason(error)}.\n"
-            f"{state} Nothing was lost here. {mend} this finishes it, and sends only what is missing:\n  {command}"
+            f"{state} Nothing was lost here. {fix} this finishes it, and sends only what is missing:\n  {command}"
         ) from error
     return f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}", revision
 
@@ -140,7 +140,7 @@ def check_push_rights(
         option: the one that names `repo_id`, for the error's message.
 
     Raises:
-        PushError: `repo_id` is no name of a repository, the Hub's token may not write to its namespace, or the
+        PushError: `repo_id` is not the name of a repository, the Hub's token may not write to its namespace, or the
             repository exists with another visibility.
     """
     if not repo_id or "/" not in repo_id:
@@ -153,8 +153,8 @@ def check_push_rights(
     try:
         account = patiently(api.whoami)
     except FAILURES as error:
-        mend = "`hf auth login` logs in" if is_refused(error) else "start again when it can, or without --push_to_hub"
-        raise PushError(f"--push_to_hub: the Hub does not say who you are: {reason(error)}; {mend}") from error
+        fix = "`hf auth login` logs in" if is_refused(error) else "start again when it can, or without --push_to_hub"
+        raise PushError(f"--push_to_hub: the Hub does not say who you are: {reason(error)}; {fix}") from error
     namespaces = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if repo_id.split("/")[0] not in namespaces:
         raise PushError(f"{option} {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")
@@ -202,18 +202,18 @@ def reason(error: Exception) -> str:
     elif isinstance(cause, httpx2.TransportError):
         text = f"no connection to {cause.request.url.host} ({type(cause).__name__}: {cause})"
     elif isinstance(cause, json.JSONDecodeError):
-        text = "the Hub's answer is no JSON"
+        text = "the Hub's answer is not JSON"
     else:
         text = str(cause)
     return redact(" ".join(text.split()).rstrip("."))
 
 
 def _cause(error: Exception) -> Exception:
-    """The error of the connection or of the Hub's answer behind what huggingface_hub raised; else `error`."""
-    behind = error
-    while behind and not isinstance(behind, (HfHubHTTPError, *BROKEN)):
-        behind = behind.__cause__
-    return behind or error
+    """The error of the connection or of the Hub's answer that caused what huggingface_hub raised; else `error`."""
+    cause = error
+    while cause and not isinstance(cause, (HfHubHTTPError, *BROKEN)):
+        cause = cause.__cause__
+    return cause or error
 
 
 def _seconds_to_wait(error: Exception) -> float | None:

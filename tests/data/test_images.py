@@ -159,7 +159,7 @@ def test_record_of_a_folder_and_of_nothing(folder, hub):
     (folder / "dataset/cleaning_report.json").write_text('{"fingerprint": "0123abcd"}')
     assert dataset_record(path, "test")["revision"] == "build 0123abcd"
     assert len(load_captions(path, "test", str(folder / "images"), revision="build 0123abcd")) == 3
-    with pytest.raises(DatasetError, match="data/stair is no folder, and the Hub .*publish_datasets.py.*data/stair"):
+    with pytest.raises(DatasetError, match="data/stair is not a folder, and the Hub .*publish_datasets.py.*stair"):
         dataset_record("data/stair", "train")
 
 

@@ -287,7 +287,7 @@ def test_a_branch_becomes_the_commit_it_means(hub):
     assert resolve_revision("user/model", COMMIT_READ) == COMMIT_READ
     with pytest.raises(ModelError, match="does not have it as a model, or not at revision gone"):
         resolve_revision("user/model", "gone")
-    with pytest.raises(ModelError, match="user/none is no folder"):
+    with pytest.raises(ModelError, match="user/none is not a folder"):
         resolve_revision("user/none", None)
 
 

@@ -70,7 +70,7 @@ def test_a_row_of_the_table(script, dataset, miniature_dir, tmp_path):
     assert (run["prompt_kind"], run["prompt"]) == ("native", "Describe this image.")
     assert (run["model"]["baseline"], run["model"]["license"]) == ("qwen2_vl_2b", "apache-2.0")
     assert run["saw"].keys() == {"STAIR", "YJ", "COCO", "note"}
-    with pytest.raises(PredictionsError, match="begun with another prompt"):
+    with pytest.raises(PredictionsError, match="started with another prompt"):
         script(*row, "--prompt_kind", "common", "--output", output, *dataset)
 
 
@@ -100,7 +100,7 @@ def test_a_model_that_takes_no_prompt(script, dataset, repo_root, tmp_path):
     assert sum(text in scene.english() for text, scene in zip(said, held_out, strict=True)) >= 3
     with pytest.raises(BaselineError, match="blip_base takes no prompt, it only captions: leave out --prompt$"):
         script(*row, "--prompt", "短く", "--output", tmp_path / "other.jsonl", *dataset)
-    for option, message in (("--prompt", "leave out --prompt$"), ("--avoid_words", "--avoid_words cannot be had")):
+    for option, message in (("--prompt", "leave out --prompt$"), ("--avoid_words", "--avoid_words cannot be used")):
         with pytest.raises(BaselineError, match=message):  # a model that is none of the table
             script("--model", weights, option, "x", "--output", tmp_path / "other.jsonl", *dataset)
 

@@ -165,7 +165,7 @@ def test_meteor_without_java_is_a_notice(monkeypatch, tmp_path):
 
 def test_meteor_without_its_jar_is_a_notice(monkeypatch, tmp_path):
     monkeypatch.setenv(METEOR_JAR_VARIABLE, str(tmp_path / "none.jar"))
-    assert "none.jar, which is no file" in missing_meteor()
+    assert "none.jar, which is not a file" in missing_meteor()
 
 
 def test_the_jar_is_found_without_importing_pycocoevalcap(monkeypatch):
@@ -304,9 +304,9 @@ def test_spice_comes_from_its_service_for_english_only(service):
         ("no json", "Expecting value"),
         ('{"scores": [0.1, 0.1]}', "must answer a list of 2 numbers"),
         ("[0.1]", "must answer a list of 2 numbers.* but answered .*0.1"),
-        ("[0.1, null]", "the score None, which is no number"),
+        ("[0.1, null]", "the score None, which is not a number"),
         ("[0.1, NaN]", "the score nan"),
-        ("[12.5, 0.1]", "the score 12.5, which is no number from 0 to 1"),
+        ("[12.5, 0.1]", "the score 12.5, which is not a number from 0 to 1"),
         ("[" * 100_000, "recursion"),
     ],
 )

@@ -121,9 +121,9 @@ def test_predictions_of_other_settings_are_not_continued(model, processor, rows,
     other = GenerationArguments(prompt="この画像を説明して", max_new_tokens=12, generation_batch_size=3)
     before = output.read_bytes()
     check_predictions(processor, output, ARGS, record(model))
-    with pytest.raises(PredictionsError, match="begun with another prompt"):
+    with pytest.raises(PredictionsError, match="started with another prompt"):
         check_predictions(processor, output, other, record(model))  # as a recipe asks before it trains
-    with pytest.raises(PredictionsError, match="begun with another prompt"):
+    with pytest.raises(PredictionsError, match="started with another prompt"):
         generate(model, processor, rows, output, other, record(model))
     assert output.read_bytes() == before
 

@@ -274,7 +274,7 @@ def test_nothing_answered_is_no_figure(key):
     [
         (lambda d, k: d.update(fingerprint="0" * 16), "rater '1' with fingerprint '0{16}' belongs to another export"),
         (lambda d, k: d.update(rater="7"), "rater '7' with fingerprint .* belongs to another export"),
-        (lambda d, k: d.update(format="x"), "this is no file of answers"),
+        (lambda d, k: d.update(format="x"), "this is not a file of answers"),
         (lambda d, k: d.update(answers=[1]), '"answers" must be an object'),
         (lambda d, k: d["answers"].update(i99999={"choice": "tie"}), "item i99999 is not on the page of rater 1"),
         (lambda d, k: d["answers"].update({rating_of(k): {"fluency": 6}}), "fluency must be one of 1, .*5, but is 6"),
@@ -288,7 +288,7 @@ def test_nothing_answered_is_no_figure(key):
             lambda d, k: d["answers"].update({preference_of(k): {"seconds": 10**400}}),
             "seconds must be a number from 0",
         ),
-        (lambda d, k: d["answers"].update({preference_of(k): {"changed": math.nan}}), "NaN is no finite number"),
+        (lambda d, k: d["answers"].update({preference_of(k): {"changed": math.nan}}), "NaN is not a finite number"),
     ],
 )
 def test_faults_name_the_file_and_the_item(key, tmp_path, change, message):
@@ -627,4 +627,4 @@ def test_the_manual_and_mistakes(run_script, tmp_path):
     assert "rater_1.html" in shown and "--answers" in shown and "--systems ExportArguments" not in shown
     other = write(tmp_path / "key.json", {"format": "something"})
     bad = run_script("human_eval.py", "import", "x.json", "--key", other, "--output_dir", tmp_path, expect=1)
-    assert f"error: {other}: this is no key.json of an export" in bad.stderr
+    assert f"error: {other}: this is not a key.json of an export" in bad.stderr

@@ -190,8 +190,8 @@ def test_an_idf_file_is_written_read_and_named_in_the_signature(tmp_path):
     ("text", "message"),
     [
         ('{"images": 3', "idf.json: not JSON"),
-        ('{"images": 0, "ngrams": {}}', r'idf.json is no idf file: it needs "images"'),
-        ('{"images": 3, "ngrams": ["a"]}', r"idf.json is no idf file"),
+        ('{"images": 0, "ngrams": {}}', r'idf.json is not an idf file: it needs "images"'),
+        ('{"images": 3, "ngrams": ["a"]}', r"idf.json is not an idf file"),
         ('{"images": 3, "ngrams": {"犬": 4}}', r"idf.json: '犬' is said to be in 4 of 3 images"),
         ('{"images": 3, "ngrams": {"犬": "2"}}', r"'犬' is said to be in '2' of 3 images"),
         ('{"images": 3, "ngrams": {}, "tokenizer": "tok:x"}', r"idf.json was made with another tokenizer: 'tok:x'"),

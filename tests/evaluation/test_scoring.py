@@ -194,8 +194,8 @@ def test_what_cannot_be_compared_is_refused(texts, document):
     ("line", "message"),
     [
         (b'{"image_id": true, "caption": "a"}', "must be an integer or a string, but is True"),
-        (b'{"image_id": NaN, "caption": "a"}', "NaN is no finite number"),
-        (b'{"image_id": 1, "caption": "a", "caption": "b"}', "'caption' stands twice"),
+        (b'{"image_id": NaN, "caption": "a"}', "NaN is not a finite number"),
+        (b'{"image_id": 1, "caption": "a", "caption": "b"}', "'caption' occurs twice"),
         (b'{"image_id": 1, "caption": "\\ud800"}', "half of a surrogate pair"),
         (b'{"image_id": 1, "caption": "\xff"}', "not JSON in UTF-8"),
         (b"[" * 100_000, "levels of nesting"),

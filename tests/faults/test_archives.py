@@ -69,9 +69,9 @@ PLAIN = ("val.json", GOOD, {})
 NEVER = "No official release is like that"
 SPARSE = {"pax_headers": {"GNU.sparse.major": "0", "GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**50)}}
 ARCHIVES = {
-    "tar: a path out of the folder": (tar(PLAIN, ("../../x.json", GOOD, {})), r"'\.\./\.\./x\.json' in it is no path"),
-    "tar: an absolute path": (tar(("/etc/x.json", GOOD, {})), "'/etc/x.json' in it is no path below"),
-    "tar: an escape sequence": (tar(("a\x1b[2J.json", GOOD, {})), r"'a\\x1b\[2J.json' in it is no path below"),
+    "tar: a path out of the folder": (tar(PLAIN, ("../../x.json", GOOD, {})), r"'\.\./\.\./x\.json' in it is not a"),
+    "tar: an absolute path": (tar(("/etc/x.json", GOOD, {})), "'/etc/x.json' in it is not a path below"),
+    "tar: an escape sequence": (tar(("a\x1b[2J.json", GOOD, {})), r"'a\\x1b\[2J.json' in it is not a path below"),
     "tar: a symbolic link": (tar(("x.json", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"})), "is a link"),
     "tar: a hard link": (tar(PLAIN, ("x.json", b"", {"type": tarfile.LNKTYPE, "linkname": "val.json"})), "is a link"),
     "tar: a device": (tar(PLAIN, ("x.json", b"", {"type": tarfile.CHRTYPE})), "or a device"),
@@ -150,9 +150,9 @@ DOCUMENTS = {
     "UTF-16": (TEXT.encode("utf-16"), "byte 0 of .*Annotation files are UTF-8"),
     "cp932": (GOOD.replace(b"\\u7a7a", "空".encode("cp932")), "byte [0-9]+ of .*Annotation files are UTF-8"),
     "NUL bytes": (b"\0" * 1_000, "not valid JSON"),
-    "a key twice": (TEXT.replace('"id": 1}', '"id": 1, "id": 2}', 1).encode(), "the key 'id' stands twice"),
+    "a key twice": (TEXT.replace('"id": 1}', '"id": 1, "id": 2}', 1).encode(), "the key 'id' occurs twice"),
     "half a surrogate pair": (GOOD.replace(b"\\u7a7a", b"\\ud83d"), "surrogate"),
-    "NaN as id": (GOOD.replace(b'"id": 1', b'"id": NaN', 1), "NaN is no finite number"),
+    "NaN as id": (GOOD.replace(b'"id": 1', b'"id": NaN', 1), "NaN is not a finite number"),
     "an id of 5,000 digits": (GOOD.replace(b'"id": 1', b'"id": 1' + b"0" * 5_000, 1), "5001 digits"),
     "an id that parquet cannot hold": (
         changed(id=2**63),

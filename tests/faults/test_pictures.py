@@ -359,9 +359,9 @@ def test_a_damaged_dataset_is_named_with_the_reason(fault, tmp_path, content):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("cleaning_report.json", b"[" * 100_000, "cleaning_report.json is no report .*nesting"),
-        ("cleaning_report.json", b"{}", "cleaning_report.json is no report .*KeyError: 'fingerprint'"),
-        ("cleaning_report.json", b"\xff\xfe", "cleaning_report.json is no report .*UnicodeDecodeError"),
+        ("cleaning_report.json", b"[" * 100_000, "cleaning_report.json is not a report .*nesting"),
+        ("cleaning_report.json", b"{}", "cleaning_report.json is not a report .*KeyError: 'fingerprint'"),
+        ("cleaning_report.json", b"\xff\xfe", "cleaning_report.json is not a report .*UnicodeDecodeError"),
         ("README.md", b"---\na: [\n---\n", "README.md: no dataset card"),
         ("README.md", b"---\n!!python/object:os.system x\n---\n", "README.md: no dataset card"),
         ("README.md", b"\xff", "README.md: no dataset card"),

@@ -34,7 +34,7 @@ FILES = {
     "Karpathy: an endless id": (
         read_karpathy,
         b'{"images": [{"cocoid": 1e999, "split": "val"}]}',
-        "1e999 is no finite number",
+        "1e999 is not a finite number",
     ),
     "Karpathy: a split that is a list": (
         read_karpathy,

@@ -391,7 +391,7 @@ def test_what_only_describes_is_not_followed(copy, mark, monkeypatch):
         (b"", "cannot be read"),
         (b"[" * 100_000, "cannot be read"),
         (b"[1, 2]", "must be a JSON object"),
-        (b'{"r": 1, "r": 2}', "stands twice"),
+        (b'{"r": 1, "r": 2}', "occurs twice"),
         (b'{"peft_type": "LORA", "lora_alpha": NaN}', "no finite number"),
         ("{}".encode("utf-16"), "cannot be read"),
         (b" " * (2**20 + 1), "has 1,048,577 bytes; at most 1,048,576 are read"),
@@ -648,14 +648,14 @@ def test_what_the_hub_says_is_told_apart(hub, fault, capsys, monkeypatch):
     for load in (resolve_revision, read_adapter):
         with (
             fault("no such repository"),
-            pytest.raises(ModelError, match="user/none is no folder, and the Hub does not"),
+            pytest.raises(ModelError, match="user/none is not a folder, and the Hub does not"),
         ):
             load("user/none", None)
         with fault("no such revision"), pytest.raises(ModelError, match="not at revision v9"):
             load("user/base", "v9")
-        with fault("no name of a repository"), pytest.raises(ModelError, match="is no folder, and the Hub does not"):
+        with fault("no name of a repository"), pytest.raises(ModelError, match="is not a folder, and the Hub does"):
             load("a/b/c", None)
-    with pytest.raises(ModelError, match="user/base is no adapter: it has no adapter_config.json"):
+    with pytest.raises(ModelError, match="user/base is not an adapter: it has no adapter_config.json"):
         read_adapter("user/base")
     hub.fail(method="GET", path="/api/models/", status=429, times=99)
     with (
@@ -729,7 +729,7 @@ def test_pins_are_written_into_the_file(hub, tmp_path):
         f"encoder_name_or_path: user/base\nencoder_revision: {commit} # why\ndecoder_revision: null\n"
     )
     assert said[0] == said[-1] == f"user/base: {commit}" and said[1].startswith("user/coded: runs its own code")
-    assert said[2].startswith("user/gone: user/gone is no folder, and the Hub does not have it")
+    assert said[2].startswith("user/gone: user/gone is not a folder, and the Hub does not have it")
     with pytest.raises(ModelError, match="table.yaml cannot be read as YAML"):
         table.write_text("models: {")
         pin_revisions(table)

@@ -341,7 +341,7 @@ def test_adapter_and_base_from_the_hub(hub, base, pictures, tmp_path):
 
     reloaded, saved = load_blip_adapter("user/blip-vi", revision=first)
     assert torch.equal(logits_of(reloaded, saved, pictures), expected)
-    with pytest.raises(ModelError, match="user/blip-vi is no adapter"):
+    with pytest.raises(ModelError, match="user/blip-vi is not an adapter"):
         load_blip_adapter("user/blip-vi")
 
 

@@ -411,5 +411,5 @@ def test_what_does_not_fit_is_refused(parts, arguments, tmp_path):
         shutil.copytree(parts / "llama", tmp_path / "llama")
         write_tokenizer(tmp_path / "llama", specials=(BOS, EOS))
         build_vit_llama(VitLlamaArguments(str(parts / "vit"), None, str(tmp_path / "llama")), seed=0)
-    with pytest.raises(ModelError, match="is no adapter: it has no adapter_config.json"):
+    with pytest.raises(ModelError, match="is not an adapter: it has no adapter_config.json"):
         load_vit_llama(str(parts / "llama"))

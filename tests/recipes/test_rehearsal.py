@@ -72,7 +72,7 @@ def test_random_weights_are_those_of_the_configuration_and_of_the_seed(miniature
 def test_what_cannot_be_rehearsed_is_said_first(hub, miniature_dir, tmp_path):
     with pytest.raises(RehearsalError, match=r"needs about [\d,.]+ GiB of disk.*free some"):
         check_room(10**15, tmp_path)
-    with pytest.raises(ValueError, match="user/nothing is no folder, and the Hub does not have it as a model"):
+    with pytest.raises(ValueError, match="user/nothing is not a folder, and the Hub does not have it as a model"):
         fetch_small_files("user/nothing", None, tmp_path / "model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RehearsalError, match="has no config.json"):
@@ -84,7 +84,7 @@ def test_what_cannot_be_rehearsed_is_said_first(hub, miniature_dir, tmp_path):
     with pytest.raises(RehearsalError, match=r"has captions of 1 pictures; 6 are needed"):
         write_pictures(tmp_path, tmp_path / "few.json", tmp_path / "lists", 2, 0)
     (tmp_path / "none.json").write_text("[]")
-    with pytest.raises(RehearsalError, match="none.json is no file of captions in COCO format"):
+    with pytest.raises(RehearsalError, match="none.json is not a file of captions in COCO format"):
         write_pictures(tmp_path, tmp_path / "none.json", tmp_path / "more", 2, 0)
 
 

@@ -145,5 +145,5 @@ def test_recipe_stops_before_training(run_script, scenes, miniature_dir, tmp_pat
     (tmp_path / "run/base").mkdir()
     (tmp_path / "run/base/predictions.jsonl").write_text('{"image_id": 1, "caption": "a"}\n')
     stopped = run_script(*recipe, "--instances", scenes / "instances.json", expect=1)
-    assert "base/predictions.jsonl was begun with another model, dataset, prompt, decoding" in stopped.stderr
+    assert "base/predictions.jsonl was started with another model, dataset, prompt, decoding" in stopped.stderr
     assert not list((tmp_path / "run").glob("checkpoint-*"))

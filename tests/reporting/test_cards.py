@@ -136,7 +136,7 @@ def test_an_audit_of_other_captions_makes_no_card(tmp_path):
     metrics = adapter_document()
     audit = audit_document(metrics)
     audit["base"]["decoding"] = {"num_beams": 1}
-    with pytest.raises(ValueError, match="audit of the base is of other captions than the scores: decoding differs"):
+    with pytest.raises(ValueError, match="audit of the base has other captions than the scores: decoding differs"):
         render_adapter_card(metrics, audit=audit)
     audit = audit_document(metrics)
     audit["counts"]["images"] = 10
@@ -181,7 +181,7 @@ def test_changing_any_number_of_the_document_changes_the_card(metrics):
                 try:
                     changed = render_adapter_card(metrics) != card
                 except ValueError as error:  # base and adapter no longer scored alike: refused, not ignored
-                    changed = "cannot stand in one table" in str(error)
+                    changed = "cannot be in one table" in str(error)
                 if not changed:
                     silent.append(".".join([*path, key]))
                 node[key] = value
@@ -382,7 +382,7 @@ def test_published_figures_are_quoted_as_theirs_and_for_their_data_alone():
     for figure in "0.524 0.412 0.293 0.312 0.489 0.719 0.161 1.12 0.48 0.42".split():
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", card), figure
     assert "they are quoted, not compared" in prose(card)
-    assert "but for a table that is marked as others'" in card
+    assert "except for a table that is marked as others'" in card
     for run in (metrics, metrics["base"]):
         run["dataset"]["corpus"] = None
     for other in (metrics, family_document("sft_blip_vi", miniature=True)):

@@ -175,7 +175,7 @@ def test_an_interrupted_cell_continues_from_its_checkpoint(grid_to_run, repo_roo
         ({"vari": {}}, r"grid.yaml: \['vari'\] is not known"),
         ({"vary": {"lora_r": 8}}, "vary.lora_r must be a list of values, but is 8"),
         ({"grid": None}, "grid must be a mapping, but is None"),
-        ({"config": "nowhere.yaml"}, "config nowhere.yaml is no file"),
+        ({"config": "nowhere.yaml"}, "config nowhere.yaml is not a file"),
         ({"scores": ["bleu_9"]}, r"scores must be a list of some of bleu_1, .*, but is \['bleu_9'\]"),
         ({"scores": "bleu_1"}, "scores must be a list of some of bleu_1, .*, but is 'bleu_1'"),
         ({"trained": ["model"]}, r"trained must be the name of a folder, but is \['model'\]"),

@@ -61,7 +61,7 @@ def test_what_is_not_whole_is_named_and_passed_over(tmp_path, capsys, how):
     change(broken, how)
     assert find_checkpoint(tmp_path, "latest") == str(whole)
     passed, said = capsys.readouterr().out.splitlines()
-    assert passed.startswith(f"Passed over {broken}: ") and REASONS[how] in passed
+    assert passed.startswith(f"Skipped {broken}: ") and REASONS[how] in passed
     assert said == f"Continuing from {whole}"
     assert broken.exists()  # it may be of use to its owner
     with pytest.raises(CheckpointError, match=f"--resume_from_checkpoint {broken}: .*{REASONS[how]}.* `latest`"):

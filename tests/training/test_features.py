@@ -138,7 +138,7 @@ def test_features_of_other_settings_are_named_with_their_size(pictures, model, c
     assert "other models" not in capsys.readouterr().out
     second = build(pictures, model, size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112}).path.parent
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(f"Features of other models or settings lie in {first.parent}: {first.name} (0.00 GiB).")
+    assert line.startswith(f"Features of other models or settings are in {first.parent}: {first.name} (0.00 GiB).")
     assert first != second and (first / "features.bin").exists()
 
 

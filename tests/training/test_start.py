@@ -73,7 +73,8 @@ def test_what_scores_and_files_need_is_checked_early(tmp_path, monkeypatch, capf
     settings = SimpleNamespace(push_to_hub=False, output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
     check_early(settings, CaptionerDataArguments(**here))
     assert not (tmp_path / "out").exists()
-    assert capfd.readouterr().err == "METEOR will be left out: $VLMCAP_METEOR_JAR names none.jar, which is no file\n"
+    said = "METEOR will be left out: $VLMCAP_METEOR_JAR names none.jar, which is not a file"
+    assert capfd.readouterr().err == f"{said}\n"
     with pytest.raises(TokenizerError, match="unknown tokenizer 'mecab'"):
         check_early(settings, CaptionerDataArguments(**here, tokenizer="mecab"))
     with pytest.raises(UserError, match="spice_dir .*lacks spice-1.0.jar, lib/stanford"):

@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     other = rows if changes or model else rows.select(range(11))
     folder = tmp_path_factory.mktemp("other")
     trainer = caption_trainer(miniature_dir, processor, other, config(folder, **changes), **model)
-    with pytest.raises(CheckpointError, match=f"is of a run with other settings or data: {named}"):
+    with pytest.raises(CheckpointError, match=f"belongs to a run with other settings or data: {named}"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -16,7 +16,7 @@ with unidic-lite 1.0.8; on the same tokens the scores equal those of pycocoevalc
 INPUTS = """
 Args:
     predictions: list of str, one caption an image.
-    references: list of lists of str, one or more reference captions an image; a single one may stand without its list.
+    references: list of lists of str, one or more reference captions an image; a single one may come without its list.
     tokenizer: unidic-lite (default), ipadic, characters, vietnamese, english, or none (tokenised already).
     resamples: bootstrap resamples for 95% intervals; 0 (default) leaves them out.
     register_normalised: score a second time with polite endings made plain on both sides; default False.
@@ -62,10 +62,10 @@ class JapaneseCaptionMetrics(evaluate.Metric):
         self.add_batch(predictions=[given["predictions"]], references=[given["references"]])
 
     def add_batch(self, *, predictions=None, references=None, **kwargs):
-        """As the parent's, with a reference that stands without its list.
+        """As the parent's, with a reference that is given without its list.
 
         Raises:
-            ValueError: a caption is no text, or no UTF-8 text: with half of a surrogate pair.
+            ValueError: a caption is not a text, or not UTF-8: with half of a surrogate pair.
         """
         if any(given is None or isinstance(given, str) for given in (predictions, references)):
             raise ValueError("predictions and references: give two lists with an entry for each image")

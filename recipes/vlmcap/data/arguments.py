@@ -7,7 +7,7 @@ from vlmcap.errors import UserError
 
 
 class DataError(UserError):
-    """The data cannot be built as asked; the message names the file, the value and the mend."""
+    """The data cannot be built as asked; the message names the file, the value and the fix."""
 
 
 @dataclass

@@ -74,7 +74,7 @@ def build(args: PublishArguments) -> dict:
 
     Returns {"source", "license", "files", "changed_files" (`_changed_files`), "split_origin", "overlap", "splits":
     {split: {"images", "captions", "in_yj"}}, "bad_images", "cleaning": the cleaner's report, "fingerprint",
-    "built_with", "folder", "seconds": {stage: seconds}}; all but the last two also lie in the folder's
+    "built_with", "folder", "seconds": {stage: seconds}}; all except the last two are also in the folder's
     cleaning_report.json. uit_viic and food_titles have "lengths" too (`lengths.caption_lengths`), food_titles
     "left_out": {"rules", "rows"} and "words": {"distinct", "total", "most_common"}.
 
@@ -156,7 +156,7 @@ def push(folder: str | Path, repo_id: str, private: bool = True) -> tuple[str, s
     """Publishes a dataset folder as the Hub dataset `repo_id`, in one commit, as `vlmcap.upload.push_folder` does;
     parquet shards that an earlier push left are deleted in the same commit. Returns (URL, revision).
 
-    Raises DataError when the folder is no complete dataset, and when the upload fails; the folder is as it was, and
+    Raises DataError when the folder is not a complete dataset, and when the upload fails; the folder is as it was, and
     the message says what is on the Hub and how to push it again.
     """
     folder = Path(folder)
@@ -291,7 +291,7 @@ def _change_text(file: dict) -> str:
 def _check_images(rows: list[dict], folder: Path, parts: Sequence[str]) -> tuple[dict[int, Path], list[dict]]:
     """({image id: path} of photographs that `open_image` reads, the others as {"image_id", "file_name", "reason"}).
 
-    They lie in `folder` or in one of its `parts`.
+    They are in `folder` or in one of its `parts`.
     """
 
     def check(row: dict) -> tuple[Path | None, str]:
@@ -329,7 +329,7 @@ def _bad_images_text(bad_images: list[dict], total: int, folder: str, parts: Seq
 
 
 def _fingerprint(by_split: dict, image_paths: dict | None) -> str:
-    """Eight hex digits of the rows and the sizes of their photographs; they stand in the names of the shards.
+    """Eight hex digits of the rows and the sizes of their photographs; they are part of the names of the shards.
 
     datasets caches a local folder by its last name and the file patterns of its card, not by what the files hold
     (`LocalDatasetModuleFactory`, datasets 5.2): of two builds called `dataset` with the same patterns, the second

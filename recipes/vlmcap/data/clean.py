@@ -23,7 +23,7 @@ import regex
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-# Character classes, written to stand inside [...].
+# Character classes, for use inside [...].
 _KATAKANA = "ァ-ヺー\u31f0-\u31ff"
 _KANJI = r"\p{Han}"  # the script: 々 and 〇 too
 _LETTERS = rf"ぁ-ゖゝ-ゟヽ-ヿ〆ヶ{_KATAKANA}{_KANJI}"
@@ -58,7 +58,7 @@ def _drop_emoji(text: str) -> str:
 
 # Control and zero-width characters ---------------------------------------------------------------------------------
 # With them go private use (the emoji of old Japanese phones), halves of surrogate pairs (json.loads lets them through,
-# UTF-8 does not) and U+FFFD. A variation selector stays only behind a kanji, whose variant it names.
+# UTF-8 does not) and U+FFFD. A variation selector stays only after a kanji, whose variant it names.
 _CONTROL = _compile(
     rf"[[\p{{Cc}}\p{{Cf}}\p{{Co}}\p{{Cs}}\p{{Noncharacter_Code_Point}}\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800"
     rf"\u3164\ufe03-\ufe0f\uffa0\ufffc\ufffd]--[{_SPACES}]]|(?<![{_KANJI}])[{_KANJI_VARIANTS}]"
@@ -74,7 +74,7 @@ def drop_control(text: str) -> str:
 _WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F) if chr(code) not in "－～"}
 _WIDTH |= str.maketrans("～ﾞﾟ￠￡￢￤￥￦￨￩￪￫￬￭￮", "〜゛゜¢£¬¦¥₩│←↑→↓■○")
 # Japanese input methods offer look-alikes on the key for ー, the ASCII hyphen not among them: "スキ―", "テ−ブル".
-# Behind ン and ッ no vowel can be long, and before a letter or digit it is a hyphen (ボーイング－747).
+# After ン and ッ no vowel can be long, and before a letter or digit it is a hyphen (ボーイング－747).
 _LONG_VOWEL = rf"(?<=[ァ-ヺ--ッン][\u3099\u309a]?)[{_DASHES}--\-](?![{_DASHES}A-Za-z0-9])"
 _LONG_VOWEL_DASH = _compile(_LONG_VOWEL)
 _FULL_WIDTH_HYPHEN = _compile(f"({_LONG_VOWEL})|－")
@@ -85,7 +85,7 @@ def _one_width(text: str) -> str:
     return _FULL_WIDTH_HYPHEN.sub(lambda dash: dash[1] or "-", text)
 
 
-def _mend_long_vowels(text: str) -> str:
+def _fix_long_vowels(text: str) -> str:
     return _LONG_VOWEL_DASH.sub("ー", text)
 
 
@@ -96,7 +96,7 @@ _KANA = [chr(code) for code in range(0x3041, 0x30FF)]
 
 
 def _before(mark: str) -> str:
-    """A pattern for the place behind a kana that `mark` composes with."""
+    """A pattern for the place after a kana that `mark` composes with."""
     return "(?<=[" + "".join(kana for kana in _KANA if len(unicodedata.normalize("NFC", kana + mark)) == 1) + "])"
 
 
@@ -111,7 +111,7 @@ def _compose(text: str) -> str:
 
 
 # URLs --------------------------------------------------------------------------------------------------------------
-# ASCII only, so that Japanese written right behind an address survives; the last character is no punctuation mark.
+# ASCII only, so that Japanese written right after an address is kept; the last character is not a punctuation mark.
 _ADDRESS = r"(?:(?:https?|ftp)://|(?<![A-Za-z0-9.])www\.)[A-Za-z0-9\-._~:/?#@!$&'*+,;=%]*[A-Za-z0-9\-_~/#@$&*+=%]"
 _URL = _compile(rf"(?i)\({_ADDRESS}\)|<{_ADDRESS}>|「{_ADDRESS}」|{_ADDRESS}")
 
@@ -140,7 +140,7 @@ def drop_markup(text: str) -> str:
 
 
 # Spacing -----------------------------------------------------------------------------------------------------------
-# No space beside a Japanese character: in the real captions nearly every Latin word stands in its Japanese sentence
+# No space beside a Japanese character: in the real captions nearly every Latin word is in its Japanese sentence
 # without one. A single space stays between Latin words and between katakana words, which nothing else separates. It
 # also stays beside a dash and before a voicing mark, which closing up would turn into part of a word.
 _SPACE_RUN = _compile(f"[{_SPACES}]+")
@@ -174,7 +174,7 @@ class TextRule(NamedTuple):
     apply: Callable[[str], str]
 
 
-# For any language; behind what decodes or composes characters, before what closes up spaces.
+# For any language; after what decodes or composes characters, before what closes up spaces.
 MARKUP = TextRule(
     "markup",
     "special tokens of language models (im_end, image_pad, SEP and the like, with their brackets) removed",
@@ -188,10 +188,10 @@ TEXT_RULES = (
         "full-width letters, digits and ASCII signs become half-width, half-width kana full-width, ～ becomes 〜",
         _one_width,
     ),
-    TextRule("unicode", "kana and voicing marks, letters and accents composed (NFC; kanji left alone)", _compose),
+    TextRule("unicode", "kana and voicing marks, letters and accents composed (NFC; kanji unchanged)", _compose),
     TextRule("url", "web addresses (http, https, ftp, www) removed, with brackets around nothing else", _drop_urls),
     MARKUP,
-    TextRule("long_vowel", "a dash typed for the long vowel of a katakana word becomes ー", _mend_long_vowels),
+    TextRule("long_vowel", "a dash typed for the long vowel of a katakana word becomes ー", _fix_long_vowels),
     TextRule(
         "spacing",
         "one space between Latin words or katakana words, none beside other Japanese or at the ends",
@@ -268,7 +268,7 @@ class CaptionCleaner:
         self._examples = defaultdict(list)
 
     def clean(self, rows: list[dict], desc: str = "cleaning") -> list[dict]:
-        """Return new rows with clean captions; `caption_ids` are filtered in step, rows left without captions fall.
+        """Return new rows with clean captions; `caption_ids` are filtered in step. Rows without captions are left out.
 
         May be called several times: the counts of `report()` add up. The rows passed in are not changed.
         """
@@ -283,7 +283,7 @@ class CaptionCleaner:
     def report(self) -> dict:
         """Counts and examples so far, JSON-serialisable.
 
-        `rules` stand in the order they ran. `count` is the captions a rule changed or removed; a caption changed by
+        `rules` are in the order they ran. `count` is the captions a rule changed or removed; a caption changed by
         two rules counts in both. The `after` of a removed duplicate is the caption that was kept.
         """
         rules = [(rule.name, rule.description, "changed") for rule in self.rules]

@@ -7,7 +7,7 @@
 | uit_viic    | COCO format, three files or one     | of the file names, or a seeded hold-out  | `vietnamese` |
 | food_titles | CSV of image names and titles       | 80/10/10, seeded                         | `titles`     |
 
-`READ[source](args)` returns a `Corpus`; all that follows (photographs, cleaning, writing) is the same for all and lies
+`READ[source](args)` returns a `Corpus`; all that follows (photographs, cleaning, writing) is the same for all and is
 in `build`. A card template SOURCE_captions.md.j2 in dataset_cards/ goes with each.
 """
 
@@ -200,7 +200,7 @@ def read_food_titles(args: PublishArguments) -> Corpus:
         raise DataError(f"--annotations: {len(args.annotations)} files; the titles are one CSV.")
     rows, left_out, file = titles.read_titles(args.annotations[0], args.images)
     shares = {"validation": args.holdout, "test": args.holdout}
-    # The key is of the clean title: what cleaning makes equal must not be parted.
+    # The key is of the clean title: what cleaning makes equal must not be separated.
     by_split = splits.draw_shares(rows, shares, args.seed, key=_title_key)
     counts = Counter(row["rule"] for row in left_out)
     rules = dict(titles.ROW_RULES)

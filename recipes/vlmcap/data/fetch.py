@@ -1,7 +1,7 @@
 """Fetches the photographs of a caption dataset from their `coco_url` into a folder: concurrent, resumed, verified.
 
 A photograph appears under its `file_name` only once it is whole and decodes; until then it is `file_name.part`, from
-which a later run goes on. `.verified.tsv` in the folder remembers what was verified (size and name), so that a second
+which a later run resumes. `.verified.tsv` in the folder remembers what was verified (size and name), so that a second
 run over a complete folder takes seconds; other files found there are decoded before they are believed.
 """
 
@@ -35,10 +35,10 @@ from vlmcap.errors import UserError
 ATTEMPTS = 5
 TIMEOUT = (10, 30)  # seconds: to connect, and between two pieces of a body
 LONGEST_BACKOFF = 60  # seconds
-LONGEST_PAUSE = 600  # seconds for which a server may ask to be left alone
+LONGEST_PAUSE = 600  # seconds for which a server may ask for a pause
 MAX_BYTES = 100_000_000  # of a photograph; a stream without an end must not fill the disk
 CHUNK = 8 * 1024  # bytes; when a connection breaks, the chunk being read is lost
-# The run stops when 90% of the last photographs could not be had: the server, the network or the URLs are wrong.
+# The run stops when 90% of the last photographs could not be fetched: the server, the network or the URLs are wrong.
 RECENT, HOPELESS = 20, 18
 RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
@@ -46,15 +46,15 @@ USER_AGENT = f"vlmcap/{metadata.version('vlmcap')} (image captioning recipes; re
 
 
 class FetchStopped(UserError):
-    """The run was given up because nearly every photograph fails. The message says why and how to go on."""
+    """The run was stopped because nearly every photograph fails. The message says why and how to continue."""
 
 
 class _Failed(Exception):
-    """This photograph cannot be had."""
+    """This photograph cannot be fetched."""
 
 
 class _Retry(Exception):
-    """This transfer failed; another may succeed. `pause`: seconds for which the server asked to be left alone."""
+    """This transfer failed; another may succeed. `pause`: seconds for which the server asked for a pause."""
 
     def __init__(self, reason: str, pause: float = 0.0):
         super().__init__(reason)
@@ -88,7 +88,7 @@ def fetch_dataset_images(
     """
     try:
         loaded = datasets.load_dataset(dataset, revision=revision)
-    except Exception as error:  # whatever lies under datasets, as in `load_captions`
+    except Exception as error:  # any error of the libraries under datasets, as in `load_captions`
         raise DatasetError(f"{dataset} cannot be loaded: {whole_reason(error)}") from error
     rows = []
     for split in splits or loaded:
@@ -128,7 +128,7 @@ def fetch_images(
 
     Raises:
         FetchStopped: 18 of the last 20 photographs failed.
-        DatasetError: a file_name is no plain image name or has two URLs.
+        DatasetError: a file_name is not a plain image name or has two URLs.
         UserError: another run is at work in output_dir.
         OSError: output_dir cannot be written.
     """
@@ -258,7 +258,7 @@ class _Fetcher:
         return self.base_url.rstrip("/") + urlsplit(row["coco_url"]).path
 
     def fetch(self, row: dict) -> int:
-        """Bytes of the photograph, 0 if it was there; _Failed with the reason if it cannot be had."""
+        """Bytes of the photograph, 0 if it was there; _Failed with the reason if it cannot be fetched."""
         target = self.folder / row["file_name"]
         if target.exists() and not _flaw(target):
             return 0
@@ -295,7 +295,7 @@ class _Fetcher:
                 resumed = response.status_code == 206
                 if response.status_code == 416 or resumed and not _resumes_at(response, start):
                     part.unlink(missing_ok=True)
-                    raise _Retry(f"HTTP {response.status_code}: the file on the server is not the one begun")
+                    raise _Retry(f"HTTP {response.status_code}: the file on the server is no longer the same")
                 if response.status_code not in (200, 206):
                     response.raw.drain_conn()  # else the connection could not be used again
                     raise _refusal(response)
@@ -365,8 +365,8 @@ def _announced_size(response: requests.Response) -> int | None:
 
 
 def _announced_md5(response: requests.Response) -> str | None:
-    """S3, where COCO lies, sends the md5 as ETag, unless the file was uploaded in parts or is encrypted with a KMS key
-    (docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html). With other servers an ETag may be anything."""
+    """S3, where COCO is stored, sends the md5 as ETag, unless a file was uploaded in parts or is encrypted with a KMS
+    key (docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html). With other servers an ETag may be anything."""
     etag = response.headers.get("ETag", "").strip('"')
     encryption = response.headers.get("x-amz-server-side-encryption", "AES256")
     is_md5 = (

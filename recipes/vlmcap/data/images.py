@@ -55,7 +55,7 @@ TYPES = {
 # What rows of one image must agree in.
 OF_IMAGE = ("file_name", "coco_url", "license", "in_yj", "image")
 UNSEEN = ("Cc", "Cf")  # Unicode's categories of control and format characters, such as the zero-width space
-CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where datasets from the Hub lie
+CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where datasets from the Hub are
 
 
 class BadImageError(OSError):
@@ -113,7 +113,8 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
         revision: of a dataset on the Hub.
 
     Returns:
-        One row per image (see DESIGN: image_id, captions, ...), whatever rows the dataset has (`one_row_per_image`).
+        One row per image with the columns of a published dataset (image_id, captions, ...; see recipes/README.md),
+        whatever rows the dataset has (`one_row_per_image`).
         Embedded pictures are in the column `image`, undecoded, {"bytes": bytes | None, "path": str | None};
         `open_image` reads them.
 
@@ -127,7 +128,7 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
         splits = datasets.get_dataset_split_names(dataset, revision=revision)
         if split in splits:
             rows = datasets.load_dataset(dataset, split=split, revision=revision)
-    # Whatever lies under datasets: its own errors, pyarrow's, the Hub's, httpx's, those of YAML and JSON.
+    # Any error of the libraries under datasets: its own, pyarrow's, the Hub's, httpx's, those of YAML and JSON.
     except Exception as error:
         raise DatasetError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
     if split not in splits:
@@ -267,7 +268,7 @@ def whole_reason(error: BaseException) -> str:
 
 
 def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
-    """Raises DatasetError on a column that is missing, is not what DESIGN says, or (captions may) has empty places."""
+    """Raises DatasetError on a column that is missing, not as in `TYPES`, or has empty places (captions may have them)."""
     for name in names:
         if name not in rows.column_names:
             raise DatasetError(f"{place} has no column {name}; it has {', '.join(rows.column_names)}")
@@ -302,7 +303,7 @@ def open_image(row: dict) -> Image.Image:
     """Reads the picture of a row of `load_captions` as 8-bit RGB, upright, on white; of an animation the first frame.
 
     Upright by its EXIF orientation, as datasets.Image shows it. 16-bit grey is scaled to 8 bits. What is transparent
-    becomes white, as in Qwen's own utilities (qwen_vl_utils) and vLLM: `Image.convert` would show what lies under it,
+    becomes white, as in Qwen's own utilities (qwen_vl_utils) and vLLM: `Image.convert` would show what is under it,
     mostly black.
 
     Raises:
@@ -316,7 +317,7 @@ def image_size(row: dict) -> tuple[int, int]:
     """Width and height in pixels of what `open_image` returns for a row, from the header of the file.
 
     Raises:
-        BadImageError: as `open_image`, but for damage behind the header.
+        BadImageError: as `open_image`, except for damage after the header.
     """
     return _read(row, _size)
 
@@ -382,7 +383,7 @@ def _orientation(image: Image.Image) -> int | None:
     if image.format == "TIFF":  # Pillow turns it when it decodes it
         return None
     try:
-        # The class's own method: a PNG's decodes all pixels to look for EXIF behind them.
+        # The class's own method: a PNG's decodes all pixels to look for EXIF after them.
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except Exception:  # broken EXIF (SyntaxError, struct.error, ...) says nothing; the pixels may be whole
         return None
@@ -403,7 +404,7 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
             revision = f"build {parse_json(report.read_bytes())['fingerprint']}" if report.exists() else None
         except (ValueError, TypeError, KeyError) as error:
             raise DatasetError(
-                f"{report} is no report of a build ({type(error).__name__}: {error}). Build the dataset again."
+                f"{report} is not a report of a build ({type(error).__name__}: {error}). Build the dataset again."
             ) from error
     else:
         revision = find_dataset(dataset, revision)

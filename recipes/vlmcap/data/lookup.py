@@ -10,7 +10,7 @@ from vlmcap.errors import UserError
 
 
 class DatasetError(UserError):
-    """A dataset cannot be used as asked. The message names the dataset, the value and the mend."""
+    """A dataset cannot be used as asked. The message names the dataset, the value and the fix."""
 
 
 def find_dataset(dataset: str, revision: str | None = None) -> str | None:
@@ -30,7 +30,7 @@ def find_dataset(dataset: str, revision: str | None = None) -> str | None:
 def missing(dataset: str, error: Exception) -> DatasetError:
     """Says that there is no such dataset, why, and how to build one."""
     return DatasetError(
-        f"{dataset} is no folder, and the Hub does not have it as a dataset ({str(error).splitlines()[0]})."
+        f"{dataset} is not a folder, and the Hub does not have it as a dataset ({str(error).splitlines()[0]})."
         " Build it with: python scripts/publish_datasets.py --source stair --tokenizer"
         f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"
     )

@@ -165,7 +165,7 @@ class Scene(NamedTuple):
         return boxes
 
     def _layout(self) -> tuple[tuple[int, int, int], list[Place]]:
-        """The paper's colour and where the things lie on it, from the seed."""
+        """The paper's colour and where the things are on it, from the seed."""
         rng = random.Random(self.seed)
         paper = rng.randint(225, 255)
         colour = (paper, paper, paper - rng.randint(0, 12))

@@ -1,7 +1,7 @@
 """Annotation files in, rows out: STAIR Captions, YJ Captions and UIT-ViIC, as official archives or COCO-format JSON.
 
 A row is one image (see `read_rows`); every file this module reads is described by a `SourceFile` for the dataset card.
-Whatever is wrong with an annotation file becomes a `DataError` that names the file, the place and the mend.
+Whatever is wrong with an annotation file becomes a `DataError` that names the file, the place and the fix.
 """
 
 import gzip
@@ -86,7 +86,7 @@ def download_archive(source: str, latest: bool = False, cache_dir: str | Path | 
         latest: take the file of the repository's branch, whatever it is, and not the one whose git blob id is known.
 
     Raises:
-        DataError: the archive cannot be had, or is not the one that is known.
+        DataError: the archive cannot be downloaded, or is not the one that is known.
     """
     archive = ARCHIVES[source]
     url = archive.url.format(commit=archive.branch if latest else archive.commit)
@@ -95,7 +95,7 @@ def download_archive(source: str, latest: bool = False, cache_dir: str | Path | 
     )
     try:
         path = Path(manager.download(url))
-    except Exception as error:  # whatever lies under fsspec: OSError, aiohttp errors, offline mode
+    except Exception as error:  # any error of the libraries under fsspec: OSError, aiohttp errors, offline mode
         raise DataError(
             f"{url}: the download failed ({type(error).__name__}: {error}). Fetch the archive in another way and name "
             f"it with {'--annotations' if source == 'stair' else '--annotations (or --yj_annotations)'} FILE."
@@ -115,14 +115,14 @@ def read_rows(paths: Sequence[str | Path], source: str) -> tuple[list[dict], lis
     "caption_ids": list[int], "in_yj": bool}, captions in the order of the file; `in_yj` is True for "yj" and, until
     `splits.flag_yj`, False for "stair" and None for "uit_viic". What an annotation file leaves out is derived:
 
-    - file_name: COCO_{folder}_{id:012d}.jpg. The folder is train2014 for YJ, whose images all lie there; for STAIR it
+    - file_name: COCO_{folder}_{id:012d}.jpg. The folder is train2014 for YJ, whose images are all there; for STAIR it
       is the one that the name of the annotation file says (train or val).
     - coco_url: http://images.cocodataset.org/{folder}/{file_name} for the file names of COCO 2014, else "". It also
       replaces the http://mscoco.org/images/ID of old COCO files, where no photograph is served any more.
     - license: "name (url)" of the image's licence out of the file's `licenses` table, "" when the file does not say;
       "uit_viic" files have COCO's licence numbers without a table, so COCO's is used.
 
-    In an archive, *_tokenized.json members are passed over: the STAIR archive holds every caption a second time there.
+    In an archive, *_tokenized.json members are skipped: the STAIR archive holds every caption a second time there.
 
     Raises DataError on a file that is missing, damaged, malformed, truncated, empty or lacks a key, on an annotation
     whose image the same file does not list, and on an image listed twice.
@@ -220,7 +220,7 @@ def _zip_members(data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
 def _tar_members(data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
     class Unpacked(gzip.GzipFile):
         def read(self, size: int = -1) -> bytes:
-            _check_size(self.tell() + size, limit)  # of members that are passed over too
+            _check_size(self.tell() + size, limit)  # of members that are skipped too
             return super().read(size)
 
     with (
@@ -236,7 +236,7 @@ def _tar_members(data: bytes, limit: int) -> Iterator[tuple[str, bytes]]:
 
 
 class _TarMember(tarfile.TarInfo):
-    """Looks at every header before tarfile goes on to what it stands for: long headers make its parser crawl."""
+    """Looks at every header before tarfile reads what follows it: long headers make its parser crawl."""
 
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_TarMember":
@@ -258,11 +258,11 @@ def _check_member(number: int, name: str) -> None:
     if number == MAX_MEMBERS:
         raise _Refused(f"it has more than {MAX_MEMBERS:,} members")
     if not is_plain_path(name):
-        raise _Refused(f"{name!r} in it is no path below the archive")
+        raise _Refused(f"{name!r} in it is not a path below the archive")
 
 
 def parse_source(name: str | Path, data: bytes) -> object:
-    """The value of a JSON file, by `documents.parse_json`. Raises DataError with the place where it is none."""
+    """The value of a JSON file, by `documents.parse_json`. Raises DataError with the place of the error."""
     try:
         return parse_json(data)
     except json.JSONDecodeError as error:
@@ -362,7 +362,7 @@ def _folder(source: str, name: str) -> str:
 
 
 def _field(entry: dict, key: str, kind: type, name: str, place: str, index: int):
-    """entry[key], which must be a `kind`; exact types, so that true is no id."""
+    """entry[key], which must be a `kind`; exact types, so that true is not an id."""
     try:
         value = entry[key]
     except (KeyError, TypeError) as error:

@@ -48,7 +48,7 @@ def _decode_cp1252(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    # PB&J became the entity-like PB&J; when HTML was mended.
+    # PB&J became the entity-like PB&J; when HTML was fixed.
     decoded = regex.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
     return regex.sub(r"(?<=\p{L}&\p{L}{1,2});", "", decoded)
 
@@ -152,7 +152,7 @@ def _records(path: Path, text: str) -> Iterable[tuple[str, str]]:
             if values != len(reader.fieldnames):
                 raise DataError(
                     f"{path}: row {number} (line {reader.line_num}) has {values} values for {len(reader.fieldnames)} "
-                    "columns. A title that holds a comma stands in double quotes."
+                    "columns. Put a title that holds a comma in double quotes."
                 )
             yield record["Image_Name"].strip(), record["Title"].strip()
     except csv.Error as error:
@@ -166,7 +166,7 @@ _STOP_WORDS = set("a an and at au by con de di for from in la le of on or over t
 
 
 def word_counts(captions: Iterable[str]) -> Counter:
-    """How often each word stands in the captions: small letters, hyphenated words in parts, without stop words."""
+    """How often each word occurs in the captions: small letters, hyphenated words in parts, without stop words."""
     words = Counter(
         word for caption in captions for word in regex.findall(r"[\p{L}\p{M}][\p{L}\p{M}']*", caption.lower())
     )

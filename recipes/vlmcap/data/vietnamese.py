@@ -1,7 +1,7 @@
 """Cleaning of Vietnamese captions, for `clean.CaptionCleaner`: named rules, decided on UIT-ViIC's 19,256 captions.
 
 What the annotators wrote stays as it is: a small first letter, a missing final full stop, English words (tennis),
-regional words (banh, dĩa, dù), wordings that are odd but may be meant. A slip of the keyboard is mended only where no
+regional words (banh, dĩa, dù), wordings that are odd but may be meant. A typing mistake is fixed only where no
 other reading is left: a word that Vietnamese does not have, or one that makes no sense in its phrase ("cầm vợ tennis"
 holds a tennis wife, "cầm vợt tennis" a racket).
 """
@@ -29,12 +29,12 @@ def _space(text: str) -> str:
 _WORDS = regex.compile(f"{_WORD}+")
 
 
-def _mend_capitals(text: str) -> str:
-    def mend(match: regex.Match) -> str:
+def _fix_capitals(text: str) -> str:
+    def fix(match: regex.Match) -> str:
         word = match[0]
         return word if word.isascii() or word.isupper() else word[0] + word[1:].lower()
 
-    return _WORDS.sub(mend, text)
+    return _WORDS.sub(fix, text)
 
 
 # Tone marks --------------------------------------------------------------------------------------------------------
@@ -116,15 +116,15 @@ _LONGEST_FIRST = "|".join(regex.escape(wrong) for wrong in sorted(TYPOS, key=len
 _TYPO = regex.compile(f"(?i)(?<!{_WORD})(?:{_LONGEST_FIRST})(?!{_WORD})")
 
 
-def _mend_typos(text: str) -> str:
-    def mend(match: regex.Match) -> str:
+def _fix_typos(text: str) -> str:
+    def fix(match: regex.Match) -> str:
         right = TYPOS[match[0].lower()]
         return right[0].upper() + right[1:] if match[0][0].isupper() else right
 
-    return _TYPO.sub(mend, text)
+    return _TYPO.sub(fix, text)
 
 
-# A word typed again; not a rule for all words, since some stand so on purpose (từ từ, đồ chơi chơi, bóng đá đá bóng).
+# A word typed again; not a rule for all words, since some are meant (từ từ, đồ chơi chơi, bóng đá đá bóng).
 _TWICE = regex.compile(rf"(?i)(?<!{_WORD})(bóng|của|đánh|để|người|ông)(?: \1)+(?!{_WORD})")
 
 
@@ -133,8 +133,8 @@ def _drop_repeated(text: str) -> str:
 
 
 # The end of the caption --------------------------------------------------------------------------------------------
-# Keys beside the one for the full stop, in its place or behind it: "trên sân /", "đánh bóng. ]", "giao bóng.,"; and a
-# lone letter or digit behind it: "ngang. 1".
+# Keys beside the one for the full stop, in its place or after it: "trên sân /", "đánh bóng. ]", "giao bóng.,"; and a
+# lone letter or digit after it: "ngang. 1".
 _STRAY_MARKS = regex.compile(r"(?<=[\p{L}\p{M}\p{N}])(?!\.$|\.\.\.$)[ .,;/`\]]+$")
 _STRAY_LETTER = regex.compile(rf"(?<={_WORD}{{2}}\.) ?[\p{{Ll}}\p{{N}}]$")
 
@@ -150,18 +150,18 @@ TEXT_RULES = (
     TextRule("unicode", "letters and tone marks composed (NFC)", lambda text: unicodedata.normalize("NFC", text)),
     MARKUP,
     TextRule("spacing", "one space between words, none before . , ; : ! ? or at the ends (also tabs)", _space),
-    TextRule("capitals", "capitals of a Shift key held too long (MỘt, nGười) become small", _mend_capitals),
+    TextRule("capitals", "capitals of a Shift key held too long (MỘt, nGười) become small", _fix_capitals),
     TextRule(
         "tone_marks",
-        "the mark stands on the second vowel of final oa, oe, uy, and never on the u of qu",
+        "the mark is on the second vowel of final oa, oe, uy, and never on the u of qu",
         _place_tone_marks,
     ),
-    TextRule("typos", f"{len(TYPOS)} certain misspellings mended (list in vlmcap/data/vietnamese.py)", _mend_typos),
-    TextRule("repeated_word", "của, để, bóng, đánh, người or ông typed twice in a row stands once", _drop_repeated),
-    TextRule("stray_end", "/ ] ` ; , . and lone letters behind the last word or full stop removed", _drop_stray),
+    TextRule("typos", f"{len(TYPOS)} certain misspellings fixed (list in vlmcap/data/vietnamese.py)", _fix_typos),
+    TextRule("repeated_word", "của, để, bóng, đánh, người or ông typed twice in a row becomes one", _drop_repeated),
+    TextRule("stray_end", "/ ] ` ; , . and lone letters after the last word or full stop removed", _drop_stray),
     TextRule(
         "fragment",
-        "a lone word or sign, left by a slip, is no caption",
+        "a lone word or sign, left by a typing mistake, is not a caption",
         lambda text: "" if _FRAGMENT.fullmatch(text) else text,
     ),
 )

@@ -16,7 +16,7 @@ class BeamArguments:
     max_new_tokens: int = field(default=64, metadata={"help": "A caption is cut after this many tokens."})
     generation_batch_size: int = field(default=16, metadata={"help": "Images generated for at once."})
     no_repeat_ngram_size: int = field(
-        default=0, metadata={"help": "No n-gram of this many tokens comes twice in a caption; 0 allows it."}
+        default=0, metadata={"help": "No n-gram of this many tokens occurs twice in a caption; 0 allows it."}
     )
 
 
@@ -25,7 +25,7 @@ class GenerationArguments(BeamArguments):
     """How captions are asked for, searched for and constrained."""
 
     prompt: str = field(
-        default="この画像を日本語で短く説明してください。", metadata={"help": "The user's text behind the image."}
+        default="この画像を日本語で短く説明してください。", metadata={"help": "The user's text after the image."}
     )
     japanese_only: bool = field(
         default=False, metadata={"help": "Constrain captions to Japanese script, digits and punctuation."}

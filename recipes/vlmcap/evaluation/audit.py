@@ -9,7 +9,7 @@ meant.
                     among all mentions. In the image is what COCO's instance annotations or a reference say. The words
                     are lexicons/coco_ja.yaml: figures do not compare with those of English CHAIR, only with audits of
                     the same lexicon and the same `objects_from`.
-    persons         how often captions speak of gender, age, origin, looks ..., and whether references bear it out.
+    persons         how often captions name gender, age, origin, looks ..., and whether references agree.
                     Gender as in "Women also Snowboard" (Hendricks et al. 2018): error is the other gender than the
                     references', female_to_male the ratio to compare with that of the references.
     form            empty, repeating, cut off, not Japanese, copied from the prompt, special tokens
@@ -40,7 +40,7 @@ from vlmcap.evaluation.scoring import read_entries, read_predictions
 from vlmcap.files import write_atomically
 
 RESAMPLES, SEED = 1000, 0
-# A caption repeats when this many words come twice, in this order.
+# A caption repeats when this many words occur twice, in this order.
 REPEATED_WORDS = 5
 # A caption copies the prompt when it holds this many of its characters in a row, or all of a shorter prompt.
 COPIED_CHARACTERS = 15
@@ -58,7 +58,7 @@ OVERLAP = ("image_in_training", "picture_in_training", "training_caption")
 
 
 class AuditError(UserError):
-    """Captions cannot be audited as asked; the message names the file and the mend."""
+    """Captions cannot be audited as asked; the message names the file and the fix."""
 
 
 class Rate(NamedTuple):
@@ -154,7 +154,7 @@ def write_audit(
 
 
 def _resolve(document: dict) -> None:
-    """Puts {"rate", "interval", "count", "of"} in the place of every Rate, all from the same resamples."""
+    """Puts {"rate", "interval", "count", "of"} instead of every Rate, all from the same resamples."""
     places: list[tuple[dict, str]] = []
 
     def collect(node: dict) -> None:
@@ -185,7 +185,7 @@ def _resolve(document: dict) -> None:
 def read_instances(paths: Iterable[str | Path], lexicon: Lexicon, image_ids: Iterable[str]) -> dict[str, set[str]]:
     """Image id -> categories annotated in it, of `image_ids`, from COCO's instances_*.json files.
 
-    Raises AuditError on a file that is none, on an annotation of an unknown category, and when the files lack a
+    Raises AuditError on a file that is not one, on an annotation of an unknown category, and when the files lack a
     category of the lexicon or one of the images.
     """
     objects: dict[str, set[str]] = {}
@@ -360,7 +360,7 @@ def form_faults(
     Args:
         prompt: what was asked, for captions that repeat it.
         tokens, max_new_tokens: length of the caption in the model's tokens, and where it was cut. Without them only
-            the last word says whether a caption is cut off: a particle, a verb that goes on, a comma, an open bracket.
+            the last word says whether a caption is cut off: a particle, an unfinished verb, a comma, an open bracket.
     """
     text = unicodedata.normalize("NFKC", caption).strip()
     faults = set()
@@ -386,7 +386,7 @@ def form_faults(
 
 
 def _is_foreign(text: str) -> bool:
-    """Most letters are not Japanese, a kanji is none of Japan's, or many kanji stand without any kana."""
+    """Most letters are not Japanese, a kanji is none of Japan's, or there are many kanji without any kana."""
     letters = [character for character in text if character.isalpha()]
     japanese = [character for character in letters if character in japanese_characters()]
     kana = [character for character in japanese if "ぁ" <= character <= "ヿ"]
@@ -524,7 +524,7 @@ def write_review_queue(
 
 
 def read_audit(path: str | Path) -> dict:
-    """An audit.json. Raises AuditError when the file is none."""
+    """An audit.json. Raises AuditError when the file is not one."""
     document = _read_object(path, "the audit")
     try:
         whole = all(map(_is_audit, [document, document.get("base", document)]))
@@ -536,7 +536,7 @@ def read_audit(path: str | Path) -> dict:
 
 
 def _is_audit(document: dict) -> bool:
-    """Whether counts, settings and rates are there and of their kinds; what is no audit may raise instead."""
+    """Whether counts, settings and rates are there and of their kinds; what is not an audit may raise instead."""
     images, references, *texts, _ = _compared(document).values()
     numbers = [images, references]
     for rate in audit_rates({"form": document["form"]} | document).values():

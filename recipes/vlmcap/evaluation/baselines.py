@@ -85,7 +85,7 @@ def read_table(path: str | Path) -> BaselineTable:
 
     Raises:
         BaselineError: naming file, row and key: a key that is missing, unknown or of the wrong kind, a corpus without
-            a word on whether it was seen, a revision that is no commit, a class that transformers does not have, an
+            a word on whether it was seen, a revision that is not a commit, a class that transformers does not have, an
             isolated row without runner, python, a date for its packages and pinned requirements.
     """
     document = _read_yaml(path)
@@ -204,7 +204,7 @@ def check_remote_code(name: str, revision: str | None, row: Baseline | None, tru
 
     Raises:
         BaselineError: the row runs code of others without the flag, or the flag is given for a repository on the Hub
-            without a commit, or the code of that commit lies in another repository, at no commit.
+            without a commit, or the code of that commit is in another repository, at no commit.
     """
     if row and row.foreign_code and not trust_remote_code:
         what = f"code of {name}" if row.remote_code else f"code of {row.source['url']} at {row.source['commit']}"
@@ -272,7 +272,7 @@ def read_prompts(path: str | Path) -> dict[str, str]:
     """Name -> prompt, from a YAML mapping or from a mapping below `prompts:`.
 
     Raises:
-        BaselineError: naming file and name: no prompts, a prompt that is no text, a name that cannot be a folder.
+        BaselineError: naming file and name: no prompts, a prompt that is not a text, a name that cannot be a folder.
     """
     document = _read_yaml(own_file(str(path)))
     if isinstance(document.get("prompts"), dict):

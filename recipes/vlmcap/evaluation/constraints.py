@@ -6,7 +6,7 @@ into E7 8C | AB. Three constraints, alone or together:
     japanese_only           An automaton over the UTF-8 of the allowed characters. Its state after a piece says which
                             pieces may follow, so a caption is at every step the start of a valid Japanese text, and
                             may end only where a character ends.
-    avoid_words             A piece is barred when it would complete a forbidden word behind what is written already.
+    avoid_words             A piece is barred when it would complete a forbidden word after what is written already.
     no_repeat_ngram_size    As in transformers, but over the caption alone: a word of the prompt may be said once more.
 """
 
@@ -21,12 +21,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 
 from vlmcap.errors import UserError
 
-# Marks that stand in Japanese sentences. No spaces, no ASCII: digits are added below.
+# Marks that occur in Japanese sentences. No spaces, no ASCII: digits are added below.
 PUNCTUATION = (
     "、。，．・：；？！「」『』（）［］〔〕【】〈〉《》〜～ー－…‥―～％＋＝／＆＃＠※→"
     "←↑↓○●◎△▲▽▼□■◇◆☆★♪々〆〇〻ゝゞヽヾ゛゜"
 )
-# A character begun needs at most three more pieces, of one byte each.
+# A started character needs at most three more pieces, of one byte each.
 LONGEST_TAIL = 3
 
 
@@ -71,9 +71,9 @@ def constraints(
 
     Args:
         tokenizer: a fast tokenizer, byte-level or SentencePiece-like.
-        prompt_length: how many tokens stand before the caption in every row.
-        japanese_only: nothing but `japanese_characters`; one space may stand before them, as SentencePiece writes it.
-        no_repeat_ngram_size: no n-gram of this many generated tokens comes twice; 0 allows it.
+        prompt_length: how many tokens are before the caption in every row.
+        japanese_only: nothing but `japanese_characters`; one space may come before them, as SentencePiece writes it.
+        no_repeat_ngram_size: no n-gram of this many generated tokens occurs twice; 0 allows it.
         avoid_words: no caption contains one of these, however it is cut into pieces. Compared character by character:
             another spelling is another word.
         max_new_tokens: of `generate`. With it a caption of japanese_only that is cut there still ends with a whole
@@ -228,7 +228,7 @@ class _Automaton:
         for state in range(self.INSIDE, dead):
             inside[state, :-1] = [after(state, pieces[index]) for index in columns]
 
-        # How many more tokens complete the character begun; what none completes is out of reach.
+        # How many more tokens complete the started character; what none completes is out of reach.
         needed = np.array([0] * self.INSIDE + [len(pieces)] * (dead + 1 - self.INSIDE))
         for _ in range(LONGEST_TAIL):
             needed[self.INSIDE : dead] = needed[inside[self.INSIDE : dead]].min(axis=1) + 1
@@ -299,7 +299,7 @@ def _automaton(tokenizer: PreTrainedTokenizerBase, without: frozenset[str], ends
 
 # Words to avoid ----------------------------------------------------------------------------------------------------
 class _Avoided:
-    """Which pieces would complete a forbidden word, behind a given end of a caption."""
+    """Which pieces would complete a forbidden word, after a given end of a caption."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]):
         self.pieces = _pieces(tokenizer)
@@ -316,7 +316,7 @@ class _Avoided:
         for word in encoded:
             for cut in range(1, len(word)):
                 completing.setdefault(word[:cut], set()).update(self._beginning_with(word[cut:]))
-        self.completing = {begun: torch.tensor(sorted(pieces)) for begun, pieces in completing.items() if pieces}
+        self.completing = {start: torch.tensor(sorted(pieces)) for start, pieces in completing.items() if pieces}
         self.longest = max(map(len, encoded)) - 1
 
     def _beginning_with(self, rest: bytes) -> list[int]:

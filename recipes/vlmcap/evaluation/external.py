@@ -1,7 +1,7 @@
 """Scores that other programs compute: chrF (sacreBLEU), METEOR (Java), SPICE and JaSPICE (a service, or Java).
 
-What cannot be computed raises ScorerUnavailable with the reason; no score is ever 0 for want of a program. The reasons
-go into metrics.json, which may be published: they name no folder of the machine, no user and no key of a URL.
+What cannot be computed raises ScorerUnavailable with the reason; no score is 0 because a program is missing. The
+reasons go into metrics.json, which may be published: they name no folder of the machine, no user and no key of a URL.
 
 A service is any HTTP server that answers as JaSPICE's own does (`server.py` of the package jaspice; its container
 listens on port 2115). SPICE has none; one for English may speak the same protocol:
@@ -92,7 +92,7 @@ def meteor_jar() -> Path:
         if jar.is_file():
             return jar.resolve()
     if named:
-        raise ScorerUnavailable(f"${METEOR_JAR_VARIABLE} names {jar.name}, which is no file")
+        raise ScorerUnavailable(f"${METEOR_JAR_VARIABLE} names {jar.name}, which is not a file")
     raise ScorerUnavailable(
         f"no meteor-1.5.jar: `pip install pycocoevalcap` brings it, ${METEOR_JAR_VARIABLE} names another"
     )
@@ -133,7 +133,7 @@ def meteor_statistics(
     if len(rows) != len(lines) or any(len(row) != METEOR_NUMBERS for row in rows):
         raise ScorerUnavailable(
             f"{jar.name} answered {len(rows):,} lines to {len(lines):,} captions, the last of them {output[-200:]!r}: "
-            "it is no METEOR 1.5, or it stopped"
+            "it is not METEOR 1.5, or it stopped"
         )
     return np.array(rows, dtype=np.float64)
 
@@ -218,7 +218,7 @@ def _ask(url: str, body: dict, timeout: float) -> list[float]:
         )
     wrong = [score for score in scores if type(score) not in (int, float) or not 0 <= score <= 1]
     if wrong:
-        raise ScorerUnavailable(f"{shown} answered the score {wrong[0]!r}, which is no number from 0 to 1")
+        raise ScorerUnavailable(f"{shown} answered the score {wrong[0]!r}, which is not a number from 0 to 1")
     return scores
 
 

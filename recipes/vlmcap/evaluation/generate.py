@@ -25,12 +25,12 @@ from vlmcap.files import write_atomically
 from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
 from vlmcap.places import own_file
 
-# Of a run record: what captions that lie at a place must have been made with, to be continued.
+# Of a run record: captions can only be continued if they were made with the same.
 ASKED = ("model", "dataset", "prompt", "decoding")
 
 
 class PredictionsError(UserError):
-    """Captions cannot be made or continued as asked. The message names the file and the mend."""
+    """Captions cannot be made or continued as asked. The message names the file and the fix."""
 
 
 def run_record_path(predictions: Path) -> Path:
@@ -55,7 +55,8 @@ def read_done(predictions: Path, asked: dict) -> tuple[dict[int | str, dict], di
     A half-written last line is left out. An image in two files counts once: a run was killed when it had joined them.
 
     Raises:
-        PredictionsError: a file was begun with another model, dataset, prompt or decoding than `asked`, or is damaged.
+        PredictionsError: a file was started with another model, dataset, prompt or decoding than `asked`, or is
+            damaged.
     """
     files = [path for path in (predictions, *shares(predictions)) if path.exists()]
     done = {}
@@ -63,7 +64,7 @@ def read_done(predictions: Path, asked: dict) -> tuple[dict[int | str, dict], di
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             entry = _read_object(line, f"{path}, line {number}", predictions)
             if not isinstance(entry.get("image_id"), int | str) or not isinstance(entry.get("caption"), str):
-                raise PredictionsError(f'{path}, line {number} has no "image_id" and "caption". {_mend(predictions)}')
+                raise PredictionsError(f'{path}, line {number} has no "image_id" and "caption". {_fix(predictions)}')
             done[entry["image_id"]] = entry
     if not done:
         return {}, {}
@@ -72,8 +73,8 @@ def read_done(predictions: Path, asked: dict) -> tuple[dict[int | str, dict], di
     differs = [key for key in asked if record.get(key) != json.loads(json.dumps(asked[key]))]
     if differs:
         raise PredictionsError(
-            f"{files[0]} was begun with another {', '.join(differs)}: {[record.get(k) for k in differs]} instead of"
-            f" {[asked[k] for k in differs]}. {_mend(predictions)}"
+            f"{files[0]} was started with another {', '.join(differs)}: {[record.get(k) for k in differs]} instead of"
+            f" {[asked[k] for k in differs]}. {_fix(predictions)}"
         )
     return done, record
 
@@ -82,19 +83,19 @@ def _read_object(text: bytes, where: str, predictions: Path) -> dict:
     try:
         entry = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise PredictionsError(f"{where} is damaged, no JSON in UTF-8 ({error}). {_mend(predictions)}") from error
+        raise PredictionsError(f"{where} is damaged, no JSON in UTF-8 ({error}). {_fix(predictions)}") from error
     if not isinstance(entry, dict):
-        raise PredictionsError(f"{where} is damaged, no JSON object: {entry!r:.80}. {_mend(predictions)}")
+        raise PredictionsError(f"{where} is damaged, no JSON object: {entry!r:.80}. {_fix(predictions)}")
     return entry
 
 
-def _mend(predictions: Path) -> str:
+def _fix(predictions: Path) -> str:
     names = " and ".join(path.name for path in (predictions, *shares(predictions)) if path.exists())
     return f"Delete {names} in {predictions.parent}, or choose another --output."
 
 
 def cut_half_line(path: Path) -> None:
-    """Cuts off what a killed process left behind the last whole line of a file, if it is there."""
+    """Cuts off what a killed process left after the last whole line of a file, if it is there."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
@@ -172,7 +173,7 @@ def search_config(
 def check_beams(
     model: PreTrainedModel | PeftModel, pixel_values: torch.Tensor | None, pictures: int, beams: int
 ) -> None:
-    """Beams get whole pictures: rows of `pixel_values` are pictures, or the model sees to it that beams get all rows.
+    """Beams get whole pictures: rows of `pixel_values` are pictures, or the model makes sure that beams get all rows.
 
     transformers repeats tensors row by row for the beams, patches and tiles of a picture too, unless the model takes
     pictures that were encoded before (`mm_encoder_outputs`), as its own models do, or repeats them in its own way.
@@ -280,7 +281,7 @@ def generate(
 
 
 def check_predictions(processor: ProcessorMixin, output: Path, args: BeamArguments, record: dict) -> None:
-    """Raises PredictionsError if `generate` with these arguments could not write or continue `output`: it was begun
+    """Raises PredictionsError if `generate` with these arguments could not write or continue `output`: it was started
     with other settings, or is damaged. Recipes ask before they train."""
     record = record | _asked_of(processor, args)
     read_done(output, {key: record[key] for key in ASKED})
@@ -316,7 +317,7 @@ def write_captions(
     Raises:
         BadImageError: a picture cannot be read; a score over fewer images than its split would be no score of the
             split.
-        PredictionsError: `output` was begun with other settings, is damaged, or cannot be written (a full disk).
+        PredictionsError: `output` was started with other settings, is damaged, or cannot be written (a full disk).
     """
     try:
         _write_captions(caption, rows, output, record, peak_memory)
@@ -325,7 +326,7 @@ def write_captions(
     except OSError as error:
         raise PredictionsError(
             f"{error.filename or output.parent} cannot be read or written: {error.strerror or error}. The captions so"
-            " far are kept: mend it (make room), then give the same command again."
+            " far are kept: fix it (make room), then run the same command again."
         ) from error
 
 

@@ -1,8 +1,8 @@
 """Human judgements of captions: a blinded and balanced set to judge, the check of what comes back.
 
 An item is a preference, two systems' captions of an image beside each other, or a rating of one caption (fluency and
-adequacy from 1 to 5, whether it names something that is not there). The key says which system wrote what and where it
-stood; a rater's page is made from `blinded_items` alone.
+adequacy from 1 to 5, whether it names something that is not there). The key says which system wrote what and on which
+side it was; a rater's page is made from `blinded_items` alone.
 
     key        {"format", "systems", "seed", "settings", "images": [image_id],
                 "items": {item: {"kind": "preference", "image_id", "systems": [a, b], "captions": [a's, b's]}
@@ -50,13 +50,13 @@ def draw(
 
     Every pair of systems is compared equally often and every system rated equally often, up to one image where
     `pairs_per_image` or `ratings_per_image` leaves a choice. On every page each pair of systems, and each system over
-    all of its pairs, stands left as often as right up to one (up to two with images of the rater's own). Rater 2 sees
+    all of its pairs, is left as often as right up to one (up to two with images of the rater's own). Rater 2 sees
     what both share with the sides of rater 1 exchanged, rater 4 those of rater 3, and so on. Two systems with the same
     caption of an image are not compared on it (`identical`), and a caption is rated once an image.
 
     Args:
         captions: system -> image id -> caption.
-        image_ids: the images to draw from; those without a caption of every system are passed over.
+        image_ids: the images to draw from; those without a caption of every system are skipped.
         images: how many to draw.
         raters: how many pages.
         shared_images: so many images go to every rater, each of the others to one alone; None: all are shared.
@@ -177,7 +177,7 @@ def read_key(path: str | Path) -> dict:
 
 
 def _is_whole(key: dict) -> bool:
-    """Whether items, pages and images fit together; a key that is no key may raise instead."""
+    """Whether items, pages and images fit together; a key that is not one may raise instead."""
     systems, images = set(key["systems"]), set(key["images"])
     texts = [*systems, *images, *(caption for item in key["items"].values() for caption in item["captions"])]
     items = [
@@ -312,11 +312,11 @@ def preference_rows(key: dict, answers: dict[str, dict[str, dict]], prompt: str,
     """Rows for TRL's DPOTrainer with a vision model: the caption most raters preferred, and the other.
 
     A row needs more votes for one caption than for the other and than for a tie. The format is that of
-    trl/trainer/dpo_trainer.py, DataCollatorForVisionPreference (1.16), which passes over the further columns:
+    trl/trainer/dpo_trainer.py, DataCollatorForVisionPreference (1.16), which ignores the further columns:
     image_id, the two systems and the votes.
 
     Args:
-        prompt: the user's text behind the image.
+        prompt: the user's text after the image.
         pictures: image id -> path.
     """
     rows = []
@@ -375,7 +375,7 @@ def _exchanged(items: dict[str, dict], left: dict[str, str]) -> dict[str, str]:
 def _balanced_sides(items: dict[str, dict], image_ids: set[str], rng: random.Random) -> dict[str, str]:
     """Preference item of these images -> the system on the left.
 
-    Of every pair of systems each stands left in half of its items. The odd item that is left over for some pairs is an
+    Of every pair of systems each is left in half of its items. The odd item that is left over for some pairs is an
     edge between two systems; walking closed paths over all edges, with one more node where a system has an odd number
     of them, leaves every system as often as it enters it: left and right differ by one at most.
     """
@@ -427,7 +427,7 @@ def _read_object(path: str | Path, expected: str, what: str) -> dict:
         raise HumanError(f"{path}: not JSON in UTF-8 ({error}); a {what} is needed") from error
     found = document.get("format") if isinstance(document, dict) else None
     if found != expected:
-        raise HumanError(f"{path}: this is no {what} (format {shown(found)}, not {expected!r})")
+        raise HumanError(f"{path}: this is not a {what} (format {shown(found)}, not {expected!r})")
     return document
 
 

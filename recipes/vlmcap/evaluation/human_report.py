@@ -1,4 +1,4 @@
-"""What raters' answers come to: win rates, ratings, agreement, with intervals and tests."""
+"""Results of the raters' answers: win rates, ratings, agreement, with intervals and tests."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ def krippendorff_alpha(units: Sequence[Sequence], metric: str) -> float | None:
     answers allowed.
 
     Args:
-        units: the values that each unit was given; units with fewer than two are passed over.
+        units: the values that each unit was given; units with fewer than two are skipped.
         metric: "nominal", or "ordinal" for values that can be sorted.
 
     Returns:
@@ -95,7 +95,7 @@ def sign_flip_test(differences: Sequence[float], resamples: int = 10_000, seed: 
     """
     differences = np.asarray(differences, dtype=np.float64)
     flips = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(differences)))
-    # The tolerance keeps sums that are equal but for rounding on the side of "as far".
+    # The tolerance keeps sums that are equal except for rounding on the side of "as far".
     as_far = np.abs(flips @ differences) >= abs(differences.sum()) - 1e-9
     return float((1 + as_far.sum()) / (1 + resamples))
 

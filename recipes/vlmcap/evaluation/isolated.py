@@ -52,7 +52,7 @@ def _tail(lines: list[str]) -> str:
 def build_environment(row: Baseline, env_dir: Path = ENVIRONMENTS) -> Path:
     """The folder of the row's environment, built when it is not there yet.
 
-    It lies in `env_dir` under the row's key and a hash of its Python version, requirements, date and source: other
+    It is in `env_dir` under the row's key and a hash of its Python version, requirements, date and source: other
     pins make another environment. No package is newer than the row's `packages_until`. It counts as built when
     `complete.json`, written last, lists what was installed.
 
@@ -264,7 +264,7 @@ def generate_isolated(
         record: "model", "dataset" and "saw" of the run record.
 
     Raises:
-        IsolatedError: the runner failed; what is done stays, and the same call goes on from there.
+        IsolatedError: the runner failed; what is done stays, and the same call continues from there.
     """
     record |= {
         "prompt": args.prompt,

@@ -17,7 +17,7 @@ from vlmcap.evaluation.tokenise import tagger
 LEXICONS = Path(__file__).parent / "lexicons"
 # Tokens of unidic-lite that one entry may span; the longest of the shipped lexicons spans six.
 LONGEST = 8
-# Where a feature of unidic-lite stands; a word the dictionary lacks has the first six alone.
+# The index of a feature of unidic-lite; a word the dictionary lacks has the first six alone.
 POS, KIND, FORM, READING, LEMMA = 0, 1, 5, 6, 7
 
 

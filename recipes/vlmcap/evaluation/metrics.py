@@ -15,7 +15,7 @@ from itertools import chain
 
 import numpy as np
 
-# Stands in every signature: to be raised with any edit of this file or of tokenise.py that can move a score.
+# Is part of every signature: to be raised with any edit of this file or of tokenise.py that can move a score.
 METRICS_VERSION = "0.1"
 
 MAX_ORDER = 4
@@ -49,7 +49,7 @@ class CaptionStatistics:
 
 @dataclass(frozen=True)
 class DocumentFrequencies:
-    """In how many images' references an n-gram stands, for CIDEr-D with a fixed idf.
+    """In how many images' references an n-gram occurs, for CIDEr-D with a fixed idf.
 
     images   number of images counted over
     ngrams   n-gram, its tokens joined by single spaces, -> number of images, of those in two images or more: one that
@@ -132,7 +132,7 @@ def rouge_l(hypothesis: Sequence[str], references: Sequence[Sequence[str]]) -> f
     (`"".split(" ")`), so it is kept so here: two empty texts agree fully.
     """
     hypothesis = hypothesis or [""]
-    # Bit i of positions[token]: token stands at place i of the hypothesis.
+    # Bit i of positions[token]: token is at place i of the hypothesis.
     positions = {}
     for place, token in enumerate(hypothesis):
         positions[token] = positions.get(token, 0) | 1 << place
@@ -168,7 +168,7 @@ def _ngram_statistics(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`correct`, `guess` and `cider_d` of CaptionStatistics.
 
-    CIDEr-D: Vedantam et al. 2015, as pycocoevalcap/cider/cider_scorer.py. All sentences stand behind one another in
+    CIDEr-D: Vedantam et al. 2015, as pycocoevalcap/cider/cider_scorer.py. All sentences follow one another in
     one array of tokens, each image's hypothesis followed by its references.
     """
     images = len(hypotheses)
@@ -198,7 +198,7 @@ def _ngram_statistics(
         start = start[fits]
         kinds, ngram = np.unique(ngram[fits] * len(vocabulary) + tokens[start + n], return_inverse=True)
 
-        # An entry is an n-gram and a sentence that has it. Sorted by both, those of one image stand together: a run.
+        # An entry is an n-gram and a sentence that has it. Sorted by both, those of one image are together: a run.
         entries, count = np.unique(ngram * len(sentences) + sentence_of[start], return_counts=True)
         kind, sentence = np.divmod(entries, len(sentences))
         run_start = np.flatnonzero(np.diff(kind * images + image_of[sentence], prepend=-1))
@@ -222,7 +222,7 @@ def _ngram_statistics(
         norms = norm[hypothesis_of] * norm
         cosine += np.divide(dot, norms, out=np.zeros(len(sentences)), where=norms > 0)
 
-    # pycocoevalcap compares numbers of bigrams: the same difference, but for empty sentences, which match nothing.
+    # pycocoevalcap compares numbers of bigrams: the same difference, except for empty sentences, which match nothing.
     similarity = cosine / MAX_ORDER * np.exp(-((lengths[hypothesis_of] - lengths) ** 2) / (2 * CIDER_SIGMA**2))
     to_references = np.bincount(image_of, np.where(is_hypothesis, 0, similarity))
     return correct, guess, CIDER_SCALE * to_references / (per_image - 1)

@@ -1,6 +1,6 @@
 """Polite Japanese into plain Japanese: です and ます alone move the scores of YJ Captions by a third of BLEU-4.
 
-`to_plain` rewrites polite auxiliaries wherever they stand, by the words that MeCab finds with unidic-lite:
+`to_plain` rewrites polite auxiliaries wherever they are, by the words that MeCab finds with unidic-lite:
 
     verb + ます                    its dictionary form       座っています -> 座っている, あります -> ある
     verb + ました, まして, ましたら    past, て form ...         食べました -> 食べた, 読みました -> 読んだ
@@ -13,7 +13,7 @@
     adjective, verb, た, ない + です  nothing                 赤いです -> 赤い
 
 Left as they are: requests (ください, ませ), honorific verbs (いらっしゃる, なさる), polite prefixes (お, ご),
-what stands between 「 and 」 (the words of a sign, not of the writer), and the punctuation, which the tokenizers drop.
+what is between 「 and 」 (the words of a sign, not of the writer), and the punctuation, which the tokenizers drop.
 Plain text is returned as it came. Of the 24,471 captions of JGLUE's part of YJ Captions that end politely, 8 still do
 afterwards, five of them misspelt (tests/evaluation/test_register.py).
 """
@@ -28,7 +28,7 @@ from vlmcap.evaluation.tokenise import tagger
 POS, TYPE, FORM, READING, LEMMA, DICTIONARY_FORM = 0, 4, 5, 6, 7, 10
 OPENING, CLOSING = re.compile("[「『]"), re.compile("[」』]")
 POLITE = re.compile("ます|まし|ませ|です|でし")
-# The last kana of a godan verb -> that before ない, that before う, and what stands before the a of its past:
+# The last kana of a godan verb -> that before ない, that before う, and what comes before the a of its past:
 # 書く, 書かない, 書こう, 書いた.
 GODAN = {
     "う": ("わ", "お", "っt"),
@@ -107,7 +107,7 @@ def _masu(words: list, i: int) -> tuple[int, str]:
 
 
 def _desu(words: list, i: int) -> tuple[int, str]:
-    """です, behind whatever stands before it."""
+    """です, after whatever comes before it."""
     form, after = words[i].feature[FORM], _surface(words, i + 1)
     before = words[i - 1].feature if i else ()
     plain_before = (

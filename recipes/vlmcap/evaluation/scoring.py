@@ -81,7 +81,7 @@ class ScoreOptions:
     meteor_timeout: float = field(default=300, metadata={"help": "Seconds after which METEOR is given up."})
     spice_url: str | None = field(
         default=None,
-        metadata={"help": "SPICE service; its protocol stands in vlmcap/evaluation/external.py. It parses English."},
+        metadata={"help": "SPICE service; vlmcap/evaluation/external.py describes its protocol. It parses English."},
     )
     spice_dir: str | None = field(
         default=None, metadata={"help": "Or a local SPICE: folder with spice-1.0.jar and the CoreNLP jars in lib/."}
@@ -446,12 +446,12 @@ def write_idf(
 def read_idf(path: str | Path, tokenizer: str) -> DocumentFrequencies:
     """Document frequencies of an idf file.
 
-    Raises ScoreError, naming the file, when it is none or was made with another tokenizer.
+    Raises ScoreError, naming the file, when it is not one or was made with another tokenizer.
     """
     document = _parse_object(Path(path).read_bytes(), str(path))
     images, ngrams = document.get("images"), document.get("ngrams")
     if type(images) is not int or not 1 <= images < 2**53 or not isinstance(ngrams, dict):
-        raise ScoreError(f'{path} is no idf file: it needs "images", a number above 0, and "ngrams", an object')
+        raise ScoreError(f'{path} is not an idf file: it needs "images", a number above 0, and "ngrams", an object')
     for ngram, count in ngrams.items():
         if type(count) is not int or not 1 <= count <= images:
             raise ScoreError(f"{path}: {ngram!r:.80} is said to be in {shown(count)} of {images:,} images")
@@ -484,7 +484,7 @@ def _check_same_images(predictions: dict, references: dict) -> None:
 
 
 def _check_text(predictions: dict[str, str], references: dict[str, list[str]]) -> None:
-    """Half of a surrogate pair is no character: tokenizers cannot take it and no file of UTF-8 can hold it."""
+    """Half of a surrogate pair is not a character: tokenizers cannot take it and no file of UTF-8 can hold it."""
     for image_id, captions in references.items():
         for text in (predictions[image_id], *captions):
             try:
@@ -492,7 +492,7 @@ def _check_text(predictions: dict[str, str], references: dict[str, list[str]]) -
             except UnicodeEncodeError as error:
                 raise ScoreError(
                     f"image {image_id}: half of a surrogate pair, {text[error.start]!a}, in {text!a:.80}. Decode the"
-                    " caption anew, or replace what cannot be decoded by U+FFFD"
+                    " caption again, or replace what cannot be decoded by U+FFFD"
                 ) from error
 
 
@@ -515,7 +515,7 @@ def _few(ids: list) -> str:
 def read_predictions(path: str | Path) -> dict[str, str]:
     """Image id -> caption of a predictions file or COCO results list; integer ids become strings.
 
-    Raises ScoreError, naming file and place, on an entry that is none and on an id that comes twice.
+    Raises ScoreError, naming file and place, on a malformed entry and on an id that occurs twice.
     """
     predictions = {}
     for where, image_id, entry in read_entries(path):
@@ -528,7 +528,7 @@ def read_references(path: str | Path) -> dict[str, list[str]]:
 
     An image that COCO's file lists without captions has an empty list.
 
-    Raises ScoreError, naming file and place, on an entry that is none and on an id that comes twice.
+    Raises ScoreError, naming file and place, on a malformed entry and on an id that occurs twice.
     """
     content = Path(path).read_bytes()
     if COCO_ANNOTATIONS.match(content):
@@ -582,7 +582,7 @@ def write_metrics(
     """Score a predictions file and write metrics.json: what `score` returns, the keys of the run record and of `more`.
 
     The run record (model, dataset, decoding, hardware, versions, ...) is `<stem>.run.json` beside the predictions, as
-    `scripts/infer_baseline.py` leaves it; without one the scores stand without it. Every column of per_image is one
+    `scripts/infer_baseline.py` leaves it; without one the scores have no run record. Every column of per_image is one
     line of the file. Returns what was written.
 
     Raises ScoreError as `score` and `read_predictions` do, and on a malformed run record.
@@ -651,8 +651,8 @@ def read_entries(path: str | Path) -> Iterator[tuple[str, str, dict]]:
     """`file, line n`, the image id and the object of every line that is not blank; or of a whole file that is a list,
     such as COCO's results, `file, entry n` and so on.
 
-    Raises ScoreError, naming file and place, on an entry that is no object with an image id, and on an id that is not
-    new.
+    Raises ScoreError, naming file and place, on an entry that is not an object with an image id, and on an id that was
+    there before.
     """
     seen = {}
     for place, where, entry in _entries(path):

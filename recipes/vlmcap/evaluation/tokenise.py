@@ -9,7 +9,7 @@
 
 All but `none` lower case, and drop every token without a letter or digit; of these `english` keeps signs that are read
 aloud, such as & and %. pycocoevalcap's PTB tokenizer does all three too. The Japanese ones normalise by Unicode NFKC
-first, `vietnamese` and `english` by NFC, and no tone mark is lost. UniDic's part of speech is no guide to what is
+first, `vietnamese` and `english` by NFC, and no tone mark is lost. UniDic's part of speech does not tell what is
 punctuation: in 32,944 human captions it called 51 word fragments such as 梁, ク and 々 symbols, and no sign a word.
 Numerals stay as written: 2 and 二 are different tokens.
 """

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
 
-# Where the parts lie (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
+# Where the parts are (transformers 5.23): of the Qwen2-VL family first, then of LLaVA, PaliGemma, InternVL, SmolVLM.
 # `lm_head` shares the embedding matrix.
 VISION_TOWERS = ["model.visual", "model.vision_tower", "model.vision_model"]
 UNQUANTISED = [*VISION_TOWERS, "model.multi_modal_projector", "model.connector", "lm_head"]  # in a 4-bit model
@@ -61,7 +61,7 @@ class ModelArguments:
     lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA scale: updates are multiplied by alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the LoRA matrices."})
-    lora_top_layers: int = field(default=6, metadata={"help": "LoRA goes on this many of the last language layers"})
+    lora_top_layers: int = field(default=6, metadata={"help": "Number of the last language layers that get LoRA."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         metadata={"help": "Linear layers inside a language layer that get LoRA."},
@@ -165,7 +165,7 @@ class VitLlamaArguments:
     image_prefix: Literal["pooled", "patches"] = field(
         default="pooled",
         metadata={
-            "help": "What of a picture stands in front of the caption: pooled, one vector ([CLS]), or patches, one for"
+            "help": "What of a picture comes before the caption: pooled, one vector ([CLS]), or patches, one for"
             " each patch (196 at 224 pixels)."
         },
     )

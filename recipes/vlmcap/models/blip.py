@@ -34,10 +34,10 @@ from vlmcap.models.arguments import BlipArguments
 from vlmcap.models.load import compute_dtype, local_device
 from vlmcap.models.weights import ModelError, check_adapter, load_weights, loading, read_adapter
 
-# The tokens that begin a caption and a text to be encoded. BLIP was trained with them behind BERT's 30,522 pieces; the
+# The tokens that begin a caption and a text to be encoded. BLIP was trained with them after BERT's 30,522 pieces; the
 # published tokenizer lacks them (github.com/salesforce/BLIP, models/blip.py, init_tokenizer).
 START, ENCODE = "[DEC]", "[ENC]"
-CONTINUES = "##"  # begins a WordPiece that goes on with a word
+CONTINUES = "##"  # begins a WordPiece that continues a word
 ATTENTION = re.compile(r"text_decoder\.bert\.encoder\.layer\.\d+\.((?:cross)?attention\..+)")
 
 TONES = ("", "\u0300", "\u0301", "\u0303", "\u0309", "\u0323")  # none, grave, acute, tilde, hook above, dot below
@@ -53,7 +53,7 @@ def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditiona
     `resolve_revision` finds the conversion that the Hub's bot keeps in a pull request.
 
     Raises:
-        ModelError: there is no such model, it is no BLIP captioner, or its tokenizer does not fit its embeddings.
+        ModelError: there is no such model, it is not a BLIP captioner, or its tokenizer does not fit its embeddings.
     """
     _blip_config(name, revision)
     with loading(name):
@@ -90,7 +90,7 @@ def learn_vietnamese(processor: BlipProcessor, captions: list[str], new_pieces: 
     punctuation and forgets where there was a space ("3-4" comes back as "3 - 4").
 
     This one takes text in NFC, splits it at spaces alone, and keeps the WordPiece rule: the longest piece first, `##`
-    before what continues a word, punctuation included. Each piece keeps its id; behind them come every Vietnamese
+    before what continues a word, punctuation included. Each piece keeps its id; after them come every Vietnamese
     letter and every character of the captions, alone and continuing, so that nothing becomes [UNK], and the most
     frequent words of the captions. Vietnamese writes its syllables apart: a few hundred of them are nearly all there
     are in captions, whole ones, each seen often enough to be learned.
@@ -101,7 +101,7 @@ def learn_vietnamese(processor: BlipProcessor, captions: list[str], new_pieces: 
     Args:
         processor: as `load_blip` returns it. It stays as it is.
         captions: those of the training split.
-        new_pieces: how many words to learn, of those that come twice at least.
+        new_pieces: how many words to learn, of those that occur twice at least.
     """
     stock = processor.tokenizer
     words = Tokenizer(models.WordLevel(unk_token=stock.unk_token))
@@ -162,8 +162,8 @@ def add_lora(model: BlipForConditionalGeneration, processor: BlipProcessor, args
         stray = [name for name in hit if not ATTENTION.fullmatch(name)]
         if stray or not hit:
             raise ModelError(
-                f"lora_target_modules: {target!r} matches {stray[0] if stray else 'nothing'}; LoRA goes on the text"
-                f" decoder's attention alone, where there are {', '.join(attention)}"
+                f"lora_target_modules: {target!r} matches {stray[0] if stray else 'nothing'}; LoRA is added to the"
+                f" text decoder's attention alone, where there are {', '.join(attention)}"
             )
     old = model.config.text_config.vocab_size
     _resize(model, processor.tokenizer)
@@ -211,7 +211,7 @@ def _resize(model: BlipForConditionalGeneration, tokenizer: PreTrainedTokenizerB
 def _keep_head_bias(model: PeftModel) -> PeftModel:
     """Adds the head's bias, which PEFT 0.21 leaves out where trained rows are tied to a head, until they are merged.
 
-    See https://github.com/huggingface/peft/issues/3649. No release has the mend yet, so the head is asked: what it
+    See https://github.com/huggingface/peft/issues/3649. No release has the fix yet, so the head is asked: what it
     makes of zeros is its bias.
     """
     head = model.get_base_model().text_decoder.cls.predictions.decoder.token_adapter

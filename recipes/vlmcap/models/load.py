@@ -57,7 +57,7 @@ LAYERS_PATTERN = "layers"  # language_model.layers; Qwen's ViT calls its layers 
 def compute_dtype() -> torch.dtype:
     """bfloat16 on compute capability 8.0 and later, float16 on older GPUs (T4: 7.5), float32 on a CPU.
 
-    `torch.cuda.is_bf16_supported()` is no test for this: it says yes on a T4, by slow emulation.
+    `torch.cuda.is_bf16_supported()` is not a test for this: it says yes on a T4, by slow emulation.
     """
     if not torch.cuda.is_available():
         return torch.float32
@@ -121,13 +121,13 @@ def pin_revisions(path: Path) -> list[str]:
     """Writes commits into a YAML file, where a model is named and its revision below is null.
 
     That is `id` with `revision` (the table of baselines), or `x_name_or_path` with `x_revision` (recipes). Everything
-    else stays, comments too. A row with `remote_code` is left alone: its commit says that somebody read the code.
+    else stays, comments too. A row with `remote_code` is not changed: its commit says that somebody read the code.
 
     Returns:
         A line for each such name: the commit of its main branch, or why there is none.
 
     Raises:
-        ModelError: the file is no YAML.
+        ModelError: the file is not YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -196,7 +196,7 @@ def load_part(
     """`load_weights` for a part of a model that is put together here.
 
     Args:
-        model_type: of the configuration that must lie there.
+        model_type: of the configuration that must be there.
         new: what marks the names of weights that are new, and so in no checkpoint.
 
     Raises:
@@ -434,7 +434,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def free_frozen_parts(model: nn.Module) -> None:
-    """Makes what lies below the lowest trained weight free: nothing there is back-propagated or run a second time.
+    """Makes what is below the lowest trained weight free: nothing there is back-propagated or run a second time.
 
     Under gradient checkpointing, transformers, TRL and PEFT hook every embedding so that its output requires
     gradients, the ViT's `patch_embed` too. Then the whole frozen tower is checkpointed, run again and

@@ -28,7 +28,7 @@ from vlmcap.models.load import chat_prompt
 ENGLISH_PROMPT = "Describe this image briefly."
 JAPANESE_PROMPT = "この画像を日本語で短く説明してください。"
 
-# ChatML with one slot for the image, as Qwen2-VL is prompted but for its default system message.
+# ChatML with one slot for the image, as Qwen2-VL is prompted, except for its default system message.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}"

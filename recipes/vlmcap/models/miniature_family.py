@@ -93,7 +93,7 @@ def english_texts(scene: Scene) -> list[str]:
 
 class Examiner(nn.Module):
     """Heads that ask a ViT what is in a scene, and are thrown away: five questions to its pooled vector, and to every
-    patch which colour and which shape lies on it, or paper."""
+    patch which colour and which shape is on it, or paper."""
 
     def __init__(self):
         super().__init__()
@@ -362,7 +362,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _padded(rows: Iterable[list[int]]) -> torch.Tensor:
-    """(rows, longest) int64, with -100 behind the shorter ones."""
+    """(rows, longest) int64, with -100 after the shorter ones."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-100)
 
 

@@ -61,7 +61,7 @@ def convert_gguf(path: Path, output_dir: Path) -> None:
     """Writes the Llama of a GGUF file as transformers reads it: safetensors in float16, configuration, tokenizer.
 
     Raises:
-        ModelError: the file is no whole Llama with a tokenizer.
+        ModelError: the file is not a whole Llama with a tokenizer.
         ImportError: the package `gguf` is missing.
     """
     with loading(str(path)):

@@ -2,9 +2,9 @@
 
 GPT-2 reads the image through cross-attention, which it was pretrained without: these layers are new weights, drawn by
 seed, and are trained whatever else is frozen. A caption is `<|endoftext|> tokens <|endoftext|>`: GPT-2 has one special
-token, which begins it, ends it and pads behind its end. So nothing may be told from `token == pad_token_id`: labels
-masked that way lose the end of the caption, and the decoder goes on and repeats itself. Captions are told from padding
-by their length (`vlmcap.training.captioner`), and generation stops at the first `<|endoftext|>` after the start.
+token, which begins it, ends it and pads after its end. So nothing may be told from `token == pad_token_id`: labels
+masked that way lose the end of the caption, and the decoder does not stop and repeats itself. Captions are told from
+padding by their length (`vlmcap.training.captioner`). Generation stops at the first `<|endoftext|>` after the start.
 """
 
 import torch
@@ -31,14 +31,14 @@ from vlmcap.provenance import public_name
 def build_vit_gpt2(args: VitGpt2Arguments, seed: int) -> tuple[VisionEncoderDecoderModel, ProcessorMixin]:
     """Joins the pretrained parts with new cross-attention, in float32 on this process's device.
 
-    Between parts of different width lies a new linear projection too. All parameters require gradients (see `freeze`).
+    Between parts of different width is a new linear projection too. All parameters require gradients (see `freeze`).
     The processor holds the encoder's image processor and the decoder's tokenizer, and is reloaded by `AutoProcessor`.
 
     Args:
         seed: of the new weights; torch's generator is set to it.
 
     Raises:
-        ModelError: there is no such model, or it is no ViT, or no GPT-2.
+        ModelError: there is no such model, or it is not a ViT, or not a GPT-2.
     """
     encoder = (args.encoder_name_or_path, args.encoder_revision)
     decoder = (args.decoder_name_or_path, args.decoder_revision)
@@ -68,7 +68,7 @@ def load_vit_gpt2(
     """Loads a trained model and its processor, in float32 on this process's device, for inference.
 
     Raises:
-        ModelError: there is no such model, or it is no ViT with GPT-2.
+        ModelError: there is no such model, or it is not a ViT with GPT-2.
     """
     with loading(name):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
@@ -76,7 +76,7 @@ def load_vit_gpt2(
     if parts != ["vit", "gpt2"]:
         raise ModelError(f"{name} is made of {' and '.join(parts)}; choose a model trained by sft_vit_gpt2_food.py")
     config.decoder.pad_token_id = None  # or GPT-2 takes the start of a caption for padding, and warns
-    # Left to itself, transformers gives the encoder a pooler, which nothing uses and no checkpoint holds.
+    # By default, transformers gives the encoder a pooler, which nothing uses and no checkpoint holds.
     encoder = ViTModel(config.encoder, add_pooling_layer=False)
     model = load_weights(VisionEncoderDecoderModel, name, revision, encoder, config=config, dtype=torch.float32)
     with loading(name):

@@ -63,8 +63,8 @@ class VitLlamaConfig(PreTrainedConfig):
 class VitLlama(PreTrainedModel):
     """A frozen ViT, a trained linear projection, and a Llama that reads what is projected in front of the caption.
 
-    `pooled` is the [CLS] vector behind the ViT's last LayerNorm. It is not HF's `pooler_output`: many ViT checkpoints
-    have no pooler, and its tanh would only stand before the projection, which is trained anyway. `patches` are the
+    `pooled` is the [CLS] vector after the ViT's last LayerNorm. It is not HF's `pooler_output`: many ViT checkpoints
+    have no pooler, and its tanh would only come before the projection, which is trained anyway. `patches` are the
     vectors of all other positions.
 
     Args:
@@ -90,8 +90,8 @@ class VitLlama(PreTrainedModel):
         """Draws the projection so that the prefix is `size` times as large as an embedding (root mean square).
 
         Layers normalise what they read, but not the sum that they add to. A prefix as large as an embedding is what
-        the first layer was trained on; a larger one outlasts what the layers add to it, so that upper layers still see
-        the picture, and at some size it drowns them. The factor is kept apart from the weights, in
+        the first layer was trained on. A larger one stays larger than what the layers add to it, so that upper layers
+        still see the picture; at some size it hides what they add. The factor is kept apart from the weights, in
         `config.prefix_scale`, since AdamW moves a weight by about the learning rate however small it is. The ViT ends
         in a LayerNorm: its features are about as large for noise, which is measured here, as for pictures.
         """
@@ -128,7 +128,7 @@ class VitLlama(PreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> CausalLMOutput:
-        """Logits of the token behind each token of the captions.
+        """Logits of the token after each token of the captions.
 
         Args:
             pixel_values: (B, 3, H, W).
@@ -154,7 +154,7 @@ class VitLlama(PreTrainedModel):
     def generate(
         self, pixel_values: torch.Tensor, generation_config: GenerationConfig | None = None, **kwargs
     ) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, N) new token ids alone, begun from the prefix and <|begin_of_text|>."""
+        """(B, 3, H, W) -> (B, N) new token ids alone, started from the prefix and <|begin_of_text|>."""
         ids = torch.full((len(pixel_values), 1), self.generation_config.bos_token_id, device=self.device)
         embeddings = self.with_prefix(pixel_values, self.get_input_embeddings()(ids))
         return self.decoder.generate(
@@ -231,7 +231,7 @@ def add_lora(model: VitLlama, args: VitLlamaArguments) -> VitLlamaAdapter:
     adapted = VitLlamaAdapter(model, peft_config)
     stray = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith("encoder.")]
     if stray:
-        raise ModelError(f"LoRA or a trained copy lies in the ViT, which is to stay frozen: {stray[0]}")
+        raise ModelError(f"LoRA or a trained copy is in the ViT, which must stay frozen: {stray[0]}")
     return adapted
 
 
@@ -248,7 +248,7 @@ def load_vit_llama(adapter: str, revision: str | None = None) -> tuple[VitLlamaA
     encoder = (config.encoder_name_or_path, config.encoder_revision)
     decoder = (config.decoder_name_or_path, config.decoder_revision)
     if not (isinstance(encoder[0], str) and isinstance(decoder[0], str)):
-        raise ModelError(f"{adapter} is no adapter of a ViT and a Llama: its config.json does not name both")
+        raise ModelError(f"{adapter} is not an adapter of a ViT and a Llama: its config.json does not name both")
     if config.image_prefix not in ("pooled", "patches"):
         raise ModelError(f"{adapter}: image_prefix in its config.json is {config.image_prefix!r:.80}")
     with torch.device("meta"):

@@ -58,7 +58,7 @@ DESCRIPTIVE = {"peft_type", "peft_version", "auto_mapping", "inference_mode", "m
 
 
 class ModelError(UserError):
-    """The model is not what the configuration asks for. The message names the value and the mend."""
+    """The model is not what the configuration asks for. The message names the value and the fix."""
 
 
 @contextmanager
@@ -97,8 +97,8 @@ def only_pickles(name: str) -> str:
 def find_conversion(name: str, commit: str) -> str | None:
     """The commit of an open pull request in which the Hub's own bot adds safetensors to a model of pickles alone.
 
-    It must add nothing else and hold all other files as they are at `commit`, but for the card: what is loaded is the
-    published model.
+    It must add nothing else and keep all other files as they are at `commit`, except for the card: what is loaded is
+    the published model.
 
     Args:
         name: of a model on the Hub.
@@ -132,13 +132,13 @@ def find_conversion(name: str, commit: str) -> str | None:
 def load_weights(kind: type, name: str, revision: str | None, *args, new: str = "", **options) -> PreTrainedModel:
     """`kind.from_pretrained` from safetensors alone, with a weight of its shape for every parameter.
 
-    Left to itself, transformers takes pickles where an index of safetensors names them, puts an adapter on the model
+    By default, transformers takes pickles where an index of safetensors names them, puts an adapter on the model
     when there is an `adapter_config.json`, loading another base and perhaps pickles for it, and draws weights that are
     missing at random. Tied weights do not count as missing; weights without a use are in transformers' own report.
 
     Args:
         kind: a model class, or an Auto class.
-        args: positional arguments of its `from_pretrained` behind the name.
+        args: positional arguments of its `from_pretrained` after the name.
         new: what marks the names of weights that are new, and so in no checkpoint.
 
     Raises:
@@ -223,7 +223,7 @@ def check_index(name: str, revision: str | None) -> None:
     for key, shard in shards.items():
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise ModelError(
-                f"{INDEX} of {name}: {key} lies in {shown(shard)}, and must in a .safetensors file beside it"
+                f"{INDEX} of {name}: {key} is in {shown(shard)}, but must be in a .safetensors file beside it"
             )
 
 
@@ -234,7 +234,7 @@ class Adapter:
     Attributes:
         name: as it was asked for.
         revision: the commit on the Hub; None for a folder.
-        folder: where its configuration and its weights lie.
+        folder: where its configuration and its weights are.
         config: made of those keys that are understood.
         tensors: name -> shape, from the header.
     """
@@ -262,7 +262,7 @@ def read_adapter(name: str, revision: str | None = None) -> Adapter:
             if file not in files and file == ADAPTER_WEIGHTS and any(f.endswith(PICKLES) for f in files):
                 raise ModelError(only_pickles(name))
             if file not in files:
-                raise ModelError(f"{name} is no adapter: it has no {file}")
+                raise ModelError(f"{name} is not an adapter: it has no {file}")
             if (files[file] or 0) > limit:
                 raise ModelError(f"{file} of {name} has {files[file]:,} bytes; at most {limit:,} are read")
     paths = {}
@@ -297,17 +297,17 @@ def hub_errors(name: str, revision: str | None, what: str) -> Iterator[None]:
             status and status != 429 and status < 500
         ):
             raise ModelError(
-                f"{name} is no folder, and the Hub does not have it as {what}, or not at revision {revision}, or not"
-                f" for you ({_first_line(error)})"
+                f"{name} is not a folder, and the Hub does not have it as {what}, or not at revision {revision}, or"
+                f" not for you ({_first_line(error)})"
             ) from error
         raise ModelError(
-            f"{name} is no folder, and {constants.ENDPOINT} could not be asked for it ({_first_line(error)}): try"
+            f"{name} is not a folder, and {constants.ENDPOINT} could not be asked for it ({_first_line(error)}): try"
             " again later, or give a local folder; what is in the cache is found with HF_HUB_OFFLINE=1"
         ) from error
 
 
 def read_lora_config(path: Path, name: str) -> LoraConfig:
-    """The LoRA configuration of an adapter, made anew of the keys that are understood.
+    """The LoRA configuration of an adapter, built from the keys that are understood.
 
     Accepted are LoRA's rank, scale, dropout and rsLoRA; target, excluded and fully trained modules by name; layers by
     number; ranks and scales by name; trained rows of embeddings. Refused is what holds anything else: other kinds of
@@ -389,14 +389,14 @@ def _is_list(value, fits=lambda item: True) -> bool:
 def read_header(path: Path, name: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a safetensors file, whose header alone is read.
 
-    The library checks that offsets lie in the file, cover it and do not overlap.
+    The library checks that offsets are in the file, cover it and do not overlap.
 
     Raises:
         ModelError: the file is malformed, or a tensor is of a type other than float32, float16 and bfloat16.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, it is no dict
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118, it is not a dict
             dtypes = {key: piece.get_dtype() for key, piece in slices.items()}
             shapes = {key: tuple(piece.get_shape()) for key, piece in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:

@@ -59,20 +59,20 @@ AUDITED = {
     "overlap.references_in_training": "references that are training captions, word for word",
     "overlap.training_caption": "captions that are training captions, word for word",
 }
-# Counts that speak of the references alone, and so are the same for base and adapter.
+# Counts that are about the references alone, and so are the same for base and adapter.
 OF_REFERENCES = ("references", "mean_reference_tokens", "reference_type_token_ratio")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 class CardError(UserError):
-    """A card cannot be written from these documents. The message names the file or the key, and the mend."""
+    """A card cannot be written from these documents. The message names the file or the key, and the fix."""
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the card of a recipe says in its metadata and table heads, and how its result is loaded."""
 
-    base: str  # what a miniature is no evidence about
+    base: str  # what a miniature does not tell about
     title: str  # {base}, or {encoder} and {decoder}, are names of models without their owner
     task: str
     language: str
@@ -138,7 +138,7 @@ model = VisionEncoderDecoderModel.from_pretrained({repo})""",
     ),
     "sft_vit_llama_food": Recipe(
         base="ViT or Llama",
-        # Llama's licence wants a name that begins with "Llama".
+        # Llama's licence requires a name that begins with "Llama".
         title="{decoder} with {encoder}, adapted to image titles",
         task="Image titles",
         language="en",
@@ -172,7 +172,7 @@ def _recipe_name(metrics: dict) -> str:
 def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> Path:
     """Writes `README.md` into `adapter_dir` and, for scores on a Hub dataset, `.eval_results/captioning.yaml`.
 
-    Both are written whole from `adapter_dir/metrics.json` and, where there is one, `audit.json`, whatever stood there
+    Both are written whole from `adapter_dir/metrics.json` and, where there is one, `audit.json`, whatever was there
     before, so a README that the trainer or PEFT's `save_pretrained` has rewritten is put right by calling this again.
     Returns the path of the README.
 
@@ -438,7 +438,7 @@ def merge_snippet(metrics: dict, repo: str) -> str:
     """Python that makes one model of base and adapter and writes it into the folder `merged`.
 
     The weights that the adapter was trained on are those of NF4, so it is merged into these, made numbers again
-    (`dequantize`); the published weights are others, and 4-bit ones would be rounded anew.
+    (`dequantize`); the published weights are others, and 4-bit ones would be rounded again.
     """
     return MERGE.format(**_loaded(metrics, repo))
 
@@ -560,7 +560,7 @@ def _check(metrics: dict) -> None:
     ):
         if theirs != ours:
             raise CardError(
-                f"base and adapter differ in {what} and cannot stand in one table (base: {visible(str(theirs))};"
+                f"base and adapter differ in {what} and cannot be in one table (base: {visible(str(theirs))};"
                 f" adapter: {visible(str(ours))}). Score both again with the same settings."
             )
 
@@ -571,7 +571,7 @@ def _check_audit(audit: dict, metrics: dict) -> None:
             continue
         for key in ("model", "dataset", "prompt", "decoding"):
             if other.get(key, run[key]) != run[key]:
-                raise CardError(f"the {name} is of other captions than the scores: {key} differs. Audit them again.")
+                raise CardError(f"the {name} has other captions than the scores: {key} differs. Audit them again.")
         if other["counts"]["images"] != run["counts"]["images"]:
             raise CardError(
                 f"the {name} is of {other['counts']['images']} images, the scores of {run['counts']['images']}. Audit "

@@ -1,8 +1,8 @@
 """Several runs side by side: tables in CSV, Markdown and LaTeX, plots, and a page with every caption.
 
-Everything is read from metrics.json files (vlmcap.evaluation.scoring) and from what lies beside them:
+Everything is read from metrics.json files (vlmcap.evaluation.scoring) and from the files beside them:
 predictions.jsonl (captions for the page) and audit.json (images that scripts/audit_captions.py flagged). A metrics
-document of an adapter holds the one of its base, which is no run of its own unless it is given as one.
+document of an adapter holds the one of its base, which is not a run of its own unless it is given as one.
 """
 
 import csv
@@ -49,7 +49,7 @@ OVERVIEW = ("bleu_1", "bleu_2", "bleu_4", "meteor", "rouge_l", "cider_d")
 
 @dataclass(frozen=True)
 class Run:
-    """One metrics document with what lies beside its file."""
+    """One metrics document with the files beside it."""
 
     name: str
     path: Path
@@ -86,7 +86,7 @@ def read_runs(runs: Sequence[str | Path]) -> list[Run]:
     """Reads runs given as PATH or NAME=PATH; PATH is a metrics.json (of any name) or a folder that holds one.
 
     Without a name, a run is called after its folder (a file of another name than metrics.json: after its stem), with
-    as many folders above it as tell it from the others. A name and a path may contain `=`: the path begins behind the
+    as many folders above it as tell it from the others. A name and a path may contain `=`: the path begins after the
     first `=` after which a file or folder of that name exists.
 
     Raises:
@@ -133,7 +133,7 @@ def write_comparison(
         "curves" if a run has a training log.
 
     Raises:
-        ScoreError: runs that cannot stand in one table, no run named `reference`, references that lack images, no such
+        ScoreError: runs that cannot be in one table, no run named `reference`, references that lack images, no such
             score, or one that no run has and no other beside it.
         DatasetError: `dataset` cannot be read or is not the build that was scored.
     """
@@ -188,7 +188,7 @@ def write_overview(runs: Sequence[Run], output_dir: str | Path) -> tuple[Path, s
     """Writes `output_dir/overview.md`, one table of runs on different datasets, and returns its path and the same for
     a terminal.
 
-    A row is a run, with its score where it has one; rows of one dataset stand together, in the order of their first.
+    A row is a run, with its score where it has one; rows of one dataset are together, in the order of their first.
 
     Raises:
         ScoreError: runs of one dataset that were not scored on the same images in the same way.
@@ -463,7 +463,7 @@ def _read_object(path: Path) -> dict:
 
 def _refuse(first: Run, run: Run, what: str, theirs, ours) -> None:
     raise ScoreError(
-        f"{first.name} and {run.name} differ in {what} ({visible(f'{theirs} and {ours}')}) and cannot stand in one "
+        f"{first.name} and {run.name} differ in {what} ({visible(f'{theirs} and {ours}')}) and cannot be in one "
         "table: score both with the same data and settings"
     )
 
@@ -622,7 +622,7 @@ def _references_and_pictures(
     if rows is None:
         remarks.append("Pictures are not shown: no --dataset with pictures, and no --image_dir was given.")
     remarks += [
-        f"Captions of {run.name} are not shown: no predictions.jsonl lies beside its metrics file."
+        f"Captions of {run.name} are not shown: there is no predictions.jsonl beside its metrics file."
         for run in runs
         if run.captions is None
     ]

@@ -54,7 +54,7 @@ def write_comparison_page(
     """Writes one self-contained HTML page with tables, plots and every system's captions side by side.
 
     Images can be sorted by disagreement, worst score and id, filtered by text, score and flag, and walked through with
-    the keyboard; the settings stand in the address. Without scripts the page shows everything, in the order given.
+    the keyboard; the settings are in the address. Without scripts the page shows everything, in the order given.
 
     Args:
         path: where the page goes; its folder exists.
@@ -98,7 +98,7 @@ def similarity(a: str, b: str) -> float:
 
 
 def disagreement(captions: Sequence[str]) -> float:
-    """How far the captions of one image lie apart, from 0 (all the same) to 1 (nothing in common):
+    """How far the captions of one image differ, from 0 (all the same) to 1 (nothing in common):
 
         d = 1 - 2 / (n (n - 1)) sum over i < j of s(c_i, c_j)
 

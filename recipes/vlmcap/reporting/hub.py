@@ -56,14 +56,14 @@ def push_adapter(adapter_dir: str | Path, repo_id: str, private: bool = True) ->
 
     Checks the folder, writes its card again with `repo_id` in it, and publishes everything but the trainer's state and
     sample pages, as `vlmcap.upload.push_folder` does. An existing repository whose visibility is not the one asked for
-    is refused, lest a private adapter land in public. What was trained on Llama 3.2 needs a repository whose name
-    begins with "Llama"; its licence, fetched from the base's repository, and a notice are added to the folder.
+    is refused, so that a private adapter does not become public. What was trained on Llama 3.2 needs a repository
+    whose name begins with "Llama"; its licence, fetched from the base's repository, and a notice are added.
 
     Raises:
         FileNotFoundError: the folder lacks a file; the message says which and what writes it.
         CardError: metrics.json is not the document of a trained model.
-        PushError: the Hub could not be reached or refused; the folder is as it was but for the card. `repo_id` is no
-            name for a Llama, or its licence is not to be had.
+        PushError: the Hub could not be reached or refused; the folder is unchanged except for the card. `repo_id`
+            is not a name for a Llama, or its licence cannot be fetched.
     """
     adapter_dir = Path(adapter_dir)
     check_adapter_folder(adapter_dir)
@@ -108,17 +108,17 @@ _WRITTEN_BY = (
 def check_llama_name(repo_id: str | None, decoder: str) -> None:
     """Raises PushError when what was trained on `decoder`, a Llama 3.2, is to be published under another name.
 
-    Its licence wants the name of a derivative to begin with "Llama". None is not published.
+    Its licence requires the name of a derivative to begin with "Llama". None is not published.
     """
     if repo_id and LLAMA in decoder.lower() and not repo_id.split("/")[-1].startswith("Llama"):
         raise PushError(
-            f"{repo_id} cannot be the name of what is trained on {decoder}: the licence of Llama 3.2 wants a name that"
-            ' begins with "Llama", such as Llama-3.2-1B-dish-titles'
+            f"{repo_id} cannot be the name of what is trained on {decoder}: the licence of Llama 3.2 requires a name"
+            ' that begins with "Llama", such as Llama-3.2-1B-dish-titles'
         )
 
 
 def _add_llama_licence(adapter_dir: Path, decoder: dict, command: str) -> None:
-    """Writes NOTICE and, unless it lies there, LICENSE.txt into the folder; what for, see LLAMA_NOTICE."""
+    """Writes NOTICE and, unless it is there, LICENSE.txt into the folder; what for, see LLAMA_NOTICE."""
     write_atomically(adapter_dir / "NOTICE", LLAMA_NOTICE)
     licence = adapter_dir / "LICENSE.txt"
     if licence.is_file():

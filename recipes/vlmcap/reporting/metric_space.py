@@ -23,7 +23,7 @@ IMPORT_MODULE = re.compile(r"^from vlmcap\.evaluation import (\w+)$", re.MULTILI
 def write_metric_space(output_dir: str | Path, repo_id: str | None = None) -> Path:
     """Writes the metric and copies of vlmcap's modules to a folder that `evaluate.load` takes; returns the folder.
 
-    evaluate loads `<folder>/<folder's name>.py`, so the folder is `output_dir`/NAME, or bears the name of `repo_id`.
+    evaluate loads `<folder>/<folder's name>.py`, so the folder is `output_dir`/NAME, or has the name of `repo_id`.
     evaluate copies only the siblings that this script imports itself, so it imports all of them.
     """
     name = repo_id.split("/")[1] if repo_id else NAME

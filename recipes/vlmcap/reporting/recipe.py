@@ -29,7 +29,7 @@ Loader = Callable[[], tuple[PreTrainedModel | PeftModel, ProcessorMixin]]
 
 @dataclass(frozen=True)
 class Run:
-    """What `begin` found: where the run lies, where it goes on from, where it is pushed to, its reported settings."""
+    """What `begin` found: where the run is, where it resumes from, where it is pushed to, its reported settings."""
 
     output_dir: Path
     checkpoint: str | None
@@ -45,14 +45,14 @@ class Run:
 
 
 def begin(args: TrainingArguments, reported: Sequence[str], **groups: dict) -> Run:
-    """Finds the checkpoint to go on from and prints every setting; `vlmcap.training.early` has asked the Hub before.
+    """Finds the checkpoint to resume from and prints every setting; `vlmcap.training.early` has asked the Hub before.
 
     Args:
         reported: names of the trainer's settings that the model card prints.
         groups: the other settings.
 
     Raises:
-        CheckpointError: the checkpoint to go on from is not whole, or one would be overwritten.
+        CheckpointError: the checkpoint to resume from is not whole, or one would be overwritten.
     """
     # The trainer's own push would run in the background at every checkpoint, hiding failures, and without our card.
     push_to = args.hub_model_id if args.push_to_hub else None
@@ -74,13 +74,13 @@ def check_base_captions(
     processor: ProcessorMixin,
     base: dict,
 ) -> None:
-    """Asks before training whether `finish_captioner` can take or continue captions that lie in `output_dir/base`.
+    """Asks before training whether `finish_captioner` can take or continue captions that are in `output_dir/base`.
 
     Args:
         processor, base: of the untrained model; "model" of its run record.
 
     Raises:
-        PredictionsError: they were begun with other settings, or are damaged.
+        PredictionsError: they were started with other settings, or are damaged.
     """
     record = {"model": base, "dataset": splits.record | {"split": data_args.test_split}}
     check_predictions(processor, run.output_dir / "base/predictions.jsonl", beam_args, record)
@@ -102,7 +102,7 @@ def finish_captioner(
     Args:
         recipe: its name, e.g. "sft_blip_vi".
         trained_dir: folder of the trained weights, with training.json.
-        load_base, load_trained: the models as they lie on the Hub or on disk, each with its processor.
+        load_base, load_trained: the models as they are on the Hub or on disk, each with its processor.
         base_record: "model" of the run record of the untrained model.
     """
     base_dir = run.output_dir / "base"
@@ -142,7 +142,7 @@ def write_both_metrics(
 ) -> dict:
     """Scores the predictions in both folders, writes metrics.json into each and returns the trained model's.
 
-    It holds the base's whole document under "base" (but for its scores of single images), training.json under
+    It holds the base's whole document under "base" (except for its scores of single images), training.json under
     "training", and `more`.
 
     Raises as `write_metrics` does.

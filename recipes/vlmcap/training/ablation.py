@@ -1,4 +1,4 @@
-"""A grid of training runs: each cell a process of its own, finished ones skipped, failed ones left behind.
+"""A grid of training runs: each cell a process of its own, finished ones are skipped, a failed one stops no other.
 
 A grid is a YAML file:
 
@@ -9,7 +9,7 @@ A grid is a YAML file:
     settings: {max_steps: 300}                               optional, changes that hold for every cell
     vary: {lora_r: [8, 64], train_projector: [false]}        one at a time, beside the unchanged reference
     grid: {seed: [42, 43]}                                   optional, every combination of these, with each of `vary`
-    trained: model                                           optional, where in a cell lies what was trained: adapter
+    trained: model                                           optional, folder of a cell with what was trained: adapter
     scores: [bleu_1, rouge_l]                                optional, columns of the summary and of the comparison
 """
 
@@ -42,12 +42,12 @@ PATIENCE = 20  # seconds that an interrupted cell has to end before it is killed
 
 
 class AblationError(UserError):
-    """A grid that cannot be run; the message names the file, the key and the mend."""
+    """A grid that cannot be run; the message names the file, the key and the fix."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What the YAML file says; see the head of this module."""
+    """What the YAML file says; see the docstring of the module."""
 
     recipe: str
     config: str
@@ -75,7 +75,7 @@ class Cell:
         """What is known of the cell's last run: "status" is new, running, finished or failed.
 
         Raises:
-            AblationError: the folder's cell.json is no such state.
+            AblationError: the folder's cell.json is not such a state.
         """
         path = self.folder / STATE
         if not path.exists():
@@ -83,9 +83,9 @@ class Cell:
         try:
             state = parse_json(path.read_bytes())
         except ValueError as error:
-            raise AblationError(f"{path}: not JSON ({error}). Delete {self.folder} to run the cell anew.") from error
+            raise AblationError(f"{path}: not JSON ({error}). Delete {self.folder} to run the cell again.") from error
         if not isinstance(state, dict) or not {"status", "fingerprint", "seconds"} <= state.keys():
-            raise AblationError(f"{path} is no state of a cell. Delete {self.folder} to run the cell anew.")
+            raise AblationError(f"{path} is not the state of a cell. Delete {self.folder} to run the cell again.")
         return state
 
     def finished(self) -> bool:
@@ -133,7 +133,7 @@ def read_grid(path: str | Path, **overrides) -> Grid:
         document[key] = own_file(document[key])
         if not os.path.isfile(document[key]):
             raise AblationError(
-                f"{path}: {key} {document[key]:.200} is no file (paths are relative to the working folder)"
+                f"{path}: {key} {document[key]:.200} is not a file (paths are relative to the working folder)"
             )
     config = _read_mapping(document["config"])
     if not all(isinstance(key, str) for key in config):
@@ -157,7 +157,7 @@ def cells(grid: Grid) -> list[Cell]:
     A value that the config or `settings` has already is the reference and no cell of its own.
 
     Raises:
-        AblationError: two cells would share a folder: a value stands twice, or the names differ in signs alone.
+        AblationError: two cells would share a folder: a value occurs twice, or the names differ in signs alone.
     """
     config = _read_mapping(grid.config) | grid.settings
     one_at_a_time = [{}] + [
@@ -205,7 +205,7 @@ def run_grid(grid: Grid) -> list[Cell]:
         if not cell.finished():
             _run(grid, cell)
         if not cell.finished():
-            bar.write(f"{cell.name} failed, the others go on. End of {cell.folder / 'log.txt'}:", sys.stderr)
+            bar.write(f"{cell.name} failed, the others continue. End of {cell.folder / 'log.txt'}:", sys.stderr)
             bar.write("\n".join(f"    {line}" for line in _last_words(cell.folder / "log.txt")), sys.stderr)
     return todo
 
@@ -284,7 +284,7 @@ def _end(pid: int) -> None:
 
 
 def _last_words(log: Path, lines: int = 5) -> list[str]:
-    """The end of what a recipe printed, without the launcher's own traceback behind it."""
+    """The end of what a recipe printed, without the launcher's own traceback after it."""
     text = log.read_text(encoding="utf-8", errors="replace").strip()
     before, _, launcher = text.rpartition("Traceback (most recent call last):")
     return (before if "CalledProcessError" in launcher else text).strip().splitlines()[-lines:]

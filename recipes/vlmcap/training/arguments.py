@@ -61,7 +61,7 @@ class CaptionerDataArguments(SplitArguments):
         },
     )
     spice_url: str | None = field(
-        default=None, metadata={"help": "SPICE service; its protocol stands in vlmcap/evaluation/external.py."}
+        default=None, metadata={"help": "SPICE service; vlmcap/evaluation/external.py describes its protocol."}
     )
     spice_dir: str | None = field(
         default=None, metadata={"help": "Or a local SPICE: folder with spice-1.0.jar and the CoreNLP jars in lib/."}
@@ -163,7 +163,7 @@ class CaptionSFTFields(MeasuredFields):
     )
     shared_prefix: bool = field(
         default=True,
-        metadata={"help": "Feed image and prompt once for all of them; false feeds them with every caption anew."},
+        metadata={"help": "Feed image and prompt once for all of them; false feeds them again with every caption."},
     )
     cache_image_features: str | None = field(
         default=None,
@@ -185,7 +185,7 @@ class CaptionerFields(MeasuredFields):
 
     `metric_for_best_model`: a score of validation captions (cider_d, bleu_1 .. bleu_4, rouge_l), `loss` (mean
     cross-entropy of a validation token, unsmoothed), or `loss_and_bleu`, the mean of BLEU-2 and exp(-loss), the
-    geometric mean of the probabilities of the validation tokens: both lie in 0..1.
+    geometric mean of the probabilities of the validation tokens: both are in 0..1.
     """
 
     metrics: ClassVar[list[str]] = [*CAPTION_METRICS, "loss", "loss_and_bleu"]

@@ -137,7 +137,7 @@ def build_trainer(engine: str, args, preset: dict, folder: Path, processor, rows
 
 
 class Watch(TrainerCallback):
-    """Seconds and peak memory (above what lay there before) of every step; gradients of the last one, when asked."""
+    """Seconds and peak memory (above what was in use before) of every step; gradients of the last one, when asked."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"

@@ -95,7 +95,7 @@ class PictureCollator:
         names: how the model calls token ids and their mask.
         bad_images: the list of unreadable pictures, see `read_example`.
 
-    Returns pixel_values (float32, (B, 3, H, W)); names[0], names[1] and labels (int64, (B, L)), labels -100 behind
+    Returns pixel_values (float32, (B, 3, H, W)); names[0], names[1] and labels (int64, (B, L)), labels -100 after
     the end of a caption.
     """
 
@@ -133,7 +133,7 @@ class CaptionerTrainer(MeasuredTrainer, Trainer):
         generation: decoding of the validation captions.
         tokenizer: word segmentation of the metrics.
         parameter_groups: for the optimizer, each with its "lr"; None: everything trained at learning_rate.
-        read_checkpoint: for a model that is saved whole, loads the one that lies in a folder. transformers 5 saves
+        read_checkpoint: for a model that is saved whole, loads the one in a folder. transformers 5 saves
             models under the names that version 4 gave their weights, and its Trainer (5.23) looks for today's names
             when it continues or takes the best checkpoint: what it does not find it leaves as it is, with a warning.
             None for adapters, which keep their names.

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there: how one is completed, found, checked, and told from what a crash left.
 
 A checkpoint is written in `output_dir/unfinished/`, brought to the disk, described by a manifest (size and sha256 of
-each file, and what the run needs to go on to the last digit), and then renamed to `output_dir/checkpoint-N`. One that
-is deleted is renamed first, too. So what lies in `unfinished/` is never whole, and what has the name of a checkpoint
-was whole when it got it; the manifest tells whether it still is.
+each file, and what the run needs to continue with the same digits), and then renamed to `output_dir/checkpoint-N`. A
+checkpoint that is deleted is renamed first, too. So what is in `unfinished/` is never whole, and what has the name of
+a checkpoint was whole when it got it; the manifest tells whether it still is.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written or gone on from. The message names the folder, the reason and the mend."""
+    """A checkpoint cannot be written or resumed from. The message names the folder, the reason and the fix."""
 
 
 def complete(written: Path, folder: Path, record: dict) -> None:
-    """Brings what lies in `written` to the disk, adds the manifest with `record`, and renames `written` to `folder`.
+    """Brings the files in `written` to the disk, adds the manifest with `record`, and renames `written` to `folder`.
 
     A checkpoint that has the name already is replaced.
 
@@ -65,7 +65,7 @@ def delete(folder: Path) -> None:
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Deletes the oldest checkpoints but for `limit`, the newest and the best among them.
+    """Deletes the oldest checkpoints except for `limit`, the newest and the best among them.
 
     As `transformers.trainer_utils.rotate_checkpoints`, but each is whole until it is gone.
     """
@@ -120,7 +120,7 @@ def damage(folder: Path) -> str | None:
         if (folder / name).exists():
             return f"{name} holds pickled weights, which are not loaded here"
     if not any(name.startswith("scheduler") for name in manifest["files"]):
-        return "it holds weights alone (save_only_model), and no optimizer to go on with"
+        return "it holds weights alone (save_only_model), and no optimizer to continue with"
     best = manifest.get("best")
     if best is not None and best != folder.name and (reason := damage(folder.parent / best)):
         return f"{best}, the best so far, which it refers to, cannot be used: {reason}"
@@ -144,7 +144,7 @@ def newest(output_dir: Path) -> Path | None:
         reason = damage(folder)
         if reason is None:
             return folder
-        print(f"Passed over {folder}: {reason}.", flush=True)
+        print(f"Skipped {folder}: {reason}.", flush=True)
     return None
 
 
@@ -154,11 +154,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 @contextmanager
-def reported(what: str, folder: Path, mend: str) -> Iterator[None]:
+def reported(what: str, folder: Path, fix: str) -> Iterator[None]:
     """Turns what a full or failing disk raises while `what` is written to `folder` into one clear sentence.
 
     Raises:
-        CheckpointError: with the reason, the bytes that are free, and `mend`.
+        CheckpointError: with the reason, the bytes that are free, and `fix`.
     """
     try:
         yield
@@ -167,7 +167,7 @@ def reported(what: str, folder: Path, mend: str) -> Iterator[None]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         free = shutil.disk_usage(folder).free
         raise CheckpointError(
-            f"{what} could not be written: {reason}. {folder} has {free:,} bytes free. {mend}"
+            f"{what} could not be written: {reason}. {folder} has {free:,} bytes free. {fix}"
         ) from error
 
 

@@ -52,7 +52,7 @@ class BadImages:
     def _lines(self) -> list[str]:
         if not self.path.exists():
             return []
-        return self.path.read_text(encoding="utf-8").split("\n")[:-1]  # behind the last newline nothing is whole
+        return self.path.read_text(encoding="utf-8").split("\n")[:-1]  # after the last newline nothing is whole
 
 
 def drop_missing(rows: datasets.Dataset, bad_images: BadImages, write: bool = True) -> datasets.Dataset:
@@ -106,7 +106,7 @@ class CaptionCollator:
     Args:
         rows: as `load_captions` returns them.
         processor: of the model.
-        prompt: the user's text behind the image.
+        prompt: the user's text after the image.
         bad_images: the list of unreadable pictures, see `read_example`.
 
     Returns what the processor returns for B captions of L tokens at most (for Qwen2-VL input_ids, attention_mask,

@@ -6,7 +6,7 @@ A cache is a folder named by a hash of all that the features depend on but the p
     index.jsonl    one line a picture: {"image": sha256 of its file, "offset": rows before it, "patches": rows, "grid"}
                    and "more": true, unless it is the last of those that went through the tower together
 
-Pictures are known by their contents: renamed ones are found again, changed ones are computed anew. Features are kept
+Pictures are known by their contents: renamed ones are found again, changed ones are computed again. Features are kept
 in the dtype in which the tower computes (bfloat16 on compute capability 8.0 and later, float16 on older GPUs, float32
 on a CPU), so that training on them is training on the pictures, to the last digit wherever the tower's result does
 not depend on which pictures share a batch (tests/invariants).
@@ -219,7 +219,7 @@ def other_features(folder: Path) -> str:
         return ""
     names = ", ".join(f"{path.name} ({size / 2**30:,.2f} GiB)" for path, size in others.items())
     return (
-        f"\nFeatures of other models or settings lie in {folder.parent}: {names}. Their settings.json says whose they"
+        f"\nFeatures of other models or settings are in {folder.parent}: {names}. Their settings.json says whose they"
         " are. Delete what no run needs."
     )
 

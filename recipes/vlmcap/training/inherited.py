@@ -5,7 +5,7 @@ for it. So a command line is parsed into a stand-in, a dataclass with the same f
 object is made of its values when it was right (`complete`). Names, types, defaults and help of the fields are read
 from the source files of the installed libraries. tests/training/test_inherited.py compares each with the real class.
 
-Not every field has an effect in a recipe. What becomes of each stands in inherited.yaml, and one that the recipe does
+Not every field has an effect in a recipe. What becomes of each is in inherited.yaml, and one that the recipe does
 not obey is refused where it is changed.
 """
 
@@ -41,7 +41,7 @@ class ParallelismConfig:
         raise ValueError(text)
 
 
-# What stands in field definitions and is neither an enumeration nor built in (transformers 5.23).
+# What occurs in field definitions and is neither an enumeration nor built in (transformers 5.23).
 KNOWN = {
     "Any": Any,
     "Literal": Literal,

@@ -1,5 +1,5 @@
 """What the project's trainers share: precision by device, smoothed loss, validation by captions, checkpoints that are
-whole and gone on from to the last digit, an end on SIGTERM and Ctrl-C, clock, summary."""
+whole and resumed from to the last digit, an end on SIGTERM and Ctrl-C, clock, summary."""
 
 import copy
 import hashlib
@@ -56,7 +56,7 @@ def choose_by_device(args: MeasuredFields) -> None:
     """Sets what was left out and depends on the device: precision, and how batches travel.
 
     The devices are those of `local_device`, where models are loaded: CUDA (to torch, ROCm is CUDA too) or the CPU.
-    Left to itself, the Trainer would take others that torch finds, such as Apple's MPS, and send batches there.
+    By default, the Trainer would take others that torch finds, such as Apple's MPS, and send batches there.
 
     Raises:
         ValueError: bf16 on a GPU older than compute capability 8.0, where torch would emulate it.
@@ -146,7 +146,7 @@ class MeasuredTrainer:
         return loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Times the wait for the data loader. On a GPU this bounds the wait from above: queued work may go on."""
+        """Times the wait for the data loader. On a GPU this bounds the wait from above: queued work may continue."""
         start = time.perf_counter()
         samples = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.clock.waited += time.perf_counter() - start
@@ -175,14 +175,14 @@ class MeasuredTrainer:
         return loader
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Trains, or goes on from a checkpoint that `checkpoints.damage` finds whole.
+        """Trains, or resumes from a checkpoint that `checkpoints.damage` finds whole.
 
-        On SIGTERM and the first Ctrl-C it saves a checkpoint at the end of the step, says how to go on, and ends the
+        On SIGTERM and the first Ctrl-C it saves a checkpoint at the end of the step, says how to resume, and ends the
         process with status 143 or 130 (`SystemExit`); a second Ctrl-C ends it at once. A second training or evaluation
         may not follow in that process. In a thread, where Python gives nobody a signal, it says that it will not.
 
         Raises:
-            CheckpointError: a checkpoint cannot be written; or the one to go on from is of another run, in what
+            CheckpointError: a checkpoint cannot be written; or the one to resume from belongs to another run, in what
                 decides the order of examples (other settings that differ are printed).
         """
         self.resumed = None
@@ -204,7 +204,7 @@ class MeasuredTrainer:
                 if self.args.should_save:
                     print(
                         f"{STOPS[stopped]}: saved {self.args.output_dir}/checkpoint-{step} after step {step} of"
-                        f" {self.state.max_steps}. The same command with --resume_from_checkpoint latest goes on from"
+                        f" {self.state.max_steps}. The same command with --resume_from_checkpoint latest resumes from"
                         " it.",
                         file=sys.stderr,
                         flush=True,
@@ -242,14 +242,14 @@ class MeasuredTrainer:
         if refused:
             sources = ", ".join(f"{key} are those of {where}" for key, where in SOURCES.items() if key in refused)
             raise CheckpointError(
-                f"{checkpoint} is of a run with other settings or data: {', '.join(refused.values())}. Gone on from"
-                " it, the run would see some captions twice and others never: set them back"
-                f"{sources and f' ({sources})'}, or start anew in another --output_dir."
+                f"{checkpoint} belongs to a run with other settings or data: {', '.join(refused.values())}. Resumed"
+                " from it, the run would see some captions twice and others never: set them back"
+                f"{sources and f' ({sources})'}, or start a new run in another --output_dir."
             )
         said = changes(self.resumed["course"], self.course)
         if said and self.args.should_save:
             print(
-                f"Note: since {checkpoint}, settings were changed: {', '.join(said.values())}. The run goes on with"
+                f"Note: since {checkpoint}, settings were changed: {', '.join(said.values())}. The run continues with"
                 " the new ones; its losses will not be those of a run that had them from the start.",
                 flush=True,
             )
@@ -273,8 +273,8 @@ class MeasuredTrainer:
             "hits_and_tokens": self.accelerator.gather(self.hits_and_tokens[None]).tolist(),
             "last_logged": self._globalstep_last_logged,
         }
-        mend = "Earlier ones are as they were: free space, then continue with --resume_from_checkpoint latest."
-        with checkpoints.reported(name, output_dir, mend):
+        fix = "Earlier ones are as they were: free space, then continue with --resume_from_checkpoint latest."
+        with checkpoints.reported(name, output_dir, fix):
             try:
                 self.saving_to = output_dir / UNFINISHED
                 super()._save_checkpoint(model, trial)
@@ -297,7 +297,7 @@ class MeasuredTrainer:
                 self.saving_to = None
 
     def _init_training_state(self, max_steps, steps, epochs, resume_from_checkpoint, trial):
-        """Goes on with the best checkpoint that lies beside the one that is gone on from, wherever they lie now, and
+        """Continues with the best checkpoint beside the one that is resumed from, wherever they are now, and
         with the evaluations that early stopping has counted."""
         begin = super()._init_training_state(max_steps, steps, epochs, resume_from_checkpoint, trial)
         if resume_from_checkpoint is not None and self.resumed["best"]:
@@ -310,7 +310,7 @@ class MeasuredTrainer:
 
     def _run_epoch(self, *, epoch, epochs_trained, resume_from_checkpoint, **kwargs) -> None:
         """Takes the loss since the last log line over from the checkpoint. A run that had ended takes no more step:
-        transformers 5.23 would take one where max_steps lies inside an epoch, or early stopping ended the run."""
+        transformers 5.23 would take one where max_steps falls inside an epoch, or early stopping ended the run."""
         if self.resumed and epoch == epochs_trained:
             since_log, rank = self.resumed["since_log"], self.args.process_index
             self._tr_loss += since_log["loss"][rank]
@@ -324,7 +324,7 @@ class MeasuredTrainer:
             self.control.should_training_stop = True
         else:
             # With several processes, accelerate 1.15 does not reach the sampler once batches are skipped (it is below
-            # SkipBatchSampler and BatchSamplerShard): a run that goes on in its second epoch would repeat its first.
+            # SkipBatchSampler and BatchSamplerShard): a run that resumes in its second epoch would repeat its first.
             sampler = kwargs["train_dataloader"].batch_sampler
             while hasattr(sampler, "batch_sampler"):
                 sampler = sampler.batch_sampler
@@ -364,7 +364,7 @@ class MeasuredTrainer:
         super().log(logs, *args, **kwargs)
 
     def summary(self) -> dict:
-        """What the run came to, interruptions included: steps, epochs, seconds of training without validation, share
+        """The results of the run, interruptions included: steps, epochs, seconds of training without validation, share
         of them spent waiting for data (since the last continuation), last logged loss, bytes, the log.
 
         `best`: step and score of the checkpoint that was kept, when the captions of validation images chose it.
@@ -423,7 +423,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals of `STOPS`. One that comes behind the last step, which has its checkpoint, is sent again
+        """Takes the signals of `STOPS`. One that comes after the last step, which has its checkpoint, is sent again
         at the end."""
         if current_thread() is not main_thread():
             print("Training in a thread: SIGTERM and Ctrl-C save no checkpoint; save_steps does.", file=sys.stderr)

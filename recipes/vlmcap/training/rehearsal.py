@@ -53,7 +53,7 @@ def fetch_small_files(model: str, revision: str | None, folder: Path) -> None:
     """Copies configuration, tokenizer and processor of a model into `folder`, from a folder or the Hub; no weights.
 
     Raises:
-        ModelError: it is no folder, and the Hub does not have it or cannot be asked.
+        ModelError: it is not a folder, and the Hub does not have it or cannot be asked.
         RehearsalError: there is no config.json.
     """
     source = Path(model)
@@ -132,7 +132,7 @@ def write_pictures(images: Path | None, captions: Path | None, folder: Path, hel
             ids = [entry["id"] for entry in document["images"] if entry["id"] in with_caption]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RehearsalError(
-                f"{captions} is no file of captions in COCO format ({type(error).__name__}: {error}): it holds"
+                f"{captions} is not a file of captions in COCO format ({type(error).__name__}: {error}): it holds"
                 ' {"images": [{"id", "file_name"}, ...], "annotations": [{"id", "image_id", "caption"}, ...]}'
             ) from error
         if len(ids) < 2 * held_out + 2:
@@ -155,7 +155,7 @@ def write_pictures(images: Path | None, captions: Path | None, folder: Path, hel
 
 
 def recipe_settings(config: Path, model: Path, dataset: Path, output_dir: Path, drawn: bool, args) -> list[str]:
-    """The recipe's command line: the configuration as it is, but for the model, the data, and how much is done."""
+    """The recipe's command line: the configuration as it is, except for the model, the data, and how much is done."""
     settings = parse_yaml(config.read_bytes())
     changed = {
         "model_name_or_path": model,
@@ -195,14 +195,14 @@ def run_measured(command: list[str], trained: Path, cwd: Path) -> Measured:
     process = subprocess.Popen(
         command, cwd=cwd, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
     )
-    begun, peaks = {PHASES[0]: start}, dict.fromkeys(PHASES)
+    started, peaks = {PHASES[0]: start}, dict.fromkeys(PHASES)
     phase, ended = [PHASES[0]], threading.Event()
 
     def watch() -> None:
         while not ended.wait(PAUSE):
             if phase[0] == PHASES[1] and trained.exists():
                 phase[0] = PHASES[2]
-                begun[phase[0]] = time.perf_counter()
+                started[phase[0]] = time.perf_counter()
             peaks[phase[0]] = max(peaks[phase[0]] or 0, largest_process(process.pid))
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -214,7 +214,7 @@ def run_measured(command: list[str], trained: Path, cwd: Path) -> Measured:
             if found := ESTIMATE.search(line):
                 estimate, parts = float(found[1]), found[2]
                 phase[0] = PHASES[1]
-                begun[phase[0]] = time.perf_counter()
+                started[phase[0]] = time.perf_counter()
         status = process.wait()
     except BaseException:
         process.kill()  # asked to end, it would take a step and save
@@ -224,11 +224,11 @@ def run_measured(command: list[str], trained: Path, cwd: Path) -> Measured:
         watcher.join()
     if status:
         raise RehearsalError(
-            f"the recipe ended with status {status}: what it said stands above. SIGKILL in it means that the memory of"
-            " this machine ran out."
+            f"the recipe ended with status {status}: what it said is printed above. SIGKILL in it means that the"
+            " memory of this machine ran out."
         )
-    ends = [*list(begun.values())[1:], time.perf_counter()]
-    seconds = {name: end - begin for (name, begin), end in zip(begun.items(), ends, strict=True)}
+    ends = [*list(started.values())[1:], time.perf_counter()]
+    seconds = {name: end - begin for (name, begin), end in zip(started.items(), ends, strict=True)}
     return Measured(seconds, peaks, estimate, parts)
 
 
@@ -248,7 +248,7 @@ def rehearse(args, root: Path) -> dict:
 
     Args:
         args: see scripts/rehearse.py.
-        root: of the clone, where scripts and recipes lie.
+        root: of the clone, where scripts and recipes are.
 
     Raises:
         RehearsalError: something is missing, does not fit, or failed.
@@ -280,7 +280,7 @@ def rehearse(args, root: Path) -> dict:
     try:
         check_room(parameters, output_dir)
     except RehearsalError:
-        shutil.rmtree(model_dir)  # the same command is given again
+        shutil.rmtree(model_dir)  # the same command is run again
         raise
     publish = write_pictures(images, captions, output_dir / "pictures", args.held_out, args.seed)
     print(

@@ -40,7 +40,7 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes of one training step on one device, by part. An estimate for planning, not a measurement.
 
-    weights: as they lie in memory (4-bit ones packed). gradients and optimizer: of the trainable parameters, float32,
+    weights: as they are in memory (4-bit ones packed). gradients and optimizer: of the trainable parameters, float32,
     with AdamW's two moments. activations: in 2 bytes (4 without mixed precision); with gradient checkpointing the
     inputs of every layer and one layer in full, otherwise every layer in full; a layer in full is 10 * hidden +
     4 * intermediate numbers a token (attention without its L x L matrix; measured at the widths of Qwen2-VL-2B: 0.78
@@ -71,7 +71,7 @@ def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int | 
     """The text printed at the start: what trains, what is quantised, how much of everything, and whether it fits.
 
     Args:
-        max_pixels: of a picture; None, where the processor knows no such bound, is reckoned as 400 image tokens.
+        max_pixels: of a picture; None, where the processor knows no such bound, is counted as 400 image tokens.
         caption_tokens: of a long caption, for the memory estimate.
     """
     model, args = trainer.model, trainer.args
@@ -120,7 +120,7 @@ def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int | 
     if torch.cuda.is_available():
         device, has = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     else:
-        # The weights lie in memory already, and the estimate counts them.
+        # The weights are in memory already, and the estimate counts them.
         device, has = "this machine", psutil.virtual_memory().available + parts["weights"]
     needs = sum(parts.values())
     detail = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())

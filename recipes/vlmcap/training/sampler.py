@@ -42,7 +42,7 @@ class SimilarSizeSampler(Sampler[int]):
     """Yields every example once an epoch so that consecutive `batch_size` of them have similar sizes.
 
     All examples are shuffled; each `SORTED_BATCHES` batches of them are sorted by size and cut; the batches are
-    shuffled. The order depends on seed and epoch alone, so that a continued run goes on in it, and every process of
+    shuffled. The order depends on seed and epoch alone, so that a continued run keeps it, and every process of
     a distributed run has the same. The batch of the largest examples comes first: what does not fit fails at once.
 
     Args:

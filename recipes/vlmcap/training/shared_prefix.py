@@ -1,11 +1,11 @@
 """The shared-prefix engine: an image and its prompt once, its captions as branches of one sequence.
 
-The stock way feeds an image with each of its captions anew. Here every sequence is laid out as
+The stock way feeds an image again with each of its captions. Here every sequence is laid out as
 
     [padding] image and prompt | caption 1 | caption 2 | ... | [padding]
               segment 1          segment 2   segment 3
 
-A caption sees the prefix and itself (`branch_mask`), its positions go on where the prefix ends (`lay_out`), and its
+A caption sees the prefix and itself (`branch_mask`), its positions continue where the prefix ends (`lay_out`), and its
 first token is predicted from the prefix's last hidden state (`branch_sources`). Prefixes are padded on the left and
 captions on the right, so that in a batch all captions begin in one column and one slice of the hidden states needs
 logits. Loss and gradients equal those of one caption at a time (tests/invariants).
@@ -59,7 +59,7 @@ class SharedPrefixCollator:
     Args:
         rows: as `load_captions` returns them.
         processor: of the model.
-        prompt: the user's text behind the image.
+        prompt: the user's text after the image.
         bad_images: the list of unreadable pictures, see `read_example`.
         model: gives the positions (`get_rope_index`); of `MODEL_TYPES`. Nothing of its weights is kept, so that the
             collator travels to worker processes.
@@ -153,7 +153,7 @@ def lay_out(
 def branch_mask(segments: torch.Tensor) -> torch.Tensor:
     """Who sees whom: bool, (B, 1, L, L), True where query (dim 2) attends to key (dim 3).
 
-    A token sees what stands before it in the prefix and in its own caption, and itself; padding is seen by nobody
+    A token sees what is before it in the prefix and in its own caption, and itself; padding is seen by nobody
     else (it sees itself, since a row of nothing has no softmax).
     """
     query, key = segments[:, :, None], segments[:, None, :]
@@ -182,7 +182,7 @@ def attention_mask(segments: torch.Tensor, implementation: str) -> torch.Tensor 
 def branch_sources(segments: torch.Tensor, caption_start: int) -> torch.Tensor:
     """Which hidden state predicts each caption token: int64, (B, L - caption_start).
 
-    0 stands for the last token of the prefix, j for the j-th token behind it: a caption's first token is predicted
+    0 stands for the last token of the prefix, j for the j-th token after it: a caption's first token is predicted
     from the prefix, every other from its predecessor.
     """
     follows = segments[:, caption_start:] == segments[:, caption_start - 1 : -1]

@@ -1,4 +1,4 @@
-"""How every recipe begins and what it leaves of training: data checked before hours are spent, a run to go on with."""
+"""How every recipe begins and what it leaves of training: data checked before hours are spent, a run to continue."""
 
 import json
 import shutil
@@ -92,7 +92,7 @@ def load_splits(
     Empty training captions are left out, and the number is printed. Test and validation captions must be references
     that can be scored. Training pictures that are missing are left out and listed in `output_dir/bad_images.jsonl`,
     up to `max_bad_images`; every picture of the test and validation images is decoded. The list of a run that has
-    checkpoints is kept: it goes on with them.
+    checkpoints is kept: it continues with them.
 
     Args:
         validates: whether validation rows are wanted.
@@ -149,23 +149,23 @@ def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
 
 
 def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -> None:
-    """Saves what was trained and, beside it, training.json: what was trained on, with which settings, what it came to.
+    """Saves what was trained and, beside it, training.json: what was trained on, with which settings, and the results.
 
     The files are written beside `folder` and renamed into it, training.json last: without it the folder is not
-    whole. Captions that lie there are deleted before weights that are others come.
+    whole. Captions that are there are deleted before different weights come.
 
     Args:
         trainer: a MeasuredTrainer.
         config: the settings that the model card prints.
 
     Raises:
-        CheckpointError: the disk is full; what lay in `folder` is as it was.
+        CheckpointError: the disk is full; what was in `folder` is unchanged.
     """
     new = folder.with_name(f"{folder.name}.new")
     if PartialState().is_main_process:
         shutil.rmtree(new, ignore_errors=True)
-    mend = "The checkpoints are whole: free space, then continue with --resume_from_checkpoint latest."
-    with checkpoints.reported(str(folder), folder.parent, mend):
+    fix = "The checkpoints are whole: free space, then continue with --resume_from_checkpoint latest."
+    with checkpoints.reported(str(folder), folder.parent, fix):
         try:
             trainer.save_model(str(new))
         except BaseException:
@@ -186,7 +186,7 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
         "seed": trainer.args.seed,
     }
     text = json.dumps(training | trainer.summary(), ensure_ascii=False, indent=2)
-    with checkpoints.reported(str(folder), folder.parent, mend):
+    with checkpoints.reported(str(folder), folder.parent, fix):
         folder.mkdir(exist_ok=True)
         if weights_hash(folder) != weights_hash(new):
             delete_predictions(folder / "predictions.jsonl")
@@ -203,7 +203,7 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
 def name_special_tokens(folder: Path) -> None:
     """Writes a saved tokenizer's list of further special tokens under the name that transformers 4 and 5 read.
 
-    transformers 5 writes `extra_special_tokens`, for which 4.57 wants a mapping and fails; 5 reads the older name too.
+    transformers 5 writes `extra_special_tokens`, for which 4.57 needs a mapping and fails; 5 reads the older name too.
     """
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ PROBE = "caption"
 
 
 class CaptionEncoder:
-    """Encodes captions as the chat template writes them behind a prompt: the caption, then the end of turn.
+    """Encodes captions as the chat template writes them after a prompt: the caption, then the end of turn.
 
     A caption that says `<|im_end|>` or `<|image_pad|>` is encoded letter by letter: the end of turn is the template's
     alone. Templates that change the text of a turn (some trim it) are not asked to: captions are fed as they are.

@@ -46,7 +46,7 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
     Args:
         rows: as `load_captions` returns them.
         processing_class: processor of the model.
-        prompt: the user's text behind the image.
+        prompt: the user's text after the image.
         bad_images: the list of unreadable pictures.
         features: cached image features of the rows, for the shared-prefix engine. The model's vision encoder is then
             taken out.

@@ -26,7 +26,7 @@ PICTURES = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width"
 def pin_vision_tower():
     """Builds the vision tower from `TOWER`; its weights come with the checkpoint.
 
-    Left to itself, their code reads the tower from the main branch of a repository of others, which has a pickle.
+    By default, their code reads the tower from the main branch of a repository of others, which has a pickle.
     """
     from llava.model import clip_encoder
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
@@ -66,7 +66,7 @@ def load(header):
         talk.append_message(talk.roles[1], None)
         tokens = tokenizer_image_token(talk.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
         output = model.generate(
-            inputs=tokens[None, :-1].to(device),  # without the end of text that the tokenizer puts behind the prompt
+            inputs=tokens[None, :-1].to(device),  # without the end of text that the tokenizer puts after the prompt
             images=pictures(open_png(png), return_tensors="pt")["pixel_values"].to(device, dtype),
             use_cache=True,
             **search,

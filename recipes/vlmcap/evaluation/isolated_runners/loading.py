@@ -20,7 +20,7 @@ def device_and_dtype():
 def load_whole(kind, name, **options):
     """`kind.from_pretrained` from safetensors alone, with a weight for every parameter, ready to search with beams.
 
-    Left to itself, transformers draws missing weights at random and goes on with a warning. Tied weights do not count
+    By default, transformers draws missing weights at random and continues with a warning. Tied weights do not count
     as missing. Weights without a use are named on stderr.
 
     Raises:
@@ -113,7 +113,7 @@ def response(text, start):
 
     Args:
         text: decoded, with or without the prompt before it.
-        start: how the prompt begins. A mark behind anything else is one that the model invented with another turn.
+        start: how the prompt begins. A mark after anything else is one that the model invented with another turn.
     """
     before, mark, after = text.partition("### 応答:")
     if mark and (not before.strip() or before.lstrip().startswith(start)):

@@ -54,7 +54,7 @@ function apply() {
   remember();
 }
 
-// The state of the page is what stands behind # in its address.
+// The state of the page is what comes after # in its address.
 function remember() {
   const state = new URLSearchParams();
   for (const [name, field] of Object.entries(fields)) {
@@ -70,7 +70,7 @@ function recall() {
   const state = new URLSearchParams(location.hash.slice(1));
   for (const [name, field] of Object.entries(fields)) {
     field.value = state.get(name) ?? defaults[name];
-    // A select takes no value that is none of its options.
+    // A select takes no value that is not one of its options.
     if (field.selectedIndex === -1) field.value = defaults[name];
   }
   flagged.checked = state.get("flagged") === "1";

@@ -1,0 +1,71 @@
+"""Most readers are not native speakers: expressions that they would have to look up, and the words to use instead."""
+
+import re
+from bisect import bisect
+from itertools import accumulate
+
+import pytest
+
+# Regular expression (case does not count, a space is any gap) -> better words. Each was in this repository once.
+AVOIDED = {
+    r"mend(s|ed|ing)?": "fix",
+    r"(go|goes|going|gone|went) on": "continue, resume",
+    r"anew": "again",
+    r"(can|could|may|not to) be had|(cannot|not) be had": "available, fetched, downloaded",
+    r"begun": "started",
+    r"lies|lie|lay(?!_out)": "is, are, was",
+    r"what is survived|as [a-z]+ see to": "(say who does what)",
+    r"(stands?|stood)(?! (in )?for|-in)": "is, are, occurs, comes",
+    r"sees? to it": "makes sure",
+    r"comes? to:|(what|it|run) (came|comes) to": "results, shows",
+    r"left to (itself|themselves)": "by default",
+    r"left alone": "unchanged",
+    r"pass(ed|es)? over": "skip",
+    r"behind(?! a (proxy|firewall))": "after",
+    r"lest": "so that ... not",
+    r"for want of": "because ... is missing",
+    r"but for": "except for",
+    r"wants an?|(licence|license) wants": "needs, requires",
+    r"given again|give the same command again": "run again",
+    r"comes? twice": "occurs twice",
+    r"(?<!there )is no(?! longer)(?= )": "is not a",
+    r"(it|that|file) is none": "is not one",
+    r"(can|cannot) bear|bears? (out|the name)": "accept, has the name",
+    r"reckon(s|ed)?": "count",
+    r"parted": "separated",
+    r"speaks? of": "describe, name",
+    r"in the place of": "instead of",
+    r"shall": "will, must",
+    r"for ever": "without end",
+    r"head of this module": "docstring of this module",
+    r"drowns?": "hides",
+    r"see design:|design says": "(say it here, or see recipes/README.md)",
+}
+PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(rf'(?P<e{n}>{words})' for n, words in enumerate(AVOIDED))})(?![a-z])")
+# Of a line that a sentence goes over: its indentation and comment sign, and the quotes where a string is continued.
+EDGES = re.compile(r"""^\s*(?:(?:\#|//|>|[rf]{,2}["'])\s*)?|\s*["'\\]?\s*$""")
+TEXTS = (
+    *("README.md", "SECURITY.md", "Makefile", "accelerate_configs/*", "model_cards/*", "dataset_cards/*"),
+    *(f"{folder}/**/*.{kind}" for folder in ("recipes", "scripts") for kind in ("py", "yaml", "j2", "js", "md")),
+)
+
+
+def avoided(text: str) -> list[tuple[int, str, str]]:
+    """(number of the line, the words found, better ones) of every expression to avoid, also across lines."""
+    lines = [EDGES.sub("", line) for line in text.splitlines()]
+    starts = list(accumulate((len(line) + 1 for line in lines), initial=0))
+    better = list(AVOIDED.values())
+    return [
+        (bisect(starts, match.start()), match[0], better[int(match.lastgroup[1:])])
+        for match in PATTERN.finditer(" ".join(lines).lower())
+    ]
+
+
+@pytest.mark.parametrize("pattern", TEXTS)
+def test_words_that_most_readers_know(repo_root, pattern):
+    found = [
+        f"{path.relative_to(repo_root)}:{line}: {words!r}, better: {better}"
+        for path in sorted(repo_root.glob(pattern))
+        for line, words, better in avoided(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
