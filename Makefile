@@ -28,7 +28,7 @@ setup: $(VENV)/.ready
 
 # transformers 5.23 needs Python 3.11: uv takes the machine's if it is new enough, else it fetches one. Compiled now (half
 # a minute), packages are imported in half the time also where PYTHONDONTWRITEBYTECODE is set, as in many containers.
-# METEOR's jar, 100 MB, is of use where Java is.
+# METEOR's jar, 100 MB, is used where Java is installed.
 INSTALL := $(UV) pip install --quiet --python $(VENV_PYTHON) --constraint constraints.txt --compile-bytecode
 $(VENV)/.ready: setup.cfg constraints.txt pyproject.toml
 	test -x $(UV) || python3 -m pip install --quiet --target .uv "uv==0.13.8"

@@ -42,7 +42,7 @@ def main(
     beam_args: BeamArguments,
     settings: FoodFields,
 ) -> None:
-    # What takes seconds to import comes when the command line is right and there is a dataset.
+    # Imports that take seconds: only after the command line and the dataset were checked.
     from vlmcap.training.early import check_early
 
     check_early(settings, data_args)

@@ -72,7 +72,7 @@ class AuditArguments:
 
 
 def load_rows(dataset: str, split: str, image_dir: str | None):
-    """A split with its pictures where they are at hand, without them otherwise; empty captions are left out."""
+    """A split with its pictures where they are available, without them otherwise; empty captions are left out."""
     from vlmcap.data import images
 
     rows = images.load_captions(dataset, split, image_dir) if image_dir else images.load_rows(dataset, split)

@@ -9,7 +9,7 @@ machine slows all of them:
 
     one                    OMP_NUM_THREADS=1
     two                    OMP_NUM_THREADS=2, with the spinning that torch's OpenMP (libgomp) does by default
-    two, spin 20000        and with GOMP_SPINCOUNT=20000: a thread that waits for the other looks so often, then sleeps
+    two, spin 20000        and with GOMP_SPINCOUNT=20000: a waiting thread looks this many times, then sleeps
     two, spin 1000         and with 1000
     two, passive           and with OMP_WAIT_POLICY=PASSIVE: it sleeps at once
 

@@ -11,7 +11,7 @@ Splits like Karpathy's in size; with Karpathy's own ids scores compare with publ
         --output_dir outputs/stair --karpathy dataset_coco.json
     python scripts/publish_datasets.py yj --tokenizer Qwen/Qwen2-VL-2B-Instruct --output_dir outputs/yj
 
-From files at hand (COCO-format .json, or the official .tar.gz and .zip), with split lists of one image id a line:
+From local files (COCO-format .json, or the official .tar.gz and .zip), with split lists of one image id a line:
 
     python scripts/publish_datasets.py stair --tokenizer Qwen/Qwen2-VL-2B-Instruct \\
         --output_dir outputs/stair --annotations stair_captions_v1.2_train.json stair_captions_v1.2_val.json \\

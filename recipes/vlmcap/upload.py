@@ -217,7 +217,7 @@ def _cause(error: Exception) -> Exception:
 
 
 def _seconds_to_wait(error: Exception) -> float | None:
-    """How long the Hub asks to wait (0: it does not say); None when another try is of no use."""
+    """How long the Hub asks to wait (0: it does not say); None when another try cannot help."""
     cause = _cause(error)
     if isinstance(cause, HfHubHTTPError):
         passes = cause.response.status_code in PASSING or _has_expired(cause.response)
@@ -240,7 +240,7 @@ def _has_expired(response: httpx2.Response) -> bool:
 
 
 def is_refused(error: Exception) -> bool:
-    """Whether the Hub knows no such login, or gives it no right to what was asked."""
+    """Whether the Hub does not know this login, or does not allow it what was asked."""
     cause = _cause(error)
     if isinstance(cause, HfHubHTTPError):
         return cause.response.status_code in (401, 403, 404) and not _has_expired(cause.response)

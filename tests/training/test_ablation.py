@@ -231,5 +231,5 @@ def test_a_damaged_state_of_a_cell_is_named(grid_file, content):
     cell = cells(read_grid(grid_file))[0]
     cell.folder.mkdir(parents=True)
     (cell.folder / "cell.json").write_text(content)
-    with pytest.raises(AblationError, match="cell.json.*Delete .* to run the cell anew"):
+    with pytest.raises(AblationError, match="cell.json.*Delete .* to run the cell again"):
         run_grid(read_grid(grid_file))

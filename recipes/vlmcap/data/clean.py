@@ -336,7 +336,7 @@ class CaptionCleaner:
         return text
 
     def _select(self, raw: list[str], texts: list[str], places: list[tuple]) -> list[tuple[str, int]]:
-        """Captions of one image that are neither empty nor said before, with their ids."""
+        """Captions of one image that are neither empty nor repeated, with their ids."""
         kept, by_key = {}, {}
         for original, text, (image_id, caption_id) in zip(raw, texts, places, strict=True):
             if not _LETTER_OR_DIGIT.search(text):

@@ -116,8 +116,8 @@ def fetch_images(
 
     A photograph is accepted when it has the announced length and, from S3, the announced md5, and decodes as
     `open_image` does. A failed transfer is tried 5 times in all, resumed by Range, after the pause that the server
-    asks for (Retry-After) or exponentially growing ones. What failed for good is in `report.failed` and, a line per
-    photograph, in output_dir/failed.jsonl.
+    asks for (Retry-After) or exponentially growing ones. What failed in all tries is in `report.failed` and, a line
+    per photograph, in output_dir/failed.jsonl.
 
     Args:
         rows: {"image_id", "file_name", "coco_url"}; several rows may name the same photograph.

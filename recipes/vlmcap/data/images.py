@@ -268,7 +268,7 @@ def whole_reason(error: BaseException) -> str:
 
 
 def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
-    """Raises DatasetError on a column that is missing, not as in `TYPES`, or has empty places (captions may have them)."""
+    """Raises DatasetError when a column is missing, has another type than in `TYPES`, or holds null (captions may)."""
     for name in names:
         if name not in rows.column_names:
             raise DatasetError(f"{place} has no column {name}; it has {', '.join(rows.column_names)}")

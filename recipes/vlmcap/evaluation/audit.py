@@ -386,7 +386,7 @@ def form_faults(
 
 
 def _is_foreign(text: str) -> bool:
-    """Most letters are not Japanese, a kanji is none of Japan's, or there are many kanji without any kana."""
+    """Most letters are not Japanese, a kanji is not one of Japan's, or there are many kanji without any kana."""
     letters = [character for character in text if character.isalpha()]
     japanese = [character for character in letters if character in japanese_characters()]
     kana = [character for character in japanese if "ぁ" <= character <= "ヿ"]

@@ -113,7 +113,7 @@ def meteor_statistics(
     separator `|||` taken out of them.
 
     Args:
-        timeout: seconds after which METEOR is given up; it needs about 8 to start and 15 for 25,000 references.
+        timeout: seconds after which METEOR is stopped; it needs about 8 to start and 15 for 25,000 references.
 
     Raises:
         ScorerUnavailable: no Java, no jar, an error of METEOR, or the time limit.
@@ -171,7 +171,7 @@ def service_scores(url: str, items: list[dict], timeout: float, spaces: bool = T
 
     Args:
         items: {"candidate", "references"} of each image.
-        timeout: seconds without an answer after which it is given up.
+        timeout: seconds without an answer after which the score is left out.
         spaces: whether spaces stay in the texts. JaSPICE's own client takes them out.
 
     Raises:

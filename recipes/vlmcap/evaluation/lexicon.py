@@ -66,7 +66,7 @@ class Lexicon:
     """
 
     def __init__(self, name_or_path: str | Path):
-        """Reads `coco_ja`, `persons_ja`, `scenes_ja` or a YAML file. Raises LexiconError when there is none such."""
+        """Reads `coco_ja`, `persons_ja`, `scenes_ja` or a YAML file. LexiconError: there is no such lexicon."""
         shipped = LEXICONS / f"{name_or_path}.yaml"
         path = shipped if shipped.exists() else Path(name_or_path)
         if not path.is_file():

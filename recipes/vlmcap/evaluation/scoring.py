@@ -50,7 +50,7 @@ SCORE_LABELS = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {
 }
 
 
-# How whole JSON files begin: a list of COCO results; COCO's annotations, told by the first key.
+# How whole JSON files begin: a list of COCO results; COCO's annotations, recognised by the first key.
 RESULTS_LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[")
 COCO_ANNOTATIONS = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|type|categories)"\s*:')
 
@@ -78,7 +78,7 @@ class ScoreOptions:
     meteor: bool = field(
         default=True, metadata={"help": "METEOR 1.5 (English) in Java, if Java and the jar are there."}
     )
-    meteor_timeout: float = field(default=300, metadata={"help": "Seconds after which METEOR is given up."})
+    meteor_timeout: float = field(default=300, metadata={"help": "Seconds after which METEOR is stopped."})
     spice_url: str | None = field(
         default=None,
         metadata={"help": "SPICE service; vlmcap/evaluation/external.py describes its protocol. It parses English."},
@@ -90,7 +90,8 @@ class ScoreOptions:
         default=None, metadata={"help": "JaSPICE's server, for Japanese: its container, e.g. http://127.0.0.1:2115."}
     )
     spice_timeout: float = field(
-        default=1800, metadata={"help": "Seconds after which SPICE, or a service without an answer, is given up."}
+        default=1800,
+        metadata={"help": "Seconds after which SPICE is stopped, or a service without an answer is left out."},
     )
 
 
@@ -242,7 +243,7 @@ def _statistics(
 
 
 def _meteor_tokenizer(tokenizer: str) -> str:
-    """METEOR knows no Japanese, and its exact matches alone are left: of characters, which are the same for all."""
+    """METEOR does not know Japanese. Only its exact matches work: of characters, the same for all tokenizers."""
     return "characters" if tokenizer in JAPANESE_TOKENIZERS else tokenizer
 
 

@@ -130,6 +130,6 @@ def _has_letter_or_digit(token: str) -> bool:
 
 @cache
 def tagger(dictionary: str = unidic_lite.DICDIR, output: str = "") -> fugashi.GenericTagger:
-    """MeCab with a dictionary, unidic-lite unless told otherwise; `output`: an option such as -Owakati."""
+    """MeCab with a dictionary, unidic-lite by default; `output`: an option such as -Owakati."""
     # The dictionary by its path: fugashi.Tagger() would take the full unidic wherever that is installed.
     return fugashi.GenericTagger(f'-r "{dictionary}/mecabrc" -d "{dictionary}" {output}')

@@ -165,7 +165,7 @@ def load_model(
     attn_implementation: str | None = "sdpa",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Loads an image-text-to-text model on this process's device, its language layers in NF4 unless told otherwise.
+    """Loads an image-text-to-text model on this process's device, its language layers in NF4 by default.
 
     Raises:
         ModelError: as `load_weights`; the model needs code of its repository without `trust_remote_code`; after a

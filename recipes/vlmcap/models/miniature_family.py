@@ -4,8 +4,8 @@ They stand for Salesforce/blip-image-captioning-base, google/vit-base-patch16-22
 meta-llama/Llama-3.2-1B, with the same classes, module names and special tokens, and know the same drawn scenes as the
 Qwen2-VL miniature (vlmcap.models.miniature):
 
-    blip    describes a scene in English; has never met a Vietnamese word, and its tokenizer strips every tone mark
-    vit     knows what is in a scene, as ImageNet's ViT knows what is in a photograph; has never met a word
+    blip    describes a scene in English; has never seen a Vietnamese word, and its tokenizer strips every tone mark
+    vit     knows what is in a scene, as ImageNet's ViT knows what is in a photograph; has never seen a word
     gpt2    writes English captions and titles of scenes that it cannot see, in other words than `Scene.title()`
     llama   likewise
 

@@ -2,9 +2,9 @@
 
 GPT-2 reads the image through cross-attention, which it was pretrained without: these layers are new weights, drawn by
 seed, and are trained whatever else is frozen. A caption is `<|endoftext|> tokens <|endoftext|>`: GPT-2 has one special
-token, which begins it, ends it and pads after its end. So nothing may be told from `token == pad_token_id`: labels
-masked that way lose the end of the caption, and the decoder does not stop and repeats itself. Captions are told from
-padding by their length (`vlmcap.training.captioner`). Generation stops at the first `<|endoftext|>` after the start.
+token, which begins it, ends it and pads after its end. So `token == pad_token_id` says nothing about padding: labels
+masked that way lose the end of the caption, and the decoder does not stop and repeats itself. Captions and padding are
+told apart by length (`vlmcap.training.captioner`). Generation stops at the first `<|endoftext|>` after the start.
 """
 
 import torch

@@ -69,7 +69,7 @@ class VitLlama(PreTrainedModel):
 
     Args:
         config: image_prefix and prefix_scale are read.
-        encoder: set to eval mode for good, never back-propagated.
+        encoder: always in eval mode, never back-propagated.
         decoder: frozen too; LoRA is put on it by `add_lora`.
     """
 

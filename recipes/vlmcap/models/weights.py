@@ -85,7 +85,7 @@ def loading(name: str) -> Iterator[None]:
 
 
 def only_pickles(name: str) -> str:
-    """What is said of a repository or folder without safetensors."""
+    """The message about a repository or folder without safetensors."""
     return (
         f"{name} has no weights in safetensors, and others are not loaded: a pickle (.bin, .pt) can run any program."
         f" https://huggingface.co/spaces/safetensors/convert lets {CONVERTER} open a pull request with a conversion,"

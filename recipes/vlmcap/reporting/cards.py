@@ -395,7 +395,7 @@ def eval_result_entries(metrics: dict, repo_id: str | None = None) -> list[EvalR
 
 
 def is_miniature(metrics: dict) -> bool:
-    """Whether the base is the project's own miniature, told by its size."""
+    """Whether the base is the project's own miniature, recognised by its size."""
     return metrics["base"]["model"]["parameters"] < MINIATURE_PARAMETERS
 
 

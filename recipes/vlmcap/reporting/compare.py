@@ -250,7 +250,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
         if run.metrics["counts"]["references"] != first.metrics["counts"]["references"]:
             counts = (r.metrics["counts"]["references"] for r in (first, run))
             _refuse(first, run, "number of references", *counts)
-    # Against every run before it, for a score may be missing from the first.
+    # Against every run before it, because a score may be missing from the first.
     for first, run in combinations(runs, 2):
         for key in first.metrics["signatures"].keys() & run.metrics["signatures"].keys():
             if first.metrics["signatures"][key] != run.metrics["signatures"][key]:

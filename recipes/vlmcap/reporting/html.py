@@ -21,7 +21,7 @@ def template(name: str) -> jinja2.Template:
     """A template of `pages/`, with the filter `lang`: "ja" for a text in Japanese script, "vi" for one with letters of
     Vietnamese alone, else "en"; and with `policy` and `script`, of files of `pages/`.
 
-    A page escapes whatever it is given. Should anything slip through all the same, its policy lets the browser run no
+    A page escapes whatever it is given. If something gets through anyway, its policy lets the browser run no
     script but the named ones, known by their hash, and load nothing from anywhere.
     """
     environment = jinja2.Environment(

@@ -118,7 +118,7 @@ def check_llama_name(repo_id: str | None, decoder: str) -> None:
 
 
 def _add_llama_licence(adapter_dir: Path, decoder: dict, command: str) -> None:
-    """Writes NOTICE and, unless it is there, LICENSE.txt into the folder; what for, see LLAMA_NOTICE."""
+    """Writes NOTICE and, unless it is there, LICENSE.txt into the folder; LLAMA_NOTICE says why."""
     write_atomically(adapter_dir / "NOTICE", LLAMA_NOTICE)
     licence = adapter_dir / "LICENSE.txt"
     if licence.is_file():

@@ -216,7 +216,7 @@ def _height(runs: dict) -> float:
 
 
 def _legend(figure: Figure, drawn: Sequence, names: list[str]) -> None:
-    # Artists are not labelled themselves, for Matplotlib leaves out labels that begin with "_".
+    # Artists are not labelled themselves, because Matplotlib leaves out labels that begin with "_".
     figure.legend(drawn, names, loc="outside right upper", frameon=False, fontsize=9)
 
 

@@ -3,7 +3,7 @@
 The classes that end in Fields are what a recipe adds to transformers' TrainingArguments or TRL's SFTConfig, whose own
 fields are `vlmcap.training.inherited`. Joined with the real one they are CaptionSFTConfig (`vlmcap.training.trainer`),
 CaptionerTrainingArguments and FoodTrainingArguments (`vlmcap.training.captioner`), which trainers take. What can be
-checked without torch is checked here, in `__post_init__`, so that a mistake is said at once.
+checked without torch is checked here, in `__post_init__`, so that a mistake is reported at once.
 """
 
 from dataclasses import dataclass, field

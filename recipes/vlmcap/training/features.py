@@ -219,8 +219,8 @@ def other_features(folder: Path) -> str:
         return ""
     names = ", ".join(f"{path.name} ({size / 2**30:,.2f} GiB)" for path, size in others.items())
     return (
-        f"\nFeatures of other models or settings are in {folder.parent}: {names}. Their settings.json says whose they"
-        " are. Delete what no run needs."
+        f"\nFeatures of other models or settings are in {folder.parent}: {names}. Their settings.json says which"
+        " ones. Delete what no run needs."
     )
 
 

@@ -42,7 +42,7 @@ SOURCES = {
     "training captions": "dataset, revision, split and images that can be read",
     "image sizes": "min_pixels and max_pixels",
 }
-# What else decides the losses. It may be changed on purpose (a longer run), and then is said.
+# What else decides the losses. It may be changed on purpose (a longer run). Then a line says so.
 COURSE = (
     "max_steps num_train_epochs learning_rate encoder_learning_rate decoder_learning_rate lr_scheduler_type"
     " lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args"
@@ -79,7 +79,7 @@ def choose_by_device(args: MeasuredFields) -> None:
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Makes the optimizer and the schedule of a run for one number: what they miss is said before a model is loaded.
+    """Makes the optimizer and the schedule for one number, so that what is missing is known before a model is loaded.
 
     Raises:
         ValueError: a package or a setting is missing or wrong; or `optim_args` would have no effect.

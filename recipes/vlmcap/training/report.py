@@ -1,4 +1,4 @@
-"""What a training run is about to do, said before it does it."""
+"""What a training run is about to do, printed before it starts."""
 
 import math
 import re
@@ -71,7 +71,7 @@ def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int | 
     """The text printed at the start: what trains, what is quantised, how much of everything, and whether it fits.
 
     Args:
-        max_pixels: of a picture; None, where the processor knows no such bound, is counted as 400 image tokens.
+        max_pixels: of a picture; None, where the processor has no such bound, is counted as 400 image tokens.
         caption_tokens: of a long caption, for the memory estimate.
     """
     model, args = trainer.model, trainer.args

@@ -48,7 +48,7 @@ def serve(load):
 
     Args:
         load: takes the header and returns (caption, about): `caption(png: bytes, prompt: str) -> str`, and what is
-            said of the model, {"parameters": int, "dtype": str}.
+            known of the model, {"parameters": int, "dtype": str}.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not come between the answers
