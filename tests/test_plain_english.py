@@ -15,13 +15,13 @@ AVOIDED = {
     r"begun": "started",
     r"lies|lie|lay(?!_out)": "is, are, was",
     r"what is survived|as [a-z]+ see to": "(say who does what)",
-    r"(stands?|stood)(?! (in )?for|-in)": "is, are, occurs, comes",
+    r"(stands?|stood)(?!-| (in )?for)": "is, are, occurs, comes",
     r"sees? to it": "makes sure",
     r"comes? to:|(what|it|run) (came|comes) to": "results, shows",
     r"left to (itself|themselves)": "by default",
     r"left alone": "unchanged",
     r"pass(ed|es)? over": "skip",
-    r"behind(?! a (proxy|firewall))": "after",
+    r"(?<!idea )(?<!reason )behind(?! a (proxy|firewall))": "after",
     r"lest": "so that ... not",
     r"for want of": "because ... is missing",
     r"but for": "except for",
@@ -39,7 +39,7 @@ AVOIDED = {
     r"for ever": "without end",
     r"head of this module": "docstring of this module",
     r"drowns?": "hides",
-    r"see design:|design says": "(say it here, or see recipes/README.md)",
+    r"see design|design says": "(say it here, or see recipes/README.md)",
 }
 PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(rf'(?P<e{n}>{words})' for n, words in enumerate(AVOIDED))})(?![a-z])")
 # Of a line that a sentence goes over: its indentation and comment sign, and the quotes where a string is continued.
