@@ -40,7 +40,7 @@ def main(
     beam_args: BeamArguments,
     settings: CaptionerFields,
 ) -> None:
-    # Imports that take seconds: only after the command line and the dataset were checked.
+    # Slow imports, after the command line and the dataset were checked.
     from vlmcap.training.early import check_early
 
     check_early(settings, data_args)

@@ -98,7 +98,7 @@ def main(
     generation_args: GenerationArguments,
     settings: CaptionSFTFields,
 ) -> None:
-    # Imports that take seconds: only after the command line and the dataset were checked.
+    # Slow imports, after the command line and the dataset were checked.
     from vlmcap.training.early import check_early
 
     check_early(settings, data_args)

@@ -42,7 +42,7 @@ RepoInfo = DatasetInfo | ModelInfo | SpaceInfo
 # How long a call that may still succeed is tried again, in seconds: longer than the window of the Hub's rate limits.
 PATIENCE = 300
 LONGEST_WAIT = 32  # between two tries, unless the Hub asks for more
-# huggingface_hub's client waits for an answer without end.
+# huggingface_hub's client waits for an answer without a time limit.
 TIMEOUT = httpx2.Timeout(60, read=120)
 # 409 and 412: another commit or creation was under way. The next try looks first at what has become of the repository.
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: how they are completed, found, checked, and told from the rest of a crash.
+"""Checkpoints that are whole or not there: completed, found, checked, told apart from what a crash left.
 
 A checkpoint is written in `output_dir/unfinished/`, brought to the disk, described by a manifest (size and sha256 of
 each file, and what the run needs to continue with the same digits), and then renamed to `output_dir/checkpoint-N`. A
