@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 from tests.reporting.documents import PARTS, adapter_document, family_document, miniature_document
 from vlmcap.errors import UserError
 from vlmcap.places import find_uv
-from vlmcap.reporting.cards import load_snippet, render_adapter_card
+from vlmcap.reporting.cards import quick_start, render_adapter_card
 from vlmcap.versions import OLDEST
 
 
@@ -25,7 +25,9 @@ def test_the_readme_loads_what_base_yaml_measures(repo_root):
     metrics = adapter_document()
     metrics["model"] |= {"id": config["model_name_or_path"], "revision": config["model_revision"], "dtype": "bfloat16"}
     assert config["load_in_4bit"] and metrics["model"]["quantization"] == "nf4"
-    assert load_snippet(metrics, "you/name") + "\n" in blocks((repo_root / "README.md").read_text(encoding="utf-8"))
+    metrics["prompt"] = config["prompt"]
+    metrics["decoding"] |= {key: config[key] for key in ("num_beams", "max_new_tokens")}
+    assert quick_start(metrics, "you/name") + "\n" in blocks((repo_root / "README.md").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("projector", [True, False])

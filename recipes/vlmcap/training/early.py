@@ -33,8 +33,9 @@ UNFIT_LAUNCHES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGAT
 
 
 def check_early(settings: MeasuredFields, data_args: SplitArguments) -> None:
-    """Needs no torch, and comes before it: with `use_cpu`, also of accelerate, torch sees no GPU. Says whether METEOR
-    will be left out.
+    """Needs no torch, and comes before it: with `use_cpu`, also of accelerate, torch sees no GPU.
+
+    Says whether METEOR will be left out.
 
     Raises:
         PushError: with `push_to_hub`, the Hub's token may not push to `hub_model_id`, or what is there is public.
