@@ -35,7 +35,7 @@ from vlmcap.errors import UserError
 ATTEMPTS = 5
 TIMEOUT = (10, 30)  # seconds: to connect, and between two pieces of a body
 LONGEST_BACKOFF = 60  # seconds
-LONGEST_PAUSE = 600  # seconds for which a server may ask for a pause
+LONGEST_PAUSE = 600  # seconds; the longest pause that a server may ask for
 MAX_BYTES = 100_000_000  # of a photograph; a stream without an end must not fill the disk
 CHUNK = 8 * 1024  # bytes; when a connection breaks, the chunk being read is lost
 # The run stops when 90% of the last photographs could not be fetched: the server, the network or the URLs are wrong.
@@ -54,7 +54,7 @@ class _Failed(Exception):
 
 
 class _Retry(Exception):
-    """This transfer failed; another may succeed. `pause`: seconds for which the server asked for a pause."""
+    """This transfer failed; another may succeed. `pause`: seconds that the server asked to wait."""
 
     def __init__(self, reason: str, pause: float = 0.0):
         super().__init__(reason)

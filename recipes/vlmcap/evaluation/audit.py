@@ -154,7 +154,7 @@ def write_audit(
 
 
 def _resolve(document: dict) -> None:
-    """Puts {"rate", "interval", "count", "of"} instead of every Rate, all from the same resamples."""
+    """Replaces every Rate by {"rate", "interval", "count", "of"}, all from the same resamples."""
     places: list[tuple[dict, str]] = []
 
     def collect(node: dict) -> None:

@@ -25,7 +25,7 @@ from vlmcap.files import write_atomically
 from vlmcap.models.load import base_model, chat_prompt, count_parameters, takes_pixel_bounds, takes_prompt
 from vlmcap.places import own_file
 
-# Of a run record: captions can only be continued if they were made with the same.
+# Keys of a run record: captions are continued only if these are the same.
 ASKED = ("model", "dataset", "prompt", "decoding")
 
 

@@ -50,9 +50,9 @@ def draw(
 
     Every pair of systems is compared equally often and every system rated equally often, up to one image where
     `pairs_per_image` or `ratings_per_image` leaves a choice. On every page each pair of systems, and each system over
-    all of its pairs, is left as often as right up to one (up to two with images of the rater's own). Rater 2 sees
-    what both share with the sides of rater 1 exchanged, rater 4 those of rater 3, and so on. Two systems with the same
-    caption of an image are not compared on it (`identical`), and a caption is rated once an image.
+    all of its pairs, is on the left as often as on the right up to one (up to two with images of the rater's own). Rater
+    2 sees what both share with the sides of rater 1 exchanged, rater 4 those of rater 3, and so on. Two systems with the
+    same caption of an image are not compared on it (`identical`), and a caption is rated once an image.
 
     Args:
         captions: system -> image id -> caption.
@@ -375,7 +375,7 @@ def _exchanged(items: dict[str, dict], left: dict[str, str]) -> dict[str, str]:
 def _balanced_sides(items: dict[str, dict], image_ids: set[str], rng: random.Random) -> dict[str, str]:
     """Preference item of these images -> the system on the left.
 
-    Of every pair of systems each is left in half of its items. The odd item that is left over for some pairs is an
+    Of every pair of systems each is on the left in half of its items. The odd item left over for some pairs is an
     edge between two systems; walking closed paths over all edges, with one more node where a system has an odd number
     of them, leaves every system as often as it enters it: left and right differ by one at most.
     """

@@ -15,7 +15,7 @@ from itertools import chain
 
 import numpy as np
 
-# Is part of every signature: to be raised with any edit of this file or of tokenise.py that can move a score.
+# Is part of every signature. Raise it with any edit of this file or of tokenise.py that can move a score.
 METRICS_VERSION = "0.1"
 
 MAX_ORDER = 4

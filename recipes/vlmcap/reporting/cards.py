@@ -72,7 +72,7 @@ class CardError(UserError):
 class Recipe:
     """What the card of a recipe says in its metadata and table heads, and how its result is loaded."""
 
-    base: str  # what a miniature does not tell about
+    base: str  # what a miniature says nothing about
     title: str  # {base}, or {encoder} and {decoder}, are names of models without their owner
     task: str
     language: str

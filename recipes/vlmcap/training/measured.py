@@ -1,5 +1,5 @@
 """What the project's trainers share: precision by device, smoothed loss, validation by captions, checkpoints that are
-whole and resumed from to the last digit, an end on SIGTERM and Ctrl-C, clock, summary."""
+whole and resume to the last digit, an end on SIGTERM and Ctrl-C, clock, summary."""
 
 import copy
 import hashlib
