@@ -50,9 +50,9 @@ def draw(
 
     Every pair of systems is compared equally often and every system rated equally often, up to one image where
     `pairs_per_image` or `ratings_per_image` leaves a choice. On every page each pair of systems, and each system over
-    all of its pairs, is on the left as often as on the right up to one (up to two with images of the rater's own). Rater
-    2 sees what both share with the sides of rater 1 exchanged, rater 4 those of rater 3, and so on. Two systems with the
-    same caption of an image are not compared on it (`identical`), and a caption is rated once an image.
+    all of its pairs, is on the left as often as on the right up to one (up to two with images of the rater's own).
+    Rater 2 sees what both share with the sides of rater 1 exchanged, rater 4 those of rater 3, and so on. Two systems
+    with the same caption of an image are not compared on it (`identical`), and a caption is rated once an image.
 
     Args:
         captions: system -> image id -> caption.
