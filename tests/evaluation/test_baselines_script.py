@@ -48,7 +48,7 @@ def test_the_table_is_listed(script, capsys):
     script("--list")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["key", "id", "B"]
-    assert any(line.startswith("asagi_2b ") and "isolated (code)" in line for line in lines)
+    assert any(line.startswith("asagi_2b ") and "isolated (experimental, code)" in line for line in lines)
 
 
 def test_a_model_that_is_none_of_the_table(script, dataset, miniature_dir, tmp_path):
