@@ -20,7 +20,7 @@ export TOKENIZERS_PARALLELISM = false
 export GOMP_SPINCOUNT = 20000
 # A second thread saves a fifth of a miniature's step on a quiet machine. Beside two busy processes one thread is at most
 # 2.0 times slower, two are up to 7.5 times (scripts/bench_threads.py, 2 cores, AVX2, one round): one thread is never bad.
-demo demo-family ablation test test-all: export OMP_NUM_THREADS = 1
+demo demo-family demo-smollm2 ablation test test-all: export OMP_NUM_THREADS = 1
 
 .PHONY: setup setup-test test test-all lint fuzz demo demo-family demo-smollm2 rehearsal ablation miniature clean
 
