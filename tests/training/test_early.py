@@ -44,9 +44,11 @@ def test_attention_that_is_missing_or_code_from_the_hub_is_refused(name):
         check_attention(name)
 
 
-def test_use_cpu_hides_the_gpus_and_deepspeed_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("use_cpu", "of_accelerate"), [(True, "False"), (False, "True")])
+def test_use_cpu_hides_the_gpus_and_deepspeed_is_refused(tmp_path, monkeypatch, use_cpu, of_accelerate):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    settings = SimpleNamespace(use_cpu=True, report_to="none", push_to_hub=False, output_dir=str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", of_accelerate)  # as `accelerate launch` writes it
+    settings = SimpleNamespace(use_cpu=use_cpu, report_to="none", push_to_hub=False, output_dir=str(tmp_path))
     data = SimpleNamespace(dataset=str(tmp_path), dataset_revision=None, tokenizer="characters")
     check_early(settings, data)
     assert early.os.environ["CUDA_VISIBLE_DEVICES"] == ""
