@@ -202,7 +202,7 @@ def slurm(repo_root, tmp_path):
 
 def test_slurm_starts_a_launcher_a_machine(slurm, tmp_path):
     assert slurm().wait() == 0, ranks.tail(tmp_path / "log")
-    said = ranks.tail(tmp_path / "log")
+    said = (tmp_path / "log").read_text(errors="replace")  # torch may print long warnings when a process ends before another
     assert "process 0 of 2, local 0" in said and "process 1 of 2, local 0" in said
     assert not (tmp_path / "scontrol").exists()
 
