@@ -21,12 +21,11 @@ with its processor and model card in `adapter/`, and `samples.html`. `--push_to_
 `adapter/` (private until you say otherwise). The whole path in miniature, on a CPU: `make demo-family`.
 """
 
-import gc
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.arguments import BeamArguments
+from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.models.arguments import BlipArguments
 from vlmcap.training.arguments import CONTINUE, CaptionerDataArguments, CaptionerFields
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
@@ -41,18 +40,22 @@ def main(
     settings: CaptionerFields,
 ) -> None:
     # Slow imports, after the command line and the dataset were checked.
-    from vlmcap.training.early import check_early
+    from vlmcap.steps.early import check_early
 
     check_early(settings, data_args)
 
-    import torch
     from accelerate import PartialState
     from transformers import set_seed
 
-    from vlmcap.evaluation.generate import model_record
+    from vlmcap.captioning.generate import check_predictions
+    from vlmcap.captioning.predictions import model_record
+    from vlmcap.evaluation.scoring import ScoreOptions
     from vlmcap.models.blip import add_lora, learn_vietnamese, load_blip, load_blip_adapter
     from vlmcap.models.load import resolve_revision
-    from vlmcap.reporting.recipe import begin, check_base_captions, finish_captioner
+    from vlmcap.steps.begin import begin
+    from vlmcap.steps.finish import finish, saw_records
+    from vlmcap.steps.save import save_trained
+    from vlmcap.steps.splits import load_splits
     from vlmcap.training.captioner import (
         REPORTED_SETTINGS,
         CaptionerTrainer,
@@ -60,7 +63,6 @@ def main(
         captioner_report,
         check_caption_lengths,
     )
-    from vlmcap.training.start import load_splits, save_trained
 
     training_args = complete(CaptionerTrainingArguments, settings)
     adapter_dir = Path(training_args.output_dir) / "adapter"
@@ -76,7 +78,10 @@ def main(
     names = (name, model_args.model_revision)
     set_seed(run.seed)
     model, processor = load_blip(*names)
-    check_base_captions(run, data_args, beam_args, splits, processor, model_record(model, *names))
+    saw, trained_saw = saw_records(dict(zip(("STAIR", "YJ", "COCO"), data_args.base_saw, strict=True)), splits)
+    base_record = {"model": model_record(model, *names), "dataset": splits.test_record, "saw": saw}
+    base_dir = run.output_dir / "base"
+    check_predictions(processor, base_dir / "predictions.jsonl", beam_args, base_record)
     captions = [caption for captions in splits.train["captions"] for caption in captions]
     processor = learn_vietnamese(processor, captions, model_args.new_pieces)
     lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)
@@ -84,7 +89,9 @@ def main(
     trainer = CaptionerTrainer(
         model=model,
         args=training_args,
-        splits=splits,
+        rows=splits.train,
+        validation_rows=splits.validation,
+        bad_images=splits.bad_images,
         processing_class=processor,
         names=("input_ids", "attention_mask"),
         generation=beam_args,
@@ -97,21 +104,21 @@ def main(
     trainer.train(resume_from_checkpoint=run.checkpoint)
     save_trained(trainer, adapter_dir, splits, run.config(model_args))
     del trainer, model
-    gc.collect()
-    torch.cuda.empty_cache()
-    PartialState().wait_for_everyone()
 
     # Evaluation: zero-shot BLIP and the adapter as saved on disk, on the same images with the same decoding.
-    finish_captioner(
+    finish(
         run,
         Path(__file__).stem,
-        data_args,
         beam_args,
         splits,
-        trained_dir=adapter_dir,
+        base_dir=base_dir,
+        base_record=base_record,
         load_base=lambda: load_blip(*names),
+        trained_dir=adapter_dir,
+        trained_saw=trained_saw,
         load_trained=lambda: load_blip_adapter(str(adapter_dir)),
-        base_record=lambda model: model_record(model, *names),
+        tokenizer=data_args.tokenizer,
+        options=ScoreOptions(spice_url=data_args.spice_url, spice_dir=data_args.spice_dir),
     )
 
 

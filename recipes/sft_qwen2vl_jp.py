@@ -26,7 +26,6 @@ with its processor and model card in `adapter/`, and `samples.html`. `--push_to_
 `adapter/` (private until you say otherwise).
 """
 
-import gc
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -34,8 +33,8 @@ from functools import partial
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.errors import UserError
-from vlmcap.evaluation.arguments import GenerationArguments
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.training.arguments import CONTINUE, CaptionSFTFields, SplitArguments
 from vlmcap.training.inherited import SFT_CONFIG, complete, parsed_as
@@ -99,7 +98,7 @@ def main(
     settings: CaptionSFTFields,
 ) -> None:
     # Slow imports, after the command line and the dataset were checked.
-    from vlmcap.training.early import check_early
+    from vlmcap.steps.early import check_early
 
     check_early(settings, data_args)
     adapter_dir = Path(settings.output_dir) / "adapter"
@@ -108,18 +107,12 @@ def main(
             f"--adapter {model_args.adapter} would be overwritten by this run: choose another --output_dir"
         )
 
-    import torch
     from accelerate import PartialState
 
+    from vlmcap.captioning.generate import check_predictions, decoding_record, image_size_record
+    from vlmcap.captioning.predictions import model_record
     from vlmcap.data.images import references_of
     from vlmcap.evaluation.audit import read_instances, write_audit
-    from vlmcap.evaluation.generate import (
-        check_predictions,
-        decoding_record,
-        generate,
-        image_size_record,
-        model_record,
-    )
     from vlmcap.evaluation.lexicon import Lexicon
     from vlmcap.models.load import (
         chat_prompt,
@@ -131,12 +124,12 @@ def main(
         resolve_revision,
     )
     from vlmcap.provenance import public_name
-    from vlmcap.reporting.cards import write_adapter_card
-    from vlmcap.reporting.hub import push_adapter
-    from vlmcap.reporting.recipe import begin, show_results, write_both_metrics
+    from vlmcap.steps.begin import begin
+    from vlmcap.steps.finish import finish, saw_records
+    from vlmcap.steps.save import save_trained
+    from vlmcap.steps.splits import load_splits
     from vlmcap.training.features import cache_features
     from vlmcap.training.report import training_report
-    from vlmcap.training.start import load_splits, save_trained
     from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
     from vlmcap.training.validation import CaptionValidation
 
@@ -168,10 +161,8 @@ def main(
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
 
     # The base's captions, of another run perhaps, must be such that they can be taken or continued after training.
-    test_set = splits.record | {"split": data_args.test_split}
-    saw = dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw)
-    saw["note"] = "As stated in the configuration (base_saw)."
-    base_record = {"model": model_record(model, *names), "dataset": test_set, "saw": saw}
+    saw, trained_saw = saw_records(dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw), splits)
+    base_record = {"model": model_record(model, *names), "dataset": splits.test_record, "saw": saw}
     asked = {"prompt": generation_args.prompt, "images": len(splits.test)}
     asked |= decoding_record(generation_args) | image_size_record(processor)
     base_dir = base_folder(run.output_dir, data_args.base_dir, base_record | asked)
@@ -207,44 +198,43 @@ def main(
     trainer.train(resume_from_checkpoint=run.checkpoint)
     save_trained(trainer, adapter_dir, splits, run.config(model_args))
     del trainer, model
-    gc.collect()
-    torch.cuda.empty_cache()
-    PartialState().wait_for_everyone()
 
-    # Evaluation: the base and the adapter as saved on disk, on the same images with the same decoding.
-    model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, base_record)
-
-    model = load_adapter(model, str(adapter_dir))
-    if splits.record["corpus"] == "stair":
-        yj = "train images" if any(splits.train["in_yj"]) else data_args.base_saw
-        saw = {"STAIR": "train", "YJ": yj, "COCO": "train images"}
-        saw["note"] = "Fine-tuned on the training split, photographs of COCO; else what the base model saw."
+    # Evaluation: the base and the adapter as saved on disk, on the same images with the same decoding; then scores,
+    # audits, model card and a page of samples.
     if further:
-        name = public_name(further.name)
-        saw = saw | {"note": f"{saw['note']} Training started from the adapter {name}; what that saw is not listed."}
-    record = {"model": model_record(model, *names, adapter=str(adapter_dir)), "dataset": test_set, "saw": saw}
-    generate(model, processor, splits.test, adapter_dir / "predictions.jsonl", generation_args, record)
-    if not is_main:
-        return
+        started = f"Training started from the adapter {public_name(further.name)}; what that saw is not listed."
+        trained_saw["note"] += f" {started}"
 
-    # Scores, audits, model card, a page of samples
-    metrics = write_both_metrics(base_dir, adapter_dir, splits.test, data_args.tokenizer)
-    audit = partial(
-        write_audit,
-        references=references_of(splits.test),
-        lexicon=data_args.lexicon,
-        instances=data_args.instances or [],
-        count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),
+    def load_base():
+        return load_model(*names, model_args.load_in_4bit, model_args.attn_implementation), processor
+
+    def audit():
+        audited = partial(
+            write_audit,
+            references=references_of(splits.test),
+            lexicon=data_args.lexicon,
+            instances=data_args.instances or [],
+            count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),
+        )
+        base = audited(base_dir / "predictions.jsonl", output=base_dir / "audit.json")
+        trained_on = splits.train.remove_columns("image")  # scripts/audit_captions.py compares the pictures too
+        adapter = {"output": adapter_dir / "audit.json", "train_rows": trained_on, "base": base}
+        audited(adapter_dir / "predictions.jsonl", **adapter)
+
+    finish(
+        run,
+        Path(__file__).stem,
+        generation_args,
+        splits,
+        base_dir=base_dir,
+        base_record=base_record,
+        load_base=load_base,
+        trained_dir=adapter_dir,
+        trained_saw=trained_saw,
+        load_trained=lambda: (load_adapter(load_base()[0], str(adapter_dir)), processor),
+        tokenizer=data_args.tokenizer,
+        audit=audit,
     )
-    base_audit = audit(base_dir / "predictions.jsonl", output=base_dir / "audit.json")
-    trained_on = splits.train.remove_columns("image")  # scripts/audit_captions.py compares the pictures too
-    adapter_audit = {"output": adapter_dir / "audit.json", "train_rows": trained_on, "base": base_audit}
-    audit(adapter_dir / "predictions.jsonl", **adapter_audit)
-    write_adapter_card(adapter_dir, run.push_to)
-    show_results(run.output_dir, metrics, splits.test, base_dir, adapter_dir, data_args.test_split, run.seed)
-    if run.push_to:
-        print(f"Pushed to {push_adapter(adapter_dir, run.push_to)}")
 
 
 ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, parsed_as(CaptionSFTFields, SFT_CONFIG))

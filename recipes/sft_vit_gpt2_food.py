@@ -22,13 +22,11 @@ metrics.json each, the whole model with its processor and model card in `model/`
 `make demo-family`.
 """
 
-import gc
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.arguments import BeamArguments
+from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.models.arguments import VitGpt2Arguments
 from vlmcap.training.arguments import CONTINUE, CaptionerDataArguments, FoodFields
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
@@ -43,15 +41,19 @@ def main(
     settings: FoodFields,
 ) -> None:
     # Slow imports, after the command line and the dataset were checked.
-    from vlmcap.training.early import check_early
+    from vlmcap.steps.early import check_early
 
     check_early(settings, data_args)
 
-    import torch
     from accelerate import PartialState
 
+    from vlmcap.captioning.generate import check_predictions
+    from vlmcap.evaluation.scoring import ScoreOptions
     from vlmcap.models.vit_gpt2 import build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
-    from vlmcap.reporting.recipe import begin, check_base_captions, finish_captioner
+    from vlmcap.steps.begin import begin
+    from vlmcap.steps.finish import finish, saw_records
+    from vlmcap.steps.save import save_trained
+    from vlmcap.steps.splits import load_splits
     from vlmcap.training.captioner import (
         REPORTED_SETTINGS,
         CaptionerTrainer,
@@ -61,7 +63,6 @@ def main(
         resolve_parts,
         two_part_record,
     )
-    from vlmcap.training.start import load_splits, save_trained
 
     training_args = complete(FoodTrainingArguments, settings)
     model_dir = Path(training_args.output_dir) / "model"
@@ -75,7 +76,10 @@ def main(
     # Model: a pretrained ViT and a pretrained GPT-2 with new cross-attention; what is not studied is frozen.
     model_args = resolve_parts(model_args)
     model, processor = build_vit_gpt2(model_args, run.seed)
-    check_base_captions(run, data_args, beam_args, splits, processor, two_part_record(model, model_args))
+    saw, trained_saw = saw_records(dict(zip(("STAIR", "YJ", "COCO"), data_args.base_saw, strict=True)), splits)
+    base_record = {"model": two_part_record(model, model_args), "dataset": splits.test_record, "saw": saw}
+    base_dir = run.output_dir / "base"
+    check_predictions(processor, base_dir / "predictions.jsonl", beam_args, base_record)
     freeze(model, model_args)
     captions = [caption for captions in splits.train["captions"] for caption in captions]
     lengths = check_caption_lengths(captions, processor, beam_args.max_new_tokens)
@@ -86,7 +90,9 @@ def main(
     trainer = CaptionerTrainer(
         model=model,
         args=training_args,
-        splits=splits,
+        rows=splits.train,
+        validation_rows=splits.validation,
+        bad_images=splits.bad_images,
         processing_class=processor,
         names=("decoder_input_ids", "decoder_attention_mask"),
         generation=beam_args,
@@ -101,21 +107,21 @@ def main(
     trainer.train(resume_from_checkpoint=run.checkpoint)
     save_trained(trainer, model_dir, splits, run.config(model_args))
     del trainer, model
-    gc.collect()
-    torch.cuda.empty_cache()
-    PartialState().wait_for_everyone()
 
     # Evaluation: the model before training and the trained one as saved on disk, with the same decoding.
-    finish_captioner(
+    finish(
         run,
         Path(__file__).stem,
-        data_args,
         beam_args,
         splits,
-        trained_dir=model_dir,
+        base_dir=base_dir,
+        base_record=base_record,
         load_base=lambda: build_vit_gpt2(model_args, run.seed),
+        trained_dir=model_dir,
+        trained_saw=trained_saw,
         load_trained=lambda: load_vit_gpt2(str(model_dir)),
-        base_record=partial(two_part_record, args=model_args),
+        tokenizer=data_args.tokenizer,
+        options=ScoreOptions(spice_url=data_args.spice_url, spice_dir=data_args.spice_dir),
     )
 
 

@@ -31,8 +31,8 @@ model's, finds the captions that were cut at max_new_tokens; without it the last
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import run_main
+from vlmcap.captioning.arguments import HELD_BACK
 from vlmcap.errors import UserError
-from vlmcap.evaluation.arguments import HELD_BACK
 
 
 @dataclass
@@ -87,7 +87,7 @@ def main(args: AuditArguments) -> None:
 
     from vlmcap.data.images import dataset_references
     from vlmcap.evaluation.audit import audit_table, read_audit, write_audit, write_review_queue
-    from vlmcap.evaluation.scoring import read_references
+    from vlmcap.evaluation.caption_files import read_references
 
     if args.compare:
         print(audit_table({path: read_audit(path) for path in args.compare}))

@@ -152,7 +152,7 @@ def _captions(clauses: list[list[str]], count: int, rng: random.Random) -> list[
 
 def measure(args: PublishArguments) -> dict:
     """Runs `build` in a new process and samples the resident memory of it and its children."""
-    from vlmcap.data.build import build
+    from vlmcap.data.publish import build
 
     peak = 0
     start = time.perf_counter()

@@ -101,9 +101,9 @@ def trainer_of(folder: Path):
     from transformers import PrinterCallback, TrainerCallback
 
     from vlmcap.data.images import load_captions
-    from vlmcap.data.scenes import scenes
+    from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
+    from vlmcap.miniature.scenes import scenes
     from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
-    from vlmcap.models.miniature import JAPANESE_PROMPT
     from vlmcap.training.collator import BadImages
     from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 
@@ -165,8 +165,8 @@ def trainer_of(folder: Path):
 
 def scorer_of(images: int):
     """score(): scores and resamples captions of so many images."""
-    from vlmcap.data.scenes import scenes
     from vlmcap.evaluation.scoring import ScoreOptions, score
+    from vlmcap.miniature.scenes import scenes
 
     drawn = list(scenes(images, seed=0, held_out=False))
     references = {str(number): scene.japanese() for number, scene in enumerate(drawn)}

@@ -3,9 +3,9 @@
     python scripts/bench_time_to_quality.py --output_dir outputs/time_to_quality    # two CPU cores, 70 minutes
 
 The miniature learns to caption drawn scenes in Japanese, with the settings of recipes/configs/sft_qwen2vl_jp/demo.yaml
-except for those of `GRID` in recipes/vlmcap/training/time_to_quality.py: engine, images a step, captions of an image
-in one step, learning rate, number of steps. Between steps the first `--test_images` test scenes are captioned and
-scored; that time is not counted.
+except for those of `GRID` in recipes/vlmcap/experiments/time_to_quality.py: engine, images a step, captions of an
+image in one step, learning rate, number of steps. Between steps the first `--test_images` test scenes are captioned
+and scored; that time is not counted.
 
 Two questions, two panels. Left, the same learning settings: every configuration trains on 15 captions a step, of 15, 9
 or 3 images, at one learning rate for one number of steps. What a curve loses against another at the same step is what
@@ -53,7 +53,7 @@ def main(args: BenchArguments) -> None:
     if not args.timing_rounds and not timings.exists():
         sys.exit(f"error: --timing_rounds 0 keeps earlier timings, but {timings} does not exist")
 
-    from vlmcap.training.time_to_quality import measure
+    from vlmcap.experiments.time_to_quality import measure
 
     measure(args)
 

@@ -28,7 +28,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    from vlmcap.data.scenes import write_scene_dataset, write_title_scenes, write_vietnamese_scenes
+    from vlmcap.miniature.scenes import write_scene_dataset, write_title_scenes, write_vietnamese_scenes
 
     folder, sizes = Path(args.output_dir), (args.train, args.validation, args.test)
     if args.kind == "titles":

@@ -42,16 +42,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.scoring import (
-    ScoreError,
-    ScoreOptions,
-    read_references,
-    score_table,
-    write_idf,
-    write_metrics,
-)
+from vlmcap.atomic_write import check_writable
+from vlmcap.evaluation.caption_files import ScoreError, read_references
+from vlmcap.evaluation.scoring import ScoreOptions, score_table, write_idf, write_metrics
 from vlmcap.evaluation.tokenise import TOKENIZERS
-from vlmcap.files import check_writable
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.scoring import ScoreError, read_references
+from vlmcap.evaluation.caption_files import ScoreError, read_references
 
 
 @dataclass

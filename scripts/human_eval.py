@@ -33,9 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.evaluation.human import HumanError, draw, preference_rows, read_answers, read_key
-from vlmcap.evaluation.human_report import markdown, report
-from vlmcap.evaluation.scoring import read_predictions
+from vlmcap.evaluation.caption_files import read_predictions
+from vlmcap.human.report import markdown, report
+from vlmcap.human.study import HumanError, draw, preference_rows, read_answers, read_key
 
 
 @dataclass
@@ -90,8 +90,8 @@ def export_pages(args: ExportArguments) -> None:
         files[name] = path
 
     from vlmcap.data.images import dataset_record, load_captions
+    from vlmcap.human.page import write_export
     from vlmcap.provenance import public_name
-    from vlmcap.reporting.human_page import write_export
 
     captions, records, prompts = {}, {}, set()
     for name, path in files.items():

@@ -47,8 +47,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.errors import UserError
-from vlmcap.evaluation.arguments import GenerationArguments
 from vlmcap.evaluation.tokenise import TOKENIZERS
 from vlmcap.models.arguments import check_attention
 from vlmcap.places import as_typed_here
@@ -147,19 +147,19 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     import torch
     from accelerate import PartialState
 
-    from vlmcap.data.images import check_images, dataset_record, load_captions, references_of
-    from vlmcap.evaluation.baselines import (
+    from vlmcap.captioning.baselines import (
         BaselineError,
         check_remote_code,
         choose_prompts,
         read_table,
         saw_record,
-        score_prompts,
         table_text,
         without_prompt,
     )
-    from vlmcap.evaluation.generate import generate, model_record
-    from vlmcap.evaluation.isolated import generate_isolated, isolated_record, start_isolated
+    from vlmcap.captioning.generate import generate
+    from vlmcap.captioning.isolated import generate_isolated, isolated_record, start_isolated
+    from vlmcap.captioning.predictions import model_record
+    from vlmcap.data.images import check_images, dataset_record, load_captions, references_of
     from vlmcap.evaluation.scoring import check_references
     from vlmcap.models.load import (
         check_adapter_of,
@@ -231,13 +231,42 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     if not PartialState().is_main_process:
         return
     if args.prompts:
-        print(score_prompts(Path(args.output_dir), list(prompts), rows, args.tokenizer))
+        print(score_prompts(Path(args.output_dir), list(prompts), references_of(rows), args.tokenizer))
         return
     command = as_typed_here("python scripts/eval_captioning.py")
     print(
         f"{len(rows):,} captions in {args.output}; score them with\n  {command} --predictions {args.output} --dataset"
         f" {args.dataset} --split {args.split} --output {Path(args.output).parent}/metrics.json"
     )
+
+
+def score_prompts(folder: Path, names: list[str], references: dict[str, list[str]], tokenizer: str) -> str:
+    """Scores the predictions of every prompt of a study and returns a table of text, a line a prompt.
+
+    Beside `<folder>/<name>/predictions.jsonl` it writes metrics.json, which `scripts/compare_runs.py` reads.
+
+    Args:
+        references: image id -> captions of the images that were captioned.
+
+    Raises:
+        ScoreError, TokenizerError: as `write_metrics` does.
+    """
+    from vlmcap.evaluation.scoring import SCORE_LABELS, write_metrics
+
+    documents = {
+        name: write_metrics(folder / name / "predictions.jsonl", references, folder / name / "metrics.json", tokenizer)
+        for name in names
+    }
+    scores = [s for s in SCORE_LABELS if any(s in document["scores"] for document in documents.values())]
+    width = max(len("prompt"), *map(len, names))
+    lines = [f"{'prompt':<{width}}" + "".join(f"{SCORE_LABELS[score]:>10}" for score in scores)]
+    for name, document in documents.items():
+        values = (document["scores"].get(score) for score in scores)
+        cells = ("-" if value is None else f"{value:.4f}" for value in values)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    files = " ".join(str(folder / name / "metrics.json") for name in names)
+    command = as_typed_here(f"  python scripts/compare_runs.py {files}")
+    return "\n".join([*lines, "", "With intervals and captions side by side:", command])
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    from vlmcap.models import miniature, miniature_family
+    from vlmcap.miniature import family, qwen2_vl
 
-    pretrain = {"qwen2_vl": miniature.pretrain} | miniature_family.PRETRAIN
+    pretrain = {"qwen2_vl": qwen2_vl.pretrain} | family.PRETRAIN
     steps = {} if args.steps is None else {"steps": args.steps}
     if measured := pretrain[args.model](Path(args.output_dir), seed=args.seed, **steps):
         print("on held-out scenes: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))

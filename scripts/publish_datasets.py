@@ -55,7 +55,7 @@ from vlmcap.data.arguments import PublishArguments, check_arguments
 def main(args: PublishArguments) -> None:
     check_arguments(args)
 
-    from vlmcap.data.build import publish
+    from vlmcap.data.publish import publish
 
     publish(args)
 

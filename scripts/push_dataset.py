@@ -21,7 +21,7 @@ class PushDatasetArguments:
 
 
 def main(args: PushDatasetArguments) -> None:
-    from vlmcap.data.build import push
+    from vlmcap.data.publish import push
 
     url, revision = push(args.folder, args.repo_id, private=not args.public)
     print(f"pushed to {url} (revision {revision})")

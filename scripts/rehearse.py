@@ -64,7 +64,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    from vlmcap.training.rehearsal import rehearse
+    from vlmcap.experiments.rehearsal import rehearse
 
     rehearse(args, Path(__file__).resolve().parents[1])
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.markdown import markdown_table, text_table
-from vlmcap.training.ablation import (
+from vlmcap.experiments.ablation import (
     cells,
     read_grid,
     run_grid,
     summary_rows,
 )
+from vlmcap.markdown import markdown_table, text_table
 
 
 @dataclass

@@ -95,8 +95,8 @@ def test_the_library_is_the_one_the_code_was_written_for(key, name):
             f" {' and '.join(changed)}.\n"
             f"Why it is there: {entry['why']}\n"
             f"Read what changed in {name} between the versions, and adapt {where} if need be. Run tests/training,"
-            " tests/invariants, tests/models, tests/recipes, tests/evaluation/test_generate.py and"
-            f" tests/evaluation/test_baselines_native.py. Then write under {name} in {TABLE.relative_to(ROOT)}\n"
+            " tests/invariants, tests/models, tests/recipes, tests/captioning/test_generate.py and"
+            f" tests/captioning/test_baselines_native.py. Then write under {name} in {TABLE.relative_to(ROOT)}\n"
             f'      "{minor(version)}": {digest(found)}\n'
             f"with signature: {signature(found)}, and add {version} to TESTED in recipes/vlmcap/versions.py and to the"
             " bounds in setup.cfg.",

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from vlmcap.arguments import parse
-from vlmcap.data.build import PublishArguments, build
+from vlmcap.captioning.baselines import read_prompts
+from vlmcap.captioning.generate import read_words
+from vlmcap.data.publish import PublishArguments, build
 from vlmcap.errors import UserError
-from vlmcap.evaluation.baselines import read_prompts
-from vlmcap.evaluation.generate import read_words
+from vlmcap.experiments.ablation import read_grid
 from vlmcap.models.load import load_processor, resolve_revision
 from vlmcap.places import own_file
-from vlmcap.training.ablation import read_grid
 
 CONFIGS = "recipes/configs"
 

@@ -22,21 +22,21 @@ RUN_BY = {
     "recipes/sft_vit_llama_food.py": "tests/recipes/test_sft_vit_llama_food.py",
     "scripts/audit_captions.py": "tests/evaluation/test_audit.py",
     "scripts/bench_data.py": None,  # a benchmark of minutes
-    "scripts/bench_metrics.py": "tests/evaluation/test_bench_metrics.py",
+    "scripts/bench_metrics.py": "tests/experiments/test_bench_metrics.py",
     "scripts/bench_time_to_quality.py": None,  # a benchmark of an hour
-    "scripts/bench_training.py": "tests/training/test_bench.py",
+    "scripts/bench_training.py": "tests/experiments/test_bench.py",
     "scripts/compare_runs.py": "tests/reporting/test_compare.py",
     "scripts/eval_captioning.py": "tests/evaluation/test_eval_script.py",
     "scripts/fetch_images.py": "tests/data/test_fetch.py",
     "scripts/hold_out_captions.py": "tests/evaluation/test_eval_script.py",
-    "scripts/human_eval.py": "tests/evaluation/test_human.py",
-    "scripts/infer_baseline.py": "tests/evaluation/test_baselines_script.py",
+    "scripts/human_eval.py": "tests/human/test_human.py",
+    "scripts/infer_baseline.py": "tests/captioning/test_baselines_script.py",
     "scripts/publish_datasets.py": "tests/recipes/test_round_trip.py",
     "scripts/publish_metric.py": "tests/evaluation/test_metric_space.py",
     "scripts/push_adapter.py": "tests/reporting/test_push.py",
-    "scripts/push_dataset.py": "tests/data/test_build.py",
+    "scripts/push_dataset.py": "tests/data/test_publish.py",
     "scripts/rehearse.py": "tests/recipes/test_rehearsal.py",
-    "scripts/run_ablation.py": "tests/recipes/test_ablation_script.py",
+    "scripts/run_ablation.py": "tests/experiments/test_ablation_script.py",
 }
 OTHER_PROGRAMS = ("make", "sbatch", "sky", "source", ".venv/bin/python", "pip")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 # Not imported in our environment: by programs in environments of their own, and by a page that runs on the Hub.
-ELSEWHERE = ("recipes/vlmcap/evaluation/isolated_runners", "recipes/metric_space")
+ELSEWHERE = ("recipes/vlmcap/captioning/isolated_runners", "recipes/metric_space")
 # `make fuzz` installs it where it can be had, and does without where not.
 OPTIONAL = {"atheris"}
 OURS = {"vlmcap", "tests"}

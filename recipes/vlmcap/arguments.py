@@ -11,9 +11,9 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 from vlmcap.credentials import redact, refuse_credentials
-from vlmcap.documents import parse_yaml, shown
 from vlmcap.errors import UserError
 from vlmcap.places import as_typed_here, own_file
+from vlmcap.strict_parsing import parse_yaml, shown
 from vlmcap.versions import is_first_process, report_untested_versions
 
 

@@ -29,9 +29,9 @@ from huggingface_hub.utils import (
     validate_repo_id,
 )
 
+from vlmcap.atomic_write import git_blob_id
 from vlmcap.credentials import redact
 from vlmcap.errors import UserError
-from vlmcap.files import git_blob_id
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ BROKEN = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolErr
 # OSError without token or in offline mode, RuntimeError from an LFS or Xet upload, ValueError from validation and from
 # an answer that is not JSON.
 FAILURES = (httpx2.HTTPError, OSError, RuntimeError, ValueError, yaml.YAMLError)
-UNFINISHED = [".*.new", "*/.*.new"]  # what vlmcap.files leaves when it is killed
+UNFINISHED = [".*.new", "*/.*.new"]  # what vlmcap.atomic_write leaves when it is killed
 
 
 class PushError(UserError):

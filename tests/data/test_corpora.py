@@ -8,11 +8,11 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from vlmcap.data.build import build, publish
 from vlmcap.data.corpora import PublishArguments
 from vlmcap.data.images import dataset_record, load_captions, open_image
-from vlmcap.data.scenes import write_title_scenes, write_vietnamese_scenes
+from vlmcap.data.publish import build, publish
 from vlmcap.data.sources import DataError
+from vlmcap.miniature.scenes import write_title_scenes, write_vietnamese_scenes
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import datasets
 import pytest
 
-from vlmcap.data.scenes import JAPANESE, scenes, write_instances
 from vlmcap.evaluation.audit import (
     FORM,
     AuditError,
@@ -16,8 +15,9 @@ from vlmcap.evaluation.audit import (
     write_audit,
     write_review_queue,
 )
+from vlmcap.evaluation.caption_files import read_references
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
-from vlmcap.evaluation.scoring import read_references
+from vlmcap.miniature.scenes import JAPANESE, scenes, write_instances
 
 PROMPT = "この画像を日本語で短く説明してください。"
 

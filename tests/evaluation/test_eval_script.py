@@ -6,13 +6,8 @@ import pytest
 from huggingface_hub import HfApi
 
 from vlmcap.data.images import dataset_references
-from vlmcap.evaluation.scoring import (
-    ScoreOptions,
-    read_predictions,
-    read_references,
-    score,
-    write_metrics,
-)
+from vlmcap.evaluation.caption_files import read_predictions, read_references
+from vlmcap.evaluation.scoring import ScoreOptions, score, write_metrics
 
 PREDICTIONS = {1: "赤い車が道路を走っている", 2: "白い猫が窓辺で眠っている"}
 # METEOR takes seconds to start: test_external.py has it.

@@ -16,6 +16,7 @@ from sacrebleu.metrics import CHRF
 
 from tests.faults.ranks import free_port
 from vlmcap.evaluation import external
+from vlmcap.evaluation.caption_files import read_predictions, read_references
 from vlmcap.evaluation.external import (
     METEOR_JAR_VARIABLE,
     ScorerUnavailable,
@@ -27,7 +28,7 @@ from vlmcap.evaluation.external import (
     meteor_statistics,
     service_scores,
 )
-from vlmcap.evaluation.scoring import ScoreOptions, read_predictions, read_references, score
+from vlmcap.evaluation.scoring import ScoreOptions, score
 from vlmcap.places import find_uv
 
 needs_java = pytest.mark.usefixtures("java")

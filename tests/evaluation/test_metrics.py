@@ -11,17 +11,9 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from vlmcap.evaluation.caption_files import ScoreError, read_predictions, read_references
 from vlmcap.evaluation.metrics import bleu, caption_statistics, corpus_scores, document_frequencies
-from vlmcap.evaluation.scoring import (
-    ScoreError,
-    ScoreOptions,
-    quick_scores,
-    read_idf,
-    read_predictions,
-    read_references,
-    score,
-    write_idf,
-)
+from vlmcap.evaluation.scoring import ScoreOptions, quick_scores, read_idf, score, write_idf
 from vlmcap.evaluation.tokenise import TokenizerError, tokenise
 
 LEAN = ScoreOptions(resamples=0, register_normalised=False, meteor=False)

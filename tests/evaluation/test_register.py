@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmcap.data.scenes import scenes
 from vlmcap.evaluation.register import to_plain
+from vlmcap.miniature.scenes import scenes
 
 POLITE_END = re.compile(
     r"(ます|ました|ません|ませんでした|ましょう|です|でした|でしょう)[かねよ]*[。．.!！・ 　｡、]*$"

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 
 from vlmcap.evaluation.bootstrap import interval, resampled_scores, scores_of
+from vlmcap.evaluation.caption_files import ScoreError, read_predictions, read_references
 from vlmcap.evaluation.scoring import (
     SCORE_LABELS,
-    ScoreError,
     ScoreOptions,
     check_references,
     paired_comparison,
     quick_scores,
     read_idf,
-    read_predictions,
-    read_references,
     score,
     score_table,
     write_metrics,

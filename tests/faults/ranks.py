@@ -14,7 +14,7 @@ from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["trl", "matplotlib.pyplot", "tests.faults.training_runs", "vlmcap.evaluation.isolated", "vlmcap.reporting.cards"]
+    ["trl", "matplotlib.pyplot", "tests.faults.training_runs", "vlmcap.captioning.isolated", "vlmcap.reporting.cards"]
 )
 
 

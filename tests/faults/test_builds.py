@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import HfApi
 from markdown_it import MarkdownIt
 
-from vlmcap.data.build import _changed_files, _visible, build, publish, summary_text
 from vlmcap.data.corpora import PublishArguments
+from vlmcap.data.publish import _changed_files, _visible, build, publish, summary_text
 from vlmcap.data.sources import DataError, SourceFile
 
 IMAGES = range(1, 41)
@@ -48,7 +48,7 @@ KILLS = {
 # Forks before it has threads, so that all of them share one import of the libraries.
 PROGRAM = """
 import importlib, json, os, signal, sys
-from vlmcap.data.build import build
+from vlmcap.data.publish import build
 from vlmcap.data.corpora import PublishArguments
 
 def build_and_die(place, name, number, arguments):

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from transformers import AutoImageProcessor, AutoProcessor
 
 from tests.reporting.documents import PARTS, adapter_document, family_document
+from vlmcap.captioning.isolated_runners.loading import open_png
 from vlmcap.data import images
-from vlmcap.data.build import _check_images
 from vlmcap.data.fetch import _flaw
 from vlmcap.data.images import (
     BadImageError,
@@ -27,7 +27,7 @@ from vlmcap.data.images import (
     missing_files,
     open_image,
 )
-from vlmcap.evaluation.isolated_runners.loading import open_png
+from vlmcap.data.publish import _check_images
 from vlmcap.reporting.cards import render_adapter_card
 from vlmcap.reporting.html import PIXEL_ART, embed
 from vlmcap.training.collator import BadImages, read_example

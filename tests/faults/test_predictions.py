@@ -17,11 +17,12 @@ import pytest
 from accelerate import PartialState
 
 from tests.faults import ranks
+from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.captioning.baselines import Baseline
+from vlmcap.captioning.isolated import IsolatedModel, generate_isolated
+from vlmcap.captioning.predictions import PredictionsError, shares, write_captions
 from vlmcap.data.images import load_captions
-from vlmcap.data.scenes import scenes
-from vlmcap.evaluation.baselines import Baseline
-from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, shares, write_captions
-from vlmcap.evaluation.isolated import IsolatedModel, generate_isolated
+from vlmcap.miniature.scenes import scenes
 
 RECORD = {
     "model": {"id": "a/b"},
@@ -31,7 +32,7 @@ RECORD = {
     "decoding": {"batch_size": 2},
 }
 IMAGES = 5
-SOURCES = "vlmcap/evaluation/generate.py", "vlmcap/files.py"
+SOURCES = "vlmcap/captioning/generate.py", "vlmcap/atomic_write.py"
 
 
 def caption_rows(output: Path, images: int = IMAGES, word: str = "画像") -> None:

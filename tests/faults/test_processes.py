@@ -89,7 +89,7 @@ def training(folder: Path, how: str) -> None:
 def captioning(folder: Path, how: str) -> None:
     import datasets
 
-    from vlmcap.evaluation.generate import write_captions
+    from vlmcap.captioning.predictions import write_captions
 
     PartialState(cpu=True)
     rows = datasets.Dataset.from_dict({"image_id": list(range(9))})
@@ -202,7 +202,9 @@ def slurm(repo_root, tmp_path):
 
 def test_slurm_starts_a_launcher_a_machine(slurm, tmp_path):
     assert slurm().wait() == 0, ranks.tail(tmp_path / "log")
-    said = (tmp_path / "log").read_text(errors="replace")  # torch may print long warnings when a process ends before another
+    said = (tmp_path / "log").read_text(
+        errors="replace"
+    )  # torch may print long warnings when a process ends before another
     assert "process 0 of 2, local 0" in said and "process 1 of 2, local 0" in said
     assert not (tmp_path / "scontrol").exists()
 

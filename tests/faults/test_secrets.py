@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 
 from vlmcap.arguments import parse
 from vlmcap.credentials import CredentialError, redact, refuse_credentials
-from vlmcap.data.scenes import write_scene_dataset
+from vlmcap.miniature.scenes import write_scene_dataset
 from vlmcap.provenance import public_name
 from vlmcap.training.trainer import CaptionSFTConfig
 

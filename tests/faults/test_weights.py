@@ -3,6 +3,7 @@
 import ast
 import json
 import pickle
+import runpy
 import shutil
 import struct
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, ViTModel, set_seed
 
-from vlmcap.evaluation.generate import model_record
+from vlmcap.captioning.predictions import model_record
 from vlmcap.models import blip, vit_gpt2, vit_llama
 from vlmcap.models.load import (
     ModelArguments,
@@ -27,7 +28,6 @@ from vlmcap.models.load import (
     load_part,
     load_processor,
     lora_config,
-    pin_revisions,
     resolve_revision,
 )
 from vlmcap.models.weights import loading, read_adapter
@@ -714,6 +714,9 @@ models:
     id: user/gone
     revision: null
 """
+
+
+pin_revisions = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts/pin_revisions.py"))["pin_revisions"]
 
 
 def test_pins_are_written_into_the_file(hub, tmp_path):

@@ -23,15 +23,17 @@ from pathlib import Path
 import torch
 
 from tests.invariants import tiny
+from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
 from vlmcap.data.images import DatasetError, load_captions
-from vlmcap.evaluation.generate import BeamArguments, GenerationArguments
 from vlmcap.models.load import ModelArguments, lora_config
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
+from vlmcap.steps.begin import find_checkpoint
+from vlmcap.steps.save import save_trained
+from vlmcap.steps.splits import Splits
 from vlmcap.training import checkpoints, features
 from vlmcap.training.captioner import CaptionerTrainer, CaptionerTrainingArguments
 from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages
-from vlmcap.training.start import Splits, find_checkpoint, save_trained
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
 from vlmcap.training.validation import CaptionValidation
 
@@ -58,7 +60,9 @@ def splits_of(pictures: Path) -> Splits:
     rows = load_captions(str(pictures / "data"), "train", image_dir=str(pictures))
     rows = rows.add_column("in_yj", [False] * len(rows))
     bad_images = BadImages(pictures / "bad_images.jsonl", limit=0)
-    return Splits(rows, rows.select([0, 2]), rows.select([1]), {"id": "pictures"}, None, bad_images)
+    return Splits(
+        rows, rows.select([0, 2]), rows.select([1]), {"id": "pictures"}, {"id": "pictures"}, None, bad_images
+    )
 
 
 def qwen_trainer(pictures: Path, output_dir: Path, cache: bool = False, **changes) -> CaptionTrainer:
@@ -101,7 +105,9 @@ def captioner_trainer(pictures: Path, output_dir: Path, **changes) -> CaptionerT
     return CaptionerTrainer(
         model,
         CaptionerTrainingArguments(str(output_dir), **SETTINGS | {"per_device_train_batch_size": 3} | changes),
-        splits,
+        splits.train,
+        splits.validation,
+        splits.bad_images,
         processor,
         ("decoder_input_ids", "decoder_attention_mask"),
         BeamArguments(num_beams=1, max_new_tokens=8),

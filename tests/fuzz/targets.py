@@ -29,40 +29,33 @@ from safetensors.numpy import save
 from tests.fuzz.strategies import json_files, jsonl_files, mutated, places, replaced, texts, yaml_files
 from tests.reporting.documents import adapter_document, family_document
 from vlmcap.arguments import parse
+from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.captioning.baselines import BaselineError, read_prompts, read_table, table_text
+from vlmcap.captioning.generate import read_words
+from vlmcap.captioning.predictions import PredictionsError, read_done
 from vlmcap.data import clean, titles, vietnamese
-from vlmcap.data.build import build
 from vlmcap.data.corpora import PublishArguments
 from vlmcap.data.images import BadImageError, open_image
+from vlmcap.data.publish import build
 from vlmcap.data.sources import DataError, read_rows
 from vlmcap.data.splits import read_ids, read_karpathy
-from vlmcap.documents import parse_json, parse_yaml
 from vlmcap.errors import UserError
 from vlmcap.evaluation.audit import AuditError, audit_table, form_faults, read_audit, read_instances
-from vlmcap.evaluation.baselines import BaselineError, read_prompts, read_table, table_text
+from vlmcap.evaluation.caption_files import ScoreError, read_predictions, read_references
 from vlmcap.evaluation.external import chrf, chrf_statistics
-from vlmcap.evaluation.generate import GenerationArguments, PredictionsError, read_done, read_words
-from vlmcap.evaluation.human import ANSWERS_FORMAT, HumanError, blinded_items, draw, read_answers, read_key
-from vlmcap.evaluation.human_report import markdown, report
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
 from vlmcap.evaluation.metrics import caption_statistics, corpus_scores, document_frequencies
 from vlmcap.evaluation.register import to_plain
-from vlmcap.evaluation.scoring import (
-    SCORE_LABELS,
-    ScoreError,
-    ScoreOptions,
-    quick_scores,
-    read_idf,
-    read_predictions,
-    read_references,
-    score,
-    write_metrics,
-)
+from vlmcap.evaluation.scoring import SCORE_LABELS, ScoreOptions, quick_scores, read_idf, score, write_metrics
 from vlmcap.evaluation.tokenise import TOKENIZERS, tokenise
+from vlmcap.experiments.ablation import AblationError, cells, read_grid
+from vlmcap.human.page import rater_page
+from vlmcap.human.report import markdown, report
+from vlmcap.human.study import ANSWERS_FORMAT, HumanError, blinded_items, draw, read_answers, read_key
 from vlmcap.models.weights import ModelError, read_adapter
 from vlmcap.reporting.cards import render_adapter_card, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
-from vlmcap.reporting.human_page import rater_page
-from vlmcap.training.ablation import AblationError, cells, read_grid
+from vlmcap.strict_parsing import parse_json, parse_yaml
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -17,12 +17,11 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tests.invariants import tiny
-from vlmcap.evaluation.generate import BeamArguments, GenerationArguments
+from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2
 from vlmcap.training import validation
 from vlmcap.training.captioner import CaptionerTrainer, CaptionerTrainingArguments
 from vlmcap.training.collator import BadImages
-from vlmcap.training.start import Splits
 
 FSDP_CONFIG = Path(__file__).resolve().parents[2] / "accelerate_configs/fsdp_qlora.yaml"
 
@@ -116,11 +115,12 @@ def train_captioner(pictures: Path, output: Path, settings: dict) -> None:
             module.p = 0.0
     settings = {"max_steps": 6, "eval_steps": 2, "eval_strategy": "steps", "save_strategy": "no"} | settings
     settings |= {"report_to": [], "disable_tqdm": True, "logging_steps": 1, "use_cpu": True, "max_grad_norm": 0.0}
-    splits = Splits(rows, rows.select(range(5)), rows, {}, "validation", BadImages(output.parent / "bad.jsonl", 0))
     trainer = CaptionerTrainer(
         model,
         CaptionerTrainingArguments(str(output.parent / "run"), **settings),
-        splits,
+        rows,
+        rows.select(range(5)),
+        BadImages(output.parent / "bad.jsonl", 0),
         processor,
         ("decoder_input_ids", "decoder_attention_mask"),
         BeamArguments(num_beams=2, max_new_tokens=8, generation_batch_size=2),

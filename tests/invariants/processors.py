@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from tests.invariants import tiny
+from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.captioning.generate import caption_with_prompt
 from vlmcap.data.images import open_image
-from vlmcap.evaluation.generate import GenerationArguments, caption_images
 from vlmcap.evaluation.scoring import quick_scores
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages
@@ -35,7 +36,7 @@ def steps_and_captions(folder: Path) -> dict:
     trainer.train()
     images = [open_image(row) for row in rows]
     beams = GenerationArguments(prompt=tiny.PROMPT, num_beams=3, max_new_tokens=20)
-    captions = caption_images(trainer.model.eval(), processor, images, beams)
+    captions = caption_with_prompt(trainer.model.eval(), processor, images, beams)
     ids = list(map(str, rows["image_id"]))
     return {
         "capability": torch.backends.cpu.get_cpu_capability(),

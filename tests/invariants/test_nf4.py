@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tests.invariants.tiny import PROMPT, build_model, build_processor, build_trainer, loss_and_gradients
+from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.captioning.generate import caption_with_prompt
 from vlmcap.data.images import open_image
-from vlmcap.evaluation.generate import GenerationArguments, caption_images
 from vlmcap.models.load import load_model
 from vlmcap.models.nf4 import in_whole_blocks
 
@@ -55,7 +56,7 @@ def test_captioning_leaves_the_training_as_it_is(repacking_processor, name, mini
             if captioning:
                 trainer.model.eval()
                 with torch.inference_mode():
-                    said.append(caption_images(trainer.model, processor, images, generation))
+                    said.append(caption_with_prompt(trainer.model, processor, images, generation))
             if step < 2:
                 steps.append(loss_and_gradients(trainer))
                 with torch.no_grad():

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from tests.faults import ranks
 from tests.invariants import processes
 from tests.invariants.tiny import assert_same_step
-from vlmcap.data.scenes import write_scene_dataset
+from vlmcap.miniature.scenes import write_scene_dataset
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoPr
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap.data.images import load_captions
-from vlmcap.data.scenes import scenes
+from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, load_processor, lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer

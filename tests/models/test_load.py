@@ -5,6 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
 
+from vlmcap.miniature.qwen2_vl import build_model
 from vlmcap.models.load import (
     ModelArguments,
     ModelError,
@@ -15,7 +16,6 @@ from vlmcap.models.load import (
     load_processor,
     lora_config,
 )
-from vlmcap.models.miniature import build_model
 from vlmcap.training.report import trainable_modules
 
 

@@ -9,9 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.recipes.files import captions, read
-from vlmcap.data.scenes import write_scene_dataset
-from vlmcap.models.weights import read_header
-from vlmcap.training.rehearsal import (
+from vlmcap.experiments.rehearsal import (
     RehearsalError,
     check_room,
     fetch_small_files,
@@ -20,6 +18,8 @@ from vlmcap.training.rehearsal import (
     write_pictures,
     write_random_weights,
 )
+from vlmcap.miniature.scenes import write_scene_dataset
+from vlmcap.models.weights import read_header
 
 PARAMETERS = 3_379_808  # of the miniature
 

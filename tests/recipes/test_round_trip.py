@@ -10,7 +10,7 @@ from datasets import load_dataset
 from huggingface_hub import HfApi, ModelCard
 
 from tests.recipes.files import captions, read
-from vlmcap.data.scenes import write_scene_dataset
+from vlmcap.miniature.scenes import write_scene_dataset
 
 SETTINGS = (
     "--config recipes/configs/sft_qwen2vl_jp/demo.yaml --max_steps 6 --save_steps 3 --eval_steps 3"

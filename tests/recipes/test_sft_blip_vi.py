@@ -6,8 +6,9 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
 from tests.recipes.files import assert_describes_itself, captions, read
-from vlmcap.data.scenes import write_vietnamese_scenes
-from vlmcap.evaluation.generate import BeamArguments, caption_pictures
+from vlmcap.captioning.arguments import BeamArguments
+from vlmcap.captioning.generate import caption_without_prompt
+from vlmcap.miniature.scenes import write_vietnamese_scenes
 from vlmcap.models.blip import BlipArguments, load_blip_adapter
 
 STEPS = 120
@@ -78,7 +79,7 @@ def test_drawn_scenes_are_described_in_vietnamese_and_the_adapter_goes_to_the_hu
     model, processor = load_blip_adapter("user/miniature-vi")
     rows = load_dataset("user/scenes-vi", split="test")
     beams = BeamArguments(num_beams=3, max_new_tokens=40)
-    assert caption_pictures(model, processor, rows["image"][:], beams) == [said[i] for i in rows["image_id"]]
+    assert caption_without_prompt(model, processor, rows["image"][:], beams) == [said[i] for i in rows["image_id"]]
 
     # Continued: LoRA, new rows and the optimizer's state come back, or two steps on it would speak no Vietnamese.
     run_script(*command, "--resume_from_checkpoint", "latest", "--max_steps", str(STEPS + 2))

@@ -8,10 +8,11 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
 from tests.recipes.files import assert_describes_itself, captions, read
-from vlmcap.data.scenes import write_title_scenes
-from vlmcap.evaluation.generate import BeamArguments, caption_pictures
+from vlmcap.captioning.arguments import BeamArguments
+from vlmcap.captioning.generate import caption_without_prompt
+from vlmcap.experiments.ablation import cells, read_grid
+from vlmcap.miniature.scenes import write_title_scenes
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2
-from vlmcap.training.ablation import cells, read_grid
 
 FOLDER = "recipes/configs/sft_vit_gpt2_food"
 STEPS = 100
@@ -131,7 +132,7 @@ def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_
     said = captions(run / "model/predictions.jsonl")
     rows = load_dataset("user/scene-titles", split="test")
     beams = BeamArguments(num_beams=3, max_new_tokens=24)
-    assert caption_pictures(model, processor, rows["image"][:], beams) == [said[i] for i in rows["image_id"]]
+    assert caption_without_prompt(model, processor, rows["image"][:], beams) == [said[i] for i in rows["image_id"]]
 
     assert "--resume_from_checkpoint latest" in run_script(*command, expect=1).stderr
     more = ["--resume_from_checkpoint", "latest", "--max_steps", str(STEPS + 2)]

@@ -8,10 +8,11 @@ from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
 
 from tests.recipes.files import assert_describes_itself, captions, read
-from vlmcap.data.scenes import write_title_scenes
-from vlmcap.evaluation.generate import BeamArguments, caption_pictures
+from vlmcap.captioning.arguments import BeamArguments
+from vlmcap.captioning.generate import caption_without_prompt
+from vlmcap.experiments.ablation import cells, read_grid
+from vlmcap.miniature.scenes import write_title_scenes
 from vlmcap.models.vit_llama import VitLlamaArguments, load_vit_llama
-from vlmcap.training.ablation import cells, read_grid
 
 STEPS = 200
 SETTINGS = (
@@ -88,7 +89,7 @@ def test_drawn_scenes_get_titles_and_the_adapter_goes_to_the_hub_and_back(hub, r
     rows = load_dataset("user/scene-titles", split="test").select(range(len(said)))
     beams = BeamArguments(num_beams=3, max_new_tokens=24)
     sample = rows.select(range(20))
-    assert caption_pictures(model, processor, sample["image"][:], beams) == [said[i] for i in sample["image_id"]]
+    assert caption_without_prompt(model, processor, sample["image"][:], beams) == [said[i] for i in sample["image_id"]]
 
     assert "--resume_from_checkpoint latest" in run_script(*command, expect=1).stderr
     run_script(*command, "--resume_from_checkpoint", "latest", "--max_steps", str(STEPS + 2))

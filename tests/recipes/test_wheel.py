@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.files import read
-from vlmcap.data.scenes import write_scene_dataset
+from vlmcap.miniature.scenes import write_scene_dataset
 
 # What a clone alone has.
 LEFT_OUT = ("recipes/miniatures/", "recipes/figures/")

@@ -9,7 +9,8 @@ import pytest
 
 from tests.reporting.documents import family_document
 from vlmcap.data.images import DatasetError
-from vlmcap.evaluation.scoring import SCORE_LABELS, ScoreError, paired_comparison
+from vlmcap.evaluation.caption_files import ScoreError
+from vlmcap.evaluation.scoring import SCORE_LABELS, paired_comparison
 from vlmcap.reporting.compare import holm, latex_escape, read_runs, write_comparison, write_overview
 
 NAMES = ("good", "twin", "weak", "wild")

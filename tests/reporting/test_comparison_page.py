@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.reporting.conftest import HOSTILE
-from vlmcap.evaluation.scoring import read_predictions, read_references
+from vlmcap.evaluation.caption_files import read_predictions, read_references
 from vlmcap.reporting.compare import read_runs, write_comparison
 from vlmcap.reporting.gallery import disagreement, select_images, similarity
 

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from vlmcap.evaluation.human import draw
+from vlmcap.human.page import write_export
+from vlmcap.human.study import draw
 from vlmcap.reporting import html
 from vlmcap.reporting.compare import read_runs, write_comparison
 from vlmcap.reporting.gallery import write_sample_page
-from vlmcap.reporting.human_page import write_export
 
 # BEACON stands for the address of a server that counts who calls.
 HOSTILE = (

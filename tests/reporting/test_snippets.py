@@ -48,7 +48,7 @@ SETTINGS = {"num_beams": 3, "max_new_tokens": 16}
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> list:
     """Files as phones and drawing programs write them: lying on their side by EXIF, or with a transparent ground."""
-    from vlmcap.data.scenes import scenes
+    from vlmcap.miniature.scenes import scenes
 
     folder, paths = tmp_path_factory.mktemp("pictures"), []
     sideways = Image.Exif()
@@ -74,7 +74,7 @@ def adapter(tmp_path_factory, miniature_dir):
     from peft import get_peft_model
 
     from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
-    from vlmcap.training.start import name_special_tokens
+    from vlmcap.steps.save import name_special_tokens
 
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)
@@ -93,15 +93,16 @@ def adapter(tmp_path_factory, miniature_dir):
 @pytest.fixture(scope="module")
 def measured(adapter, miniature_dir, pictures) -> list[str]:
     """The captions that a run scores: of the base in NF4 with the adapter on it."""
+    from vlmcap.captioning.arguments import GenerationArguments
+    from vlmcap.captioning.generate import caption_with_prompt
     from vlmcap.data.images import open_image
-    from vlmcap.evaluation.generate import GenerationArguments, caption_images
     from vlmcap.models.load import load_adapter, load_model, load_processor
 
     prompt = adapter_document()["prompt"]
     model, processor = load_adapter(load_model(str(miniature_dir)), str(adapter)), load_processor(str(adapter))
     rows = ({"image": {"bytes": None, "path": str(path)}, "image_id": 0} for path in pictures)
     arguments = GenerationArguments(prompt=prompt, **SETTINGS)
-    said = [caption_images(model, processor, [open_image(row)], arguments)[0] for row in rows]
+    said = [caption_with_prompt(model, processor, [open_image(row)], arguments)[0] for row in rows]
     assert len(set(said)) > PICTURES / 2
     return said
 
@@ -151,10 +152,11 @@ def test_quick_start_and_merged_model_say_what_was_measured(
 def saved_by(recipe: str, folder, miniatures):
     """Untrained weights and processor of a recipe, of miniature size, as it saves them."""
     if recipe == "sft_blip_vi":
-        from vlmcap.models import blip, miniature_family
+        from vlmcap.miniature import family
+        from vlmcap.models import blip
 
-        base, processor = folder.parent / "base", miniature_family.build_blip_processor()
-        miniature_family.build_blip(processor).save_pretrained(base)
+        base, processor = folder.parent / "base", family.build_blip_processor()
+        family.build_blip(processor).save_pretrained(base)
         processor.save_pretrained(base)
         model, processor = blip.load_blip(str(base))
         processor = blip.learn_vietnamese(processor, ["Hình tròn màu đỏ ở bên trái."] * 2, new_pieces=4)
@@ -227,7 +229,7 @@ def test_transformers_4_says_the_same(
     fresh_python, transformers_4, adapter, pictures, measured, miniature_dir, repo_root, tmp_path, capsys, monkeypatch
 ):
     """Adapters of Qwen2-VL (merged too) and BLIP, a model of ViT and GPT-2, with what the recipes save beside them."""
-    from vlmcap.training.start import name_special_tokens
+    from vlmcap.steps.save import name_special_tokens
 
     base = as_transformers_4_writes_it(miniature_dir, tmp_path / "base")
     code = [

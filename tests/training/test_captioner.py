@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.data.images import DatasetError
-from vlmcap.data.scenes import scenes
-from vlmcap.evaluation.generate import BeamArguments
+from vlmcap.miniature.scenes import scenes
 from vlmcap.models.blip import load_blip
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
 from vlmcap.models.vit_llama import VitLlamaArguments, build_vit_llama
+from vlmcap.steps.splits import Splits
 from vlmcap.training.captioner import (
     CaptionerTrainer,
     CaptionerTrainingArguments,
@@ -20,7 +21,6 @@ from vlmcap.training.captioner import (
     check_caption_lengths,
 )
 from vlmcap.training.collator import BadImages
-from vlmcap.training.start import Splits
 
 NAMES = ("decoder_input_ids", "decoder_attention_mask")
 
@@ -45,7 +45,11 @@ def splits(tmp_path_factory):
         return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
 
     bad_images = BadImages(folder / "bad_images.jsonl", 0)
-    return Splits(rows(24, 0, 1), rows(5, 1, 100), rows(2, 2, 200), {}, "validation", bad_images)
+    return Splits(rows(24, 0, 1), rows(5, 1, 100), rows(2, 2, 200), {}, {}, "validation", bad_images)
+
+
+def rows_of(splits):
+    return splits.train, splits.validation, splits.bad_images
 
 
 def build(arguments, splits, output_dir, **more):
@@ -57,7 +61,15 @@ def build(arguments, splits, output_dir, **more):
     groups = parameter_groups(model, 1e-3, 2e-3, 0.01)
     beams = BeamArguments(num_beams=1, max_new_tokens=16)
     return CaptionerTrainer(
-        model, args, splits, processor, NAMES, beams, "english", groups, lambda folder: load_vit_gpt2(folder)[0]
+        model,
+        args,
+        *rows_of(splits),
+        processor,
+        NAMES,
+        beams,
+        "english",
+        groups,
+        lambda folder: load_vit_gpt2(folder)[0],
     )
 
 
@@ -122,7 +134,7 @@ def test_the_logged_loss_is_the_mean_over_all_caption_tokens(repo_root, argument
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
     trainer = CaptionerTrainer(
-        model, args, splits, processor, names, BeamArguments(num_beams=1, max_new_tokens=16), "english"
+        model, args, *rows_of(splits), processor, names, BeamArguments(num_beams=1, max_new_tokens=16), "english"
     )
     batches = list(trainer.get_train_dataloader())[:2]
     with torch.no_grad():

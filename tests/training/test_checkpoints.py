@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from vlmcap.steps.begin import find_checkpoint
 from vlmcap.training import checkpoints
 from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages
-from vlmcap.training.start import find_checkpoint
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 

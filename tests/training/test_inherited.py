@@ -9,8 +9,8 @@ import pytest
 from transformers import TrainingArguments
 from trl import SFTConfig, TrlParser
 
-from vlmcap.documents import parse_yaml
 from vlmcap.errors import UserError
+from vlmcap.strict_parsing import parse_yaml
 from vlmcap.training.arguments import CaptionerFields, CaptionSFTFields, FoodFields
 from vlmcap.training.captioner import CaptionerTrainingArguments, FoodTrainingArguments
 from vlmcap.training.inherited import (

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from tests.invariants import tiny
 from vlmcap.arguments import run_main
 from vlmcap.data.images import DatasetError, load_captions
-from vlmcap.data.scenes import scenes
+from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import (
     ModelArguments,
     ModelError,

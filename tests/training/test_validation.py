@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.data.images import load_captions
-from vlmcap.data.scenes import scenes
-from vlmcap.evaluation.generate import GenerationArguments
+from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.features import cache_features

@@ -21,9 +21,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from vlmcap.data.lookup import DatasetError, find_dataset, missing
-from vlmcap.documents import parse_json
 from vlmcap.errors import notice
 from vlmcap.provenance import public_name
+from vlmcap.strict_parsing import parse_json
 
 # Cards of publish_datasets.py have the tag NAME-captions.
 CORPORA = ("stair", "yj", "scenes", "uit_viic", "scenes_vi", "food_titles", "scene_titles")

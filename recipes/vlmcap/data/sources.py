@@ -19,10 +19,10 @@ from pathlib import Path
 from datasets import DownloadConfig, DownloadManager
 from tqdm.auto import tqdm
 
+from vlmcap.atomic_write import git_blob_id
 from vlmcap.data.arguments import DataError
 from vlmcap.data.images import is_plain_path
-from vlmcap.documents import parse_json, shown
-from vlmcap.files import git_blob_id
+from vlmcap.strict_parsing import parse_json, shown
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,14 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from vlmcap import provenance
-from vlmcap.documents import parse_json, shown
+from vlmcap.atomic_write import write_atomically
+from vlmcap.captioning.arguments import FORM, HELD_BACK
+from vlmcap.captioning.constraints import japanese_characters
 from vlmcap.errors import UserError
-from vlmcap.evaluation.arguments import FORM, HELD_BACK
 from vlmcap.evaluation.bootstrap import LEVEL, interval, resampled_scores
-from vlmcap.evaluation.constraints import japanese_characters
+from vlmcap.evaluation.caption_files import read_entries, read_predictions
 from vlmcap.evaluation.lexicon import Lexicon, analyse
-from vlmcap.evaluation.scoring import read_entries, read_predictions
-from vlmcap.files import write_atomically
+from vlmcap.strict_parsing import parse_json, shown
 
 RESAMPLES, SEED = 1000, 0
 # A caption repeats when this many words occur twice, in this order.

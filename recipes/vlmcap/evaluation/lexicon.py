@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from vlmcap.documents import parse_yaml, shown
 from vlmcap.errors import UserError
 from vlmcap.evaluation.tokenise import tagger
+from vlmcap.strict_parsing import parse_yaml, shown
 
 LEXICONS = Path(__file__).parent / "lexicons"
 # Tokens of unidic-lite that one entry may span; the longest of the shipped lexicons spans six.

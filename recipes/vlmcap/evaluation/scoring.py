@@ -1,9 +1,5 @@
-"""Files of predictions and references in, a document of scores out.
+"""Scores of captions: a document of scores, signatures, intervals and counts (metrics.json).
 
-predictions.jsonl   {"image_id": 1, "caption": "..."}               one line an image
-results.json        [{"image_id": 1, "caption": "..."}, ...]        COCO's list of results, instead
-references.jsonl    {"image_id": 1, "captions": ["...", "..."]}     one line an image, or a published dataset
-captions_*.json     {"images": [...], "annotations": [...]}         COCO's annotations, instead
 idf.json            {"tokenizer": "tok:...", "images": 5000, "ngrams": {"犬 が": 17, ...}}
 
 The idf file fixes CIDEr-D's document frequencies: "images" is how many images' references they were counted in,
@@ -13,8 +9,7 @@ spaces (one of a single image weighs as much as one of none).
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
@@ -23,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmcap.documents import parse_json, shown
-from vlmcap.errors import UserError
+from vlmcap.atomic_write import write_atomically
 from vlmcap.evaluation import external
 from vlmcap.evaluation.bootstrap import LEVEL, interval, p_value, resampled_scores, scores_of
+from vlmcap.evaluation.caption_files import ScoreError, parse_object, read_predictions
 from vlmcap.evaluation.metrics import (
     METRICS_VERSION,
     DocumentFrequencies,
@@ -37,7 +32,7 @@ from vlmcap.evaluation.metrics import (
 )
 from vlmcap.evaluation.register import to_plain
 from vlmcap.evaluation.tokenise import JAPANESE_TOKENIZERS, tokenise, tokenizer_signature
-from vlmcap.files import write_atomically
+from vlmcap.strict_parsing import shown
 
 # How people read the names of scores, in every table and plot.
 SCORE_LABELS = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {
@@ -51,12 +46,6 @@ SCORE_LABELS = {f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)} | {
 
 
 # How whole JSON files begin: a list of COCO results; COCO's annotations, recognised by the first key.
-RESULTS_LIST = re.compile(rb"(\xef\xbb\xbf)?\s*\[")
-COCO_ANNOTATIONS = re.compile(rb'(\xef\xbb\xbf)?\s*\{\s*"(info|licenses|images|annotations|type|categories)"\s*:')
-
-
-class ScoreError(UserError):
-    """Predictions or references that cannot be scored; the message names the file and line, or the images."""
 
 
 @dataclass
@@ -449,7 +438,7 @@ def read_idf(path: str | Path, tokenizer: str) -> DocumentFrequencies:
 
     Raises ScoreError, naming the file, when it is not one or was made with another tokenizer.
     """
-    document = _parse_object(Path(path).read_bytes(), str(path))
+    document = parse_object(Path(path).read_bytes(), str(path))
     images, ngrams = document.get("images"), document.get("ngrams")
     if type(images) is not int or not 1 <= images < 2**53 or not isinstance(ngrams, dict):
         raise ScoreError(f'{path} is not an idf file: it needs "images", a number above 0, and "ngrams", an object')
@@ -513,65 +502,6 @@ def _few(ids: list) -> str:
     return ", ".join(str(image_id) for image_id in ids[:5]) + (", ..." if len(ids) > 5 else "")
 
 
-def read_predictions(path: str | Path) -> dict[str, str]:
-    """Image id -> caption of a predictions file or COCO results list; integer ids become strings.
-
-    Raises ScoreError, naming file and place, on a malformed entry and on an id that occurs twice.
-    """
-    predictions = {}
-    for where, image_id, entry in read_entries(path):
-        predictions[image_id] = _caption(entry, where)
-    return predictions
-
-
-def read_references(path: str | Path) -> dict[str, list[str]]:
-    """Image id -> captions of a references file or COCO's captions_*.json; integer ids become strings.
-
-    An image that COCO's file lists without captions has an empty list.
-
-    Raises ScoreError, naming file and place, on a malformed entry and on an id that occurs twice.
-    """
-    content = Path(path).read_bytes()
-    if COCO_ANNOTATIONS.match(content):
-        return _coco_references(_parse_object(content, str(path)), str(path))
-    references = {}
-    for where, image_id, entry in read_entries(path):
-        captions = entry.get("captions")
-        if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
-            raise ScoreError(f'{where}: "captions" must be a list of strings, but is {shown(captions)}')
-        references[image_id] = captions
-    return references
-
-
-def _coco_references(document: dict, path: str) -> dict[str, list[str]]:
-    for key in ("images", "annotations"):
-        entries = document.get(key)
-        if not (isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)):
-            raise ScoreError(f"{path}: {key!r} must be a list of objects, as in COCO's captions_*.json")
-    references: dict[str, list[str]] = {}
-    for number, image in enumerate(document["images"]):
-        references[_image_id(image, f"{path}, images[{number}]", "id")] = []
-    for number, annotation in enumerate(document["annotations"]):
-        where = f"{path}, annotations[{number}]"
-        image_id = _image_id(annotation, where)
-        if image_id not in references:
-            raise ScoreError(f"{where}: image_id {image_id} is not among the images of the file")
-        references[image_id].append(_caption(annotation, where))
-    return references
-
-
-def _caption(entry: dict, where: str) -> str:
-    if not isinstance(entry.get("caption"), str):
-        raise ScoreError(f'{where}: "caption" must be a string, but is {shown(entry.get("caption"))}')
-    return entry["caption"]
-
-
-def _image_id(entry: dict, where: str, key: str = "image_id") -> str:
-    if type(entry.get(key)) not in (int, str):
-        raise ScoreError(f'{where}: "{key}" must be an integer or a string, but is {shown(entry.get(key))}')
-    return str(entry[key])
-
-
 def write_metrics(
     predictions_path: str | Path,
     references: dict[str, list[str]],
@@ -592,7 +522,7 @@ def write_metrics(
     metrics = score(read_predictions(predictions_path), references, tokenizer, options)
     record = predictions_path.with_suffix(".run.json")
     if record.exists():
-        made = _parse_object(record.read_bytes(), str(record))
+        made = parse_object(record.read_bytes(), str(record))
         if both := sorted(metrics.keys() & made.keys()):
             raise ScoreError(f"{record}: {', '.join(both)} are what the scorer measures and no run record says")
         metrics |= made
@@ -646,52 +576,3 @@ def _score_lines(scored: dict) -> list[str]:
         low_high = "[{:.4f}, {:.4f}]".format(*scored["intervals"][name]) if scored["intervals"] else ""
         lines.append(f"{SCORE_LABELS[name]:<8} {value:8.4f}  {low_high:<18} {scored['signatures'][name]}")
     return lines
-
-
-def read_entries(path: str | Path) -> Iterator[tuple[str, str, dict]]:
-    """`file, line n`, the image id and the object of every line that is not blank; or of a whole file that is a list,
-    such as COCO's results, `file, entry n` and so on.
-
-    Raises ScoreError, naming file and place, on an entry that is not an object with an image id, and on an id that was
-    there before.
-    """
-    seen = {}
-    for place, where, entry in _entries(path):
-        image_id = _image_id(entry, where)
-        if image_id in seen:
-            raise ScoreError(f"{where}: image_id {image_id} is on {seen[image_id]} already")
-        seen[image_id] = place
-        yield where, image_id, entry
-
-
-def _entries(path: str | Path) -> Iterator[tuple[str, str, dict]]:
-    with open(path, "rb") as lines:
-        if not RESULTS_LIST.match(lines.read(100)):
-            lines.seek(0)
-            for number, text in enumerate(lines, 1):
-                if text.strip():
-                    where = f"{path}, line {number}"
-                    yield f"line {number}", where, _parse_object(text, where)
-            return
-        lines.seek(0)
-        content = lines.read()
-    for number, entry in enumerate(_parse(content, str(path)), 1):
-        where = f"{path}, entry {number}"
-        yield f"entry {number}", where, _as_object(entry, where)
-
-
-def _parse_object(text: bytes, where: str) -> dict:
-    return _as_object(_parse(text, where), where)
-
-
-def _parse(text: bytes, where: str) -> object:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise ScoreError(f"{where}: not JSON in UTF-8 ({error})") from error
-
-
-def _as_object(value: object, where: str) -> dict:
-    if not isinstance(value, dict):
-        raise ScoreError(f"{where}: a JSON object is needed, but this is {shown(value)}")
-    return value

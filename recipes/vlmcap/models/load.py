@@ -26,8 +26,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from vlmcap.documents import parse_yaml
-from vlmcap.files import write_atomically
 from vlmcap.models.arguments import UNQUANTISED, VISION_TOWERS, ModelArguments
 from vlmcap.models.weights import (
     COMMIT,
@@ -49,8 +47,6 @@ from vlmcap.places import check_miniature
 
 PROJECTOR = re.compile(r"model\.(visual\.(merger|deepstack_merger_list\.\d+)|multi_modal_projector|connector)")
 # Of YAML files: a model's name, and a revision that is not pinned.
-MODEL_LINE = re.compile(r"( *)(?:(\w+)_name_or_path|id): *([^\s#]+)")
-REVISION_LINE = re.compile(r"( *)(\w*revision): *null\b(.*)")
 LAYERS_PATTERN = "layers"  # language_model.layers; Qwen's ViT calls its layers `blocks`
 
 
@@ -115,47 +111,6 @@ def resolve_revision(name: str, revision: str | None) -> str | None:
     if said and PartialState().is_main_process:
         print(f"{name}: {said}", file=sys.stderr, flush=True)
     return commit
-
-
-def pin_revisions(path: Path) -> list[str]:
-    """Writes commits into a YAML file, where a model is named and its revision below is null.
-
-    That is `id` with `revision` (the table of baselines), or `x_name_or_path` with `x_revision` (recipes). Everything
-    else stays, comments too. A row with `remote_code` is not changed: its commit says that somebody read the code.
-
-    Returns:
-        A line for each such name: the commit of its main branch, or why there is none.
-
-    Raises:
-        ModelError: the file is not YAML.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        document = parse_yaml(text)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as YAML: {error}") from error
-    rows = document.get("models") if isinstance(document, dict) else None
-    rows = [row for row in rows.values() if isinstance(row, dict)] if isinstance(rows, dict) else []
-    coded = {row.get("id") for row in rows if row.get("remote_code")}
-    lines, named, report = text.split("\n"), {}, []
-    for number, line in enumerate(lines):
-        if found := MODEL_LINE.match(line):
-            indent, part, name = found.groups()
-            named[indent, f"{part}_revision" if part else "revision"] = name.strip("'\"")
-        elif (found := REVISION_LINE.match(line)) and (name := named.get(found.groups()[:2])):
-            if name in coded:
-                report.append(f"{name}: runs its own code; read that of a commit, and write the commit yourself")
-                continue
-            try:
-                commit = resolve_revision(name, "main")
-            except ModelError as error:
-                report.append(f"{name}: {error}")
-                continue
-            if commit and COMMIT.fullmatch(commit):
-                lines[number] = f"{found[1]}{found[2]}: {commit}{found[3]}"
-            report.append(f"{name}: {commit or 'a folder'}")
-    write_atomically(path, "\n".join(lines))
-    return report
 
 
 def load_model(

@@ -12,7 +12,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from vlmcap.files import write_atomically
+from vlmcap.atomic_write import write_atomically
 from vlmcap.models.weights import ModelError, check_report, loading
 from vlmcap.places import find_uv
 

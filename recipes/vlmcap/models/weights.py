@@ -30,9 +30,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
-from vlmcap.documents import parse_json, shown
 from vlmcap.errors import UserError
 from vlmcap.models.nf4 import keep_as_quantised
+from vlmcap.strict_parsing import parse_json, shown
 
 # Else transformers asks a Space on the Hub to convert the pickles of a repository's main branch, and takes the answer
 # from a pull request whose author it does not always look at (transformers 5.23, safetensors_conversion.py). Here

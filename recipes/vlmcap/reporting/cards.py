@@ -15,11 +15,11 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_res
 from huggingface_hub.utils import yaml_dump
 from markupsafe import Markup
 
+from vlmcap.atomic_write import write_atomically
 from vlmcap.credentials import redact
 from vlmcap.errors import UserError
 from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
-from vlmcap.files import write_atomically
 from vlmcap.markdown import code_span, escape_unseen, fenced, prose, visible
 from vlmcap.models.arguments import UNQUANTISED
 from vlmcap.places import ROOT, paths_root

@@ -18,6 +18,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
+from vlmcap.atomic_write import write_atomically
 from vlmcap.data.images import (
     BadImageError,
     DatasetError,
@@ -27,18 +28,12 @@ from vlmcap.data.images import (
     open_image,
     references_of,
 )
-from vlmcap.documents import shown
-from vlmcap.evaluation.scoring import (
-    SCORE_LABELS,
-    ScoreError,
-    paired_comparison,
-    read_predictions,
-    read_references,
-)
-from vlmcap.files import write_atomically
+from vlmcap.evaluation.caption_files import ScoreError, read_predictions, read_references
+from vlmcap.evaluation.scoring import SCORE_LABELS, paired_comparison
 from vlmcap.markdown import code_span, markdown_escape, markdown_table, text_table, visible
 from vlmcap.reporting.gallery import disagreement, select_images, write_comparison_page
 from vlmcap.reporting.plots import has_curve, has_size, plot_quality_against_memory, plot_scores, plot_training_curves
+from vlmcap.strict_parsing import shown
 
 SIGNIFICANT = 0.05
 CORPORA = ("STAIR", "YJ", "COCO")

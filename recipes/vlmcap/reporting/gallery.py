@@ -10,7 +10,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from vlmcap.files import write_atomically
+from vlmcap.atomic_write import write_atomically
 from vlmcap.reporting.html import PHOTO_SIDE, embed, template
 from vlmcap.reporting.plots import INK, SOFT
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from vlmcap.files import write_atomically
+from vlmcap.atomic_write import write_atomically
 from vlmcap.models.weights import PICKLES
 from vlmcap.reporting.cards import (
     LLAMA,

@@ -14,8 +14,9 @@ NAME = "japanese_caption_metrics"
 SOURCE = ROOT / "recipes" / "metric_space" / NAME
 # The scorer and what it imports: modules of vlmcap.evaluation and of vlmcap itself.
 MODULES = {
-    name: evaluation.__path__[0] for name in ("bootstrap", "external", "metrics", "register", "scoring", "tokenise")
-} | {name: vlmcap.__path__[0] for name in ("documents", "errors", "files")}
+    name: evaluation.__path__[0]
+    for name in ("bootstrap", "caption_files", "external", "metrics", "register", "scoring", "tokenise")
+} | {name: vlmcap.__path__[0] for name in ("atomic_write", "errors", "strict_parsing")}
 IMPORT = re.compile(r"^from vlmcap\.(?:evaluation\.)?(?=\w+ import)", re.MULTILINE)
 IMPORT_MODULE = re.compile(r"^from vlmcap\.evaluation import (\w+)$", re.MULTILINE)
 

@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
 
 from vlmcap import provenance
+from vlmcap.captioning.arguments import BeamArguments
+from vlmcap.captioning.predictions import model_record
 from vlmcap.data.images import DatasetError
-from vlmcap.evaluation.generate import BeamArguments, model_record
 from vlmcap.models.load import count_parameters, resolve_revision
-from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields, FoodFields
+from vlmcap.training.arguments import CaptionerFields, FoodFields
 from vlmcap.training.collator import BadImages, caption_examples, read_example
 from vlmcap.training.measured import MeasuredTrainer, check_optimizer, choose_by_device
 from vlmcap.training.report import trainable_modules
-from vlmcap.training.start import Splits
 from vlmcap.training.validation import CaptionValidation
 
 # The trainer's settings that the model card prints.
@@ -48,18 +48,6 @@ class CaptionerTrainingArguments(CaptionerFields, TrainingArguments):
 @dataclass
 class FoodTrainingArguments(FoodFields, CaptionerTrainingArguments):
     """CaptionerTrainingArguments with a learning rate for each half."""
-
-
-def saw_records(args: CaptionerDataArguments, splits: Splits) -> tuple[dict, dict]:
-    """The "saw" parts of the run records of the untrained and of the trained model."""
-    base = dict(zip(("STAIR", "YJ", "COCO"), args.base_saw, strict=True))
-    trained = dict(base)
-    if splits.record["corpus"] == "uit_viic":
-        trained["COCO"] = "train images"
-    if any(splits.train["in_yj"]):
-        trained["YJ"] = "train images"
-    note = "As stated in the configuration (base_saw)."
-    return base | {"note": note}, trained | {"note": f"{note} And what the training split shows."}
 
 
 def resolve_parts(args):
@@ -127,7 +115,9 @@ class CaptionerTrainer(MeasuredTrainer, Trainer):
 
     Args:
         model: with its LoRA on, or its frozen parts frozen.
-        splits: rows to train and validate on.
+        rows: those to train on, as `load_captions` returns them.
+        validation_rows: those to validate on; None without validation.
+        bad_images: the list of unreadable pictures.
         processing_class: the model's processor, see PictureCollator.
         names: how the model calls token ids and their mask.
         generation: decoding of the validation captions.
@@ -143,7 +133,9 @@ class CaptionerTrainer(MeasuredTrainer, Trainer):
         self,
         model: PreTrainedModel | PeftModel,
         args: CaptionerTrainingArguments,
-        splits: Splits,
+        rows: Dataset,
+        validation_rows: Dataset | None,
+        bad_images: BadImages,
         processing_class: ProcessorMixin,
         names: tuple[str, str],
         generation: BeamArguments,
@@ -152,12 +144,12 @@ class CaptionerTrainer(MeasuredTrainer, Trainer):
         read_checkpoint: Callable[[str], nn.Module] | None = None,
     ):
         set_seed(args.seed)  # of dropout
-        self.splits, self.bad_images, self.validation = splits, splits.bad_images, None
+        self.rows, self.validation_rows, self.bad_images, self.validation = rows, validation_rows, bad_images, None
         self.read_checkpoint = read_checkpoint
-        collator = partial(PictureCollator, processor=processing_class, names=names, bad_images=splits.bad_images)
-        if splits.validation is not None:
-            self.validation = CaptionValidation(splits.validation, processing_class, generation, tokenizer)
-            self.validation_collator = collator(splits.validation)
+        collator = partial(PictureCollator, processor=processing_class, names=names, bad_images=bad_images)
+        if validation_rows is not None:
+            self.validation = CaptionValidation(validation_rows, processing_class, generation, tokenizer)
+            self.validation_collator = collator(validation_rows)
         optimizers = (None, None)
         if parameter_groups is not None:
             optimizer_class, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -165,9 +157,9 @@ class CaptionerTrainer(MeasuredTrainer, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator(splits.train),
-            train_dataset=caption_examples(splits.train, 1),
-            eval_dataset=splits.validation,
+            data_collator=collator(rows),
+            train_dataset=caption_examples(rows, 1),
+            eval_dataset=validation_rows,
             processing_class=processing_class,
             optimizers=optimizers,
         )
@@ -202,7 +194,7 @@ class CaptionerTrainer(MeasuredTrainer, Trainer):
     @torch.inference_mode()
     def validation_loss(self, model: nn.Module) -> float:
         """Mean cross-entropy, in nats, of a token of the validation captions (end of caption included), unsmoothed."""
-        examples = caption_examples(self.splits.validation, 1)
+        examples = caption_examples(self.validation_rows, 1)
         mine = examples.select(range(self.args.process_index, len(examples), self.args.world_size))
         total = tokens = 0
         for batch in DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=self.validation_collator):
@@ -253,7 +245,7 @@ def captioner_report(trainer: CaptionerTrainer) -> str:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     lines.append(
-        f"Data: {len(trainer.splits.train):,} images, {captions:,} captions an epoch; {batch} captions a step"
+        f"Data: {len(trainer.rows):,} images, {captions:,} captions an epoch; {batch} captions a step"
         f" ({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x"
         f" {args.world_size} processes), {per_epoch:,} steps an epoch, {steps:,} at most;"
         f" {precision}, seed {args.seed}"

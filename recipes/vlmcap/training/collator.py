@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from vlmcap.atomic_write import write_atomically
 from vlmcap.data.images import BadImageError, DatasetError, missing_files, open_image
 from vlmcap.errors import UserError
-from vlmcap.files import write_atomically
-from vlmcap.training.text import CaptionProcessor
+from vlmcap.training.caption_tokens import CaptionProcessor
 
 
 @dataclass

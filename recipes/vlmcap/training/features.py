@@ -35,8 +35,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
+from vlmcap.atomic_write import write_atomically
 from vlmcap.data.images import READING, BadImageError, DatasetError, image_size, open_image
-from vlmcap.files import write_atomically
 from vlmcap.training.collator import BadImages
 
 BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels

@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from vlmcap.documents import parse_yaml
 from vlmcap.errors import UserError
+from vlmcap.strict_parsing import parse_yaml
 
 Config = TypeVar("Config")
 # File and class, the parent first.

@@ -21,9 +21,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmcap.models.load import ModelError, chat_prompt
+from vlmcap.training.caption_tokens import CaptionEncoder
 from vlmcap.training.collator import BadImages, read_example
 from vlmcap.training.features import FeatureCache
-from vlmcap.training.text import CaptionEncoder
 
 # Attention implementations of transformers that take a mask of our own. FlashAttention knows causal masks alone.
 ATTENTION = ("sdpa", "eager", "flex_attention")

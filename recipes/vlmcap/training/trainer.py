@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from vlmcap.evaluation.generate import weights_hash
+from vlmcap.captioning.predictions import weights_hash
 from vlmcap.models.load import ModelError, free_frozen_parts
 from vlmcap.models.weights import Adapter
 from vlmcap.training import shared_prefix

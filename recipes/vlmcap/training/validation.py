@@ -9,8 +9,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import ProcessorMixin
 
+from vlmcap.captioning.arguments import BeamArguments
+from vlmcap.captioning.generate import caption_with_prompt, caption_without_prompt
 from vlmcap.data.images import open_image, references_of
-from vlmcap.evaluation.generate import BeamArguments, caption_images, caption_pictures
 from vlmcap.evaluation.scoring import quick_scores
 from vlmcap.models.load import takes_prompt
 from vlmcap.training.features import FeatureCache
@@ -47,9 +48,9 @@ class CaptionValidation:
             images = [open_image(row) for row in batch]
             if takes_prompt(self.processor):
                 features = self.features.batch(picked) if self.features else None
-                said = caption_images(model, self.processor, images, self.generation, features)
+                said = caption_with_prompt(model, self.processor, images, self.generation, features)
             else:
-                said = caption_pictures(model, self.processor, images, self.generation)
+                said = caption_without_prompt(model, self.processor, images, self.generation)
             captions += zip(batch["image_id"], said, strict=True)
         predictions = {str(image_id): caption for image_id, caption in gather_object(captions)}
         return quick_scores(predictions, references_of(self.rows), self.tokenizer)

@@ -1,0 +1,84 @@
+"""What a recipe asks before it imports what takes seconds: is all installed, and is there what it will need later?"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from vlmcap.atomic_write import check_writable
+from vlmcap.data.lookup import find_dataset
+from vlmcap.errors import UserError, notice
+from vlmcap.evaluation.external import ScorerUnavailable, check_local_spice, check_meteor
+from vlmcap.evaluation.tokenise import tokenizer_signature
+from vlmcap.training.arguments import MeasuredFields, SplitArguments
+from vlmcap.upload import check_push_rights
+
+# Trackers of transformers (`report_to`) and the modules of which each needs one; Kubeflow's needs none.
+TRACKERS = {
+    "azure_ml": ("azureml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "comet_ml": ("comet_ml",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "mlflow": ("mlflow",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+}
+# Ways of `accelerate launch` to train that the recipes do not know, by the variable that it sets.
+UNFIT_LAUNCHES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+
+
+def check_early(settings: MeasuredFields, data_args: SplitArguments) -> None:
+    """Needs no torch, and comes before it: with `use_cpu`, also of accelerate, torch sees no GPU.
+
+    Says whether METEOR will be left out.
+
+    Raises:
+        PushError: with `push_to_hub`, the Hub's token may not push to `hub_model_id`, or what is there is public.
+        DatasetError: there is no such folder and no such dataset on the Hub.
+        TokenizerError: there is no such tokenizer for the scores.
+        UserError: `spice_dir` holds no SPICE, or there is no Java for it; a tracker of `report_to` is not known or not
+            installed; `accelerate launch` was configured for DeepSpeed or Megatron-LM.
+        OSError: a folder that the run writes into cannot be written.
+    """
+    if settings.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    check_trackers(settings.report_to)
+    for variable, launch in UNFIT_LAUNCHES.items():
+        if os.environ.get(variable) == "true":
+            raise UserError(f"accelerate is configured for {launch}, which the recipes do not know: use DDP or FSDP")
+    if settings.push_to_hub:
+        check_push_rights(settings.hub_model_id)
+    find_dataset(data_args.dataset, data_args.dataset_revision)
+    tokenizer_signature(data_args.tokenizer)
+    settings_of_some = vars(data_args)
+    if settings_of_some.get("spice_dir"):
+        try:
+            check_local_spice(data_args.spice_dir)
+        except ScorerUnavailable as error:
+            raise UserError(f"spice_dir {data_args.spice_dir}: {error}") from error
+    for folder in (settings.output_dir, settings_of_some.get("base_dir")):
+        if folder:
+            check_writable(Path(folder))
+    try:
+        check_meteor()
+    except ScorerUnavailable as error:
+        notice(f"METEOR will be left out: {error}")
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Raises UserError where a tracker is none that transformers knows, or its package is not installed."""
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in ("none", "all", "kubeflow"):
+            continue
+        if name not in TRACKERS:
+            raise UserError(f"report_to: {name!r} is none of none, all, kubeflow, {', '.join(TRACKERS)}")
+        if not any(map(find_spec, TRACKERS[name])):
+            raise UserError(
+                f"report_to: {name} needs the Python package {TRACKERS[name][0]}, which is not installed: install it,"
+                " or leave report_to at none"
+            )

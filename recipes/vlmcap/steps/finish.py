@@ -1,0 +1,156 @@
+"""How every recipe ends: captions of base and trained model, scored, on a card and a page, and pushed."""
+
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vlmcap.captioning.arguments import BeamArguments
+from vlmcap.captioning.generate import generate
+from vlmcap.captioning.predictions import model_record
+from vlmcap.data.images import open_image, references_of
+from vlmcap.evaluation.caption_files import read_predictions
+from vlmcap.evaluation.scoring import ScoreOptions, write_metrics
+from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
+from vlmcap.reporting.gallery import write_sample_page
+from vlmcap.reporting.hub import push_adapter
+from vlmcap.steps.begin import Run
+from vlmcap.steps.splits import Splits
+
+SAMPLES = 24
+Loader = Callable[[], tuple[PreTrainedModel | PeftModel, ProcessorMixin]]
+
+
+def saw_records(base_saw: dict[str, str], splits: Splits) -> tuple[dict, dict]:
+    """The "saw" parts of the run records of the untrained and of the trained model.
+
+    Args:
+        base_saw: STAIR, YJ and COCO -> unknown, no or train, of the untrained model.
+    """
+    note = "As stated in the configuration (base_saw)."
+    trained = dict(base_saw)
+    if splits.record["corpus"] == "stair":
+        trained |= {"STAIR": "train", "COCO": "train images"}
+    if splits.record["corpus"] == "uit_viic":
+        trained |= {"COCO": "train images"}
+    if any(splits.train["in_yj"]):
+        trained |= {"YJ": "train images"}
+    return base_saw | {"note": note}, trained | {"note": f"{note} And what the training split shows."}
+
+
+def finish(
+    run: Run,
+    recipe: str,
+    generation_args: BeamArguments,
+    splits: Splits,
+    *,
+    base_dir: Path,
+    base_record: dict,
+    load_base: Loader,
+    trained_dir: Path,
+    trained_saw: dict,
+    load_trained: Loader,
+    tokenizer: str,
+    options: ScoreOptions | None = None,
+    audit: Callable[[], None] | None = None,
+) -> None:
+    """Captions the test images with the untrained and the trained model, scores both, writes card and page, pushes.
+
+    Args:
+        recipe: its name, e.g. "sft_blip_vi".
+        base_dir: folder of the untrained model's captions.
+        base_record: "model", "dataset" and "saw" of their run record.
+        trained_dir: folder of the trained weights, with training.json.
+        trained_saw: "saw" of the trained model's run record.
+        load_base, load_trained: the models as they are on the Hub or on disk, each with its processor.
+        tokenizer: word segmentation of the metrics.
+        audit: audits the captions in both folders, for the card.
+    """
+    PartialState().wait_for_everyone()
+    _free_memory()
+    model, processor = load_base()
+    generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, base_record)
+
+    del model  # both would not fit
+    _free_memory()
+    model, processor = load_trained()
+    base = base_record["model"]
+    trained = base | model_record(model, base["id"], base["revision"], adapter=str(trained_dir))
+    record = {"model": trained, "dataset": splits.test_record, "saw": trained_saw}
+    generate(model, processor, splits.test, trained_dir / "predictions.jsonl", generation_args, record)
+    if not PartialState().is_main_process:
+        return
+
+    metrics = write_both_metrics(base_dir, trained_dir, splits.test, tokenizer, {"recipe": recipe}, options)
+    if audit:
+        audit()
+    write_adapter_card(trained_dir, run.push_to)
+    show_results(run.output_dir, metrics, splits.test, base_dir, trained_dir, run.seed)
+    if run.push_to:
+        print(f"Pushed to {push_adapter(trained_dir, run.push_to)}")
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def write_both_metrics(
+    base_dir: Path,
+    trained_dir: Path,
+    rows: datasets.Dataset,
+    tokenizer: str,
+    more: dict,
+    options: ScoreOptions | None = None,
+) -> dict:
+    """Scores the predictions in both folders, writes metrics.json into each and returns the trained model's.
+
+    It holds the base's whole document under "base" (except for its scores of single images), training.json under
+    "training", and `more`.
+
+    Raises as `write_metrics` does.
+    """
+    references = references_of(rows)
+
+    def scored(folder: Path, more: dict | None = None) -> dict:
+        files = (folder / "predictions.jsonl", references, folder / "metrics.json")
+        return write_metrics(*files, tokenizer, more, options)
+
+    base = scored(base_dir)
+    del base["per_image"]  # as large as the rest together, and in the base's own file
+    training = json.loads((trained_dir / "training.json").read_text(encoding="utf-8"))
+    return scored(trained_dir, more | {"training": training, "base": base})
+
+
+def show_results(
+    output_dir: Path, metrics: dict, rows: datasets.Dataset, base_dir: Path, trained_dir: Path, seed: int
+) -> None:
+    """Writes `output_dir/samples.html` and prints the scores of base and trained model.
+
+    Args:
+        metrics: as `write_both_metrics` returns them.
+        rows: the test images; the page shows some of them, drawn with `seed`.
+    """
+    said = {
+        "base": read_predictions(base_dir / "predictions.jsonl"),
+        "adapter": read_predictions(trained_dir / "predictions.jsonl"),
+    }
+    samples = [
+        {"image": open_image(row), "image_id": row["image_id"], "references": row["captions"]}
+        | {system: captions[str(row["image_id"])] for system, captions in said.items()}
+        for row in rows.shuffle(seed=seed).select(range(min(SAMPLES, len(rows))))
+    ]
+    note = f"{len(samples)} of {len(rows)} images of {metrics['dataset']['split']}, drawn at random."
+    if is_miniature(metrics):
+        note += " Drawn scenes and a miniature model: a demonstration, no evidence about the real one."
+    page = write_sample_page(output_dir / "samples.html", "Before and after", samples, score_rows(metrics), note)
+    print()
+    for name, *values in score_rows(metrics):
+        print(f"{name:<12}" + "".join(f"{value:>18}" for value in values))
+    print(f"\nWeights and model card: {trained_dir}\nSample captions:        {page}")
