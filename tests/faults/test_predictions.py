@@ -32,7 +32,7 @@ RECORD = {
     "decoding": {"batch_size": 2},
 }
 IMAGES = 5
-SOURCES = "vlmcap/captioning/generate.py", "vlmcap/atomic_write.py"
+SOURCES = "vlmcap/captioning/predictions.py", "vlmcap/atomic_write.py"
 
 
 def caption_rows(output: Path, images: int = IMAGES, word: str = "画像") -> None:
