@@ -14,13 +14,9 @@ from vlmcap.models.blip import load_blip
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
 from vlmcap.models.vit_llama import VitLlamaArguments, build_vit_llama
 from vlmcap.steps.splits import Splits
-from vlmcap.training.captioner import (
-    CaptionerTrainer,
-    CaptionerTrainingArguments,
-    PictureCollator,
-    check_caption_lengths,
-)
+from vlmcap.training.captioner import CaptionerTrainer, PictureCollator, check_caption_lengths
 from vlmcap.training.collator import BadImages
+from vlmcap.training.trainer_arguments import CaptionerTrainingArguments
 
 NAMES = ("decoder_input_ids", "decoder_attention_mask")
 

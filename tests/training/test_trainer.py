@@ -33,7 +33,8 @@ from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples, drop_missing
 from vlmcap.training.inherited import SFT_CONFIG, parsed_as
 from vlmcap.training.report import estimate_memory, training_report
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 PROMPT = "この画像を日本語で短く説明してください。"
 
