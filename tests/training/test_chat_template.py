@@ -11,11 +11,9 @@ from vlmcap.training.collator import BadImages, CaptionCollator
 from vlmcap.training.shared_prefix import SharedPrefixCollator
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    tiny.write_pictures(folder)
-    return tiny.read_pictures(folder)
+@pytest.fixture
+def rows(pictures):
+    return pictures
 
 
 @pytest.fixture
