@@ -56,13 +56,8 @@ def main(
     from vlmcap.steps.finish import finish, saw_records
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_splits
-    from vlmcap.training.captioner import (
-        REPORTED_SETTINGS,
-        CaptionerTrainer,
-        CaptionerTrainingArguments,
-        captioner_report,
-        check_caption_lengths,
-    )
+    from vlmcap.training.captioner import REPORTED_SETTINGS, CaptionerTrainer, captioner_report, check_caption_lengths
+    from vlmcap.training.trainer_arguments import CaptionerTrainingArguments
 
     training_args = complete(CaptionerTrainingArguments, settings)
     adapter_dir = Path(training_args.output_dir) / "adapter"

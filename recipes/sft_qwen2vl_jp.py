@@ -130,7 +130,8 @@ def main(
     from vlmcap.steps.splits import load_splits
     from vlmcap.training.features import cache_features
     from vlmcap.training.report import training_report
-    from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+    from vlmcap.training.trainer import CaptionTrainer
+    from vlmcap.training.trainer_arguments import CaptionSFTConfig
     from vlmcap.training.validation import CaptionValidation
 
     training_args = complete(CaptionSFTConfig, settings)

@@ -57,12 +57,12 @@ def main(
     from vlmcap.training.captioner import (
         REPORTED_SETTINGS,
         CaptionerTrainer,
-        FoodTrainingArguments,
         captioner_report,
         check_caption_lengths,
         resolve_parts,
         two_part_record,
     )
+    from vlmcap.training.trainer_arguments import FoodTrainingArguments
 
     training_args = complete(FoodTrainingArguments, settings)
     model_dir = Path(training_args.output_dir) / "model"

@@ -62,12 +62,12 @@ def main(
     from vlmcap.training.captioner import (
         REPORTED_SETTINGS,
         CaptionerTrainer,
-        CaptionerTrainingArguments,
         captioner_report,
         check_caption_lengths,
         resolve_parts,
         two_part_record,
     )
+    from vlmcap.training.trainer_arguments import CaptionerTrainingArguments
 
     training_args = complete(CaptionerTrainingArguments, settings)
     adapter_dir = Path(training_args.output_dir) / "adapter"

@@ -105,7 +105,8 @@ def trainer_of(folder: Path):
     from vlmcap.miniature.scenes import scenes
     from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
     from vlmcap.training.collator import BadImages
-    from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+    from vlmcap.training.trainer import CaptionTrainer
+    from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
     demo = yaml.safe_load((REPOSITORY / "recipes/configs/sft_qwen2vl_jp/demo.yaml").read_text(encoding="utf-8"))
     folder.mkdir()

@@ -15,7 +15,7 @@ from vlmcap.arguments import parse
 from vlmcap.credentials import CredentialError, redact, refuse_credentials
 from vlmcap.miniature.scenes import write_scene_dataset
 from vlmcap.provenance import public_name
-from vlmcap.training.trainer import CaptionSFTConfig
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 TOKEN = "hf_" + "PlantedSecretThatNoFileMayHold9876"
 # Every process of a run writes the command lines of those that it starts into a file.

@@ -31,10 +31,11 @@ from vlmcap.steps.begin import find_checkpoint
 from vlmcap.steps.save import save_trained
 from vlmcap.steps.splits import Splits
 from vlmcap.training import checkpoints, features
-from vlmcap.training.captioner import CaptionerTrainer, CaptionerTrainingArguments
+from vlmcap.training.captioner import CaptionerTrainer
 from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionerTrainingArguments, CaptionSFTConfig
 from vlmcap.training.validation import CaptionValidation
 
 MINIATURES = tiny.MINIATURE.parent

@@ -20,8 +20,9 @@ from tests.invariants import tiny
 from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2
 from vlmcap.training import validation
-from vlmcap.training.captioner import CaptionerTrainer, CaptionerTrainingArguments
+from vlmcap.training.captioner import CaptionerTrainer
 from vlmcap.training.collator import BadImages
+from vlmcap.training.trainer_arguments import CaptionerTrainingArguments
 
 FSDP_CONFIG = Path(__file__).resolve().parents[2] / "accelerate_configs/fsdp_qlora.yaml"
 

@@ -13,7 +13,8 @@ from vlmcap.data.images import open_image
 from vlmcap.evaluation.scoring import quick_scores
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 
 def steps_and_captions(folder: Path) -> dict:

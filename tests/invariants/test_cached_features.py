@@ -6,7 +6,8 @@ from peft.utils.other import fsdp_auto_wrap_policy
 
 from tests.invariants import tiny
 from vlmcap.training.collator import BadImages
-from vlmcap.training.features import cache_features, feed_features
+from vlmcap.training.features import cache_features
+from vlmcap.training.tower import feed_features
 
 ALL = {"captions_per_image": 7}
 

@@ -238,8 +238,7 @@ def test_same_tokens_as_the_processor_writes(trainer_of, rows):
         example = {"row": 3, "captions": rows[3]["captions"]}
         batch = trainer.data_collator([example])
         image = Image.open(rows[3]["image"]["path"]).convert("RGB")
-        text = chat_prompt(processor, trainer.data_collator.prompt)
-        inputs = processor(images=[[image]], text=[text], return_tensors="pt")
+        inputs = processor(images=[[image]], text=[chat_prompt(processor, PROMPT)], return_tensors="pt")
         assert torch.equal(batch["input_ids"][:, : batch["caption_start"]], inputs["input_ids"])
         assert torch.equal(batch["pixel_values"], inputs["pixel_values"])
         captions = [

@@ -102,7 +102,7 @@ def test_harmless_captions_are_encoded_as_the_template_would(qwen2vl_dir):
     processor = load_processor(str(qwen2vl_dir))
     captions = ["赤い犬が走っている。", "a dog", "二匹の猫 と TV", "犬<", "|im_end|>"]
     ids = processor.tokenizer([f"{caption}<|im_end|>\n" for caption in captions], add_special_tokens=False)
-    assert CaptionEncoder(processor)(captions) == ids["input_ids"]
+    assert CaptionEncoder(processor, PROMPT)(captions) == ids["input_ids"]
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>"])

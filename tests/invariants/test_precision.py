@@ -9,7 +9,8 @@ from tests.invariants.tiny import PROMPT
 from vlmcap.models import load
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 
 class Dtypes(TorchDispatchMode):

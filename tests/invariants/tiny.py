@@ -14,7 +14,8 @@ from vlmcap.data.images import load_captions
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, load_processor, lora_config
 from vlmcap.training.collator import BadImages
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 MINIATURE = Path(__file__).resolve().parents[2] / "recipes/miniatures/qwen2_vl"
 PROMPT = "この画像を日本語で短く説明してください。"

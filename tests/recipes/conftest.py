@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from trl import TrlParser
 
-from vlmcap.training.captioner import CaptionerTrainingArguments, FoodTrainingArguments
 from vlmcap.training.inherited import complete
-from vlmcap.training.trainer import CaptionSFTConfig
+from vlmcap.training.trainer_arguments import CaptionerTrainingArguments, CaptionSFTConfig, FoodTrainingArguments
 
 TRAINING = {
     "sft_qwen2vl_jp": CaptionSFTConfig,

@@ -1,6 +1,7 @@
 """CaptionerTrainer on the miniatures of ViT and GPT-2: batches, loss, validation, checkpoints that are really read."""
 
 import math
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -9,18 +10,15 @@ from torch.nn import functional as F
 
 from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.data.images import DatasetError
+from vlmcap.errors import UserError
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.blip import load_blip
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
 from vlmcap.models.vit_llama import VitLlamaArguments, build_vit_llama
 from vlmcap.steps.splits import Splits
-from vlmcap.training.captioner import (
-    CaptionerTrainer,
-    CaptionerTrainingArguments,
-    PictureCollator,
-    check_caption_lengths,
-)
+from vlmcap.training.captioner import CaptionerTrainer, PictureCollator, check_caption_lengths
 from vlmcap.training.collator import BadImages
+from vlmcap.training.trainer_arguments import CaptionerTrainingArguments
 
 NAMES = ("decoder_input_ids", "decoder_attention_mask")
 
@@ -191,3 +189,19 @@ def test_data_seed_orders_the_captions(arguments, splits, tmp_path):
         return list(loader.base_dataloader.batch_sampler)
 
     assert order(1) == order(1) != order(2)
+
+
+def test_another_dataset_is_refused(arguments, splits, tmp_path):
+    """The scores would have been those of the validation rows."""
+    trainer = build(arguments, splits, tmp_path)
+    assert trainer.evaluate()["eval_loss"] > 0
+    for other in (splits.train, {"train": splits.train}):
+        with pytest.raises(UserError, match=r"validation rows that the trainer was built with, .* build a trainer"):
+            trainer.evaluate(other)
+    with pytest.raises(UserError, match=r"predict\(\) is not supported, .*vlmcap.captioning.generate"):
+        trainer.predict(splits.train)
+    without = build(
+        arguments, replace(splits, validation=None), tmp_path, eval_strategy="no", load_best_model_at_end=False
+    )
+    with pytest.raises(UserError, match="validation rows that the trainer was built with"):
+        without.evaluate()

@@ -19,7 +19,7 @@ def write(output_dir: Path, step: int, best: str | None = None, files=FILES) -> 
     written.mkdir(parents=True, exist_ok=True)
     for name in files:
         (written / name).write_text(f"{name} of {step}" * 9)
-    checkpoints.complete(written, folder, {"best": best})
+    checkpoints.complete(written, folder, {"best": best, "must_match": {}, "may_change": {}, "since_log": {}})
     os.utime(folder, (step, step))
     return folder
 
@@ -39,7 +39,14 @@ def change(folder: Path, how: str) -> None:
         case "half a manifest":
             (folder / "checkpoint.json").write_text((folder / "checkpoint.json").read_text()[:50])
         case "no manifest at all":
-            (folder / "checkpoint.json").write_text('{"files": 3}')
+            (folder / "checkpoint.json").write_text("3")
+        case "another version's":
+            manifest = json.loads((folder / "checkpoint.json").read_text())
+            order, course = manifest.pop("must_match"), manifest.pop("may_change")
+            (folder / "checkpoint.json").write_text(json.dumps(manifest | {"order": order, "course": course}))
+        case "altered manifest":
+            manifest = json.loads((folder / "checkpoint.json").read_text())
+            (folder / "checkpoint.json").write_text(json.dumps(manifest | {"files": [], "best": 3}))
         case "pickled weights":
             (folder / "adapter_model.bin").write_text("")
 
@@ -50,7 +57,9 @@ REASONS = {
     "altered": "adapter_model.safetensors is not what was written",
     "no manifest": "it has no checkpoint.json, so it was never completed",
     "half a manifest": "checkpoint.json cannot be read",
-    "no manifest at all": "lists no files",
+    "no manifest at all": "checkpoint.json cannot be read",
+    "another version's": "checkpoint.json lacks must_match, may_change: another version of this code wrote it",
+    "altered manifest": "checkpoint.json lacks files, best: another version of this code wrote it, or it was altered",
     "pickled weights": "adapter_model.bin holds pickled weights",
 }
 

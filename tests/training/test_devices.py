@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from tests.invariants import tiny
 from vlmcap import provenance
 from vlmcap.models.load import compute_dtype, local_device
-from vlmcap.training.captioner import CaptionerTrainingArguments
+from vlmcap.training.trainer_arguments import CaptionerTrainingArguments
 
 
 @pytest.fixture

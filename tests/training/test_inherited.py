@@ -12,7 +12,6 @@ from trl import SFTConfig, TrlParser
 from vlmcap.errors import UserError
 from vlmcap.strict_parsing import parse_yaml
 from vlmcap.training.arguments import CaptionerFields, CaptionSFTFields, FoodFields
-from vlmcap.training.captioner import CaptionerTrainingArguments, FoodTrainingArguments
 from vlmcap.training.inherited import (
     SFT_CONFIG,
     TABLE,
@@ -22,7 +21,7 @@ from vlmcap.training.inherited import (
     read_fields,
     refused,
 )
-from vlmcap.training.trainer import CaptionSFTConfig
+from vlmcap.training.trainer_arguments import CaptionerTrainingArguments, CaptionSFTConfig, FoodTrainingArguments
 
 INHERITED = [(SFT_CONFIG, SFTConfig), (TRAINING_ARGUMENTS, TrainingArguments)]
 REAL = [

@@ -15,7 +15,8 @@ from transformers import (
 from tests.invariants import tiny
 from vlmcap.models.load import ModelArguments, free_frozen_parts, load_processor, lora_config
 from vlmcap.training.collator import BadImages
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 
 @pytest.fixture

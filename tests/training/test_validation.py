@@ -13,7 +13,8 @@ from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.features import cache_features
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 from vlmcap.training.validation import CaptionValidation
 
 PROMPT = "Describe this image briefly."

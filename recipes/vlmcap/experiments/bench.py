@@ -25,7 +25,8 @@ from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, base_model, count_parameters, load_model, lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.shared_prefix import PADDING, PREFIX, branch_mask
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 # NVIDIA's data sheets: dense 16-bit tensor-core operations a second.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}

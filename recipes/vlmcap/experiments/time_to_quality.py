@@ -27,7 +27,8 @@ from vlmcap.models.arguments import ModelArguments
 from vlmcap.models.load import load_model, load_processor, lora_config
 from vlmcap.places import ROOT
 from vlmcap.training.collator import BadImages
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 DEMO = ROOT / "recipes/configs/sft_qwen2vl_jp/demo.yaml"
 MINIATURE = ROOT / "recipes/miniatures/qwen2_vl"

@@ -21,7 +21,7 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
     whole. Captions that are there are deleted before different weights come.
 
     Args:
-        trainer: a MeasuredTrainer.
+        trainer: a ResumableTrainer.
         config: the settings that the model card prints.
 
     Raises:

@@ -1,9 +1,9 @@
 """Settings of recipes. Imports nothing heavy: command lines are read with it.
 
 The classes that end in Fields are what a recipe adds to transformers' TrainingArguments or TRL's SFTConfig, whose own
-fields are `vlmcap.training.inherited`. Joined with the real one they are CaptionSFTConfig (`vlmcap.training.trainer`),
-CaptionerTrainingArguments and FoodTrainingArguments (`vlmcap.training.captioner`), which trainers take. What can be
-checked without torch is checked here, in `__post_init__`, so that a mistake is reported at once.
+fields are `vlmcap.training.inherited`. Joined with the real one they are CaptionSFTConfig, CaptionerTrainingArguments
+and FoodTrainingArguments (`vlmcap.training.trainer_arguments`), which trainers take. What can be checked without torch
+is checked here, in `__post_init__`, so that a mistake is reported at once.
 """
 
 from dataclasses import dataclass, field
@@ -75,11 +75,11 @@ class CaptionerDataArguments(SplitArguments):
 
 
 @dataclass
-class MeasuredFields:
-    """Fields for a TrainingArguments beside it: `class X(MeasuredFields, TrainingArguments)`.
+class TrainerFields:
+    """Fields for a TrainingArguments beside it: `class X(TrainerFields, TrainingArguments)`.
 
     `bf16` and `fp16` may be left out: bfloat16 on compute capability 8.0 and later, float16 on older GPUs, float32 on
-    a CPU (`vlmcap.training.measured.choose_by_device`).
+    a CPU (`vlmcap.training.trainer_arguments.choose_by_device`).
     """
 
     # What `validate` of the trainer returns.
@@ -143,7 +143,7 @@ class MeasuredFields:
 
 
 @dataclass
-class CaptionSFTFields(MeasuredFields):
+class CaptionSFTFields(TrainerFields):
     """What caption training adds to SFTConfig, and the defaults that it needs."""
 
     max_length: int | None = field(
@@ -180,7 +180,7 @@ class CaptionSFTFields(MeasuredFields):
 
 
 @dataclass
-class CaptionerFields(MeasuredFields):
+class CaptionerFields(TrainerFields):
     """What the training of a captioner adds to TrainingArguments.
 
     `metric_for_best_model`: a score of validation captions (cider_d, bleu_1 .. bleu_4, rouge_l), `loss` (mean

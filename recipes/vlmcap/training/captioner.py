@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,17 +14,17 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
 from vlmcap import provenance
 from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.captioning.predictions import model_record
 from vlmcap.data.images import DatasetError
 from vlmcap.models.load import count_parameters, resolve_revision
-from vlmcap.training.arguments import CaptionerFields, FoodFields
 from vlmcap.training.collator import BadImages, caption_examples, read_example
-from vlmcap.training.measured import MeasuredTrainer, check_optimizer, choose_by_device
 from vlmcap.training.report import trainable_modules
+from vlmcap.training.resumable import ResumableTrainer
+from vlmcap.training.trainer_arguments import CaptionerTrainingArguments
 from vlmcap.training.validation import CaptionValidation
 
 # The trainer's settings that the model card prints.
@@ -33,21 +33,6 @@ REPORTED_SETTINGS = (
     " per_device_train_batch_size gradient_accumulation_steps world_size label_smoothing_factor metric_for_best_model"
     " early_stopping_patience early_stopping_threshold bf16 fp16 seed"
 ).split()
-
-
-@dataclass
-class CaptionerTrainingArguments(CaptionerFields, TrainingArguments):
-    """TrainingArguments with the defaults that caption training needs."""
-
-    def __post_init__(self):
-        choose_by_device(self)
-        super().__post_init__()
-        check_optimizer(self)
-
-
-@dataclass
-class FoodTrainingArguments(FoodFields, CaptionerTrainingArguments):
-    """CaptionerTrainingArguments with a learning rate for each half."""
 
 
 def resolve_parts(args):
@@ -110,7 +95,7 @@ class PictureCollator:
         return {self.names[0]: ids, self.names[1]: mask, "labels": labels}
 
 
-class CaptionerTrainer(MeasuredTrainer, Trainer):
+class CaptionerTrainer(ResumableTrainer, Trainer):
     """transformers' Trainer for captioners: smoothed loss over caption tokens, validation by captions and by loss.
 
     Args:
@@ -164,7 +149,7 @@ class CaptionerTrainer(MeasuredTrainer, Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # `compute_loss` takes the number of caption tokens of the whole step
-        self.start_measuring()
+        self.set_up_run()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.read_checkpoint is None:

@@ -21,6 +21,8 @@ from transformers.trainer_utils import sort_checkpoints
 from vlmcap.errors import UserError
 
 MANIFEST = "checkpoint.json"
+# What a manifest holds; recipes/README.md says what each is.
+KINDS = {"files": dict, "best": str | None, "must_match": dict, "may_change": dict, "since_log": dict}
 UNFINISHED = "unfinished"
 # transformers and PEFT read these where there are no safetensors. The trainers here never write them.
 PICKLED_WEIGHTS = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -81,17 +83,18 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there is none, or it is not one.
+        CheckpointError: there is none, or it lacks one of `KINDS`.
     """
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
-        if isinstance(manifest["files"], dict):
+        wrong = [key for key, kind in KINDS.items() if key not in manifest or not isinstance(manifest[key], kind)]
+        if not wrong:
             return manifest
-        reason = f"{path} lists no files"
+        reason = f"{path} lacks {', '.join(wrong)}: another version of this code wrote it, or it was altered"
     except FileNotFoundError:
         reason = f"it has no {MANIFEST}, so it was never completed, or an older version of this code wrote it"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = f"{path} cannot be read ({error or type(error).__name__})"
     raise CheckpointError(reason)
 
@@ -121,7 +124,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} holds pickled weights, which are not loaded here"
     if not any(name.startswith("scheduler") for name in manifest["files"]):
         return "it holds weights alone (save_only_model), and no optimizer to continue with"
-    best = manifest.get("best")
+    best = manifest["best"]
     if best is not None and best != folder.name and (reason := damage(folder.parent / best)):
         return f"{best}, the best so far, which it refers to, cannot be used: {reason}"
     return None

@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from vlmcap.atomic_write import write_atomically
 from vlmcap.data.images import BadImageError, DatasetError, missing_files, open_image
 from vlmcap.errors import UserError
-from vlmcap.training.caption_tokens import CaptionProcessor
+from vlmcap.training.caption_tokens import CaptionEncoder, CaptionProcessor
 
 
 @dataclass
@@ -115,22 +115,16 @@ class CaptionCollator:
     """
 
     def __init__(self, rows: datasets.Dataset, processor: ProcessorMixin, prompt: str, bad_images: BadImages):
-        self.rows, self.prompt, self.bad_images = rows, prompt, bad_images
+        self.rows, self.bad_images, self.encode = rows, bad_images, CaptionEncoder(processor, prompt)
         self.collate = DataCollatorForVisionLanguageModeling(
-            CaptionProcessor(processor), max_length=None, completion_only_loss=True
+            CaptionProcessor(processor, self.encode), max_length=None, completion_only_loss=True
         )
 
     def __call__(self, examples: list[dict]) -> dict:
         turns = []
         for example in examples:
             image, captions = read_example(self.rows, example, self.bad_images)
-            turns += [
-                {
-                    "images": [image],
-                    "prompt": [{"role": "user", "content": self.prompt}],
-                    "completion": [{"role": "assistant", "content": caption}],
-                }
-                for caption in captions
-            ]
+            # Texts, not turns of a conversation: TRL then leaves the chat template out.
+            turns += [{"images": [image], "prompt": self.encode.prompt, "completion": caption} for caption in captions]
         batch = dict(self.collate(turns))
         return batch | {"caption_start": int((batch["labels"] != -100).any(0).nonzero()[0])}

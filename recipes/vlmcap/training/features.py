@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +30,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from filelock import FileLock
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.data.images import READING, BadImageError, DatasetError, image_size, open_image
 from vlmcap.training.collator import BadImages
+from vlmcap.training.tower import projector_blocks, projector_inputs, tower_hash
 
 BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels
 READ_AHEAD = 4  # batches that are read, a thread each, while the tower works
@@ -89,7 +88,7 @@ def cache_features(
     for it at a file lock: a barrier of torch.distributed would give up after minutes.
 
     Args:
-        model: of `shared_prefix.MODEL_TYPES`, before `feed_features`.
+        model: of `shared_prefix.MODEL_TYPES`, before `tower.feed_features`.
         rows: as `load_captions` returns them.
 
     Raises:
@@ -97,17 +96,7 @@ def cache_features(
     """
     tower, image_processor, state = model.model.visual.eval(), processor.image_processor, PartialState()
     width = len(projector_blocks(tower)) * tower.blocks[0].norm1.weight.numel()
-    settings = {
-        "model": model_name,
-        "revision": model_revision,
-        "tower_sha256": tower_hash(tower),
-        "blocks": projector_blocks(tower),
-        "width": width,
-        "dtype": str(tower.dtype),
-        "pictures": READING,
-        "image_processor": image_processor.to_dict(),
-    }
-    text = json.dumps(settings, indent=2, sort_keys=True)
+    text = settings_text(tower, image_processor, width, model_name, model_revision)
     folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -126,25 +115,55 @@ def cache_features(
             elif image not in index:
                 new[image].append(row)
                 patches[image] = size
-        need, free = sum(patches.values()) * row_bytes, shutil.disk_usage(folder).free
-        if new or state.is_main_process:
-            print(
-                f"Image features: {len(rows):,} pictures, {len(new):,} of them new; {need / 2**30:,.2f} GiB to write"
-                f" to {folder}, which has {free / 2**30:,.2f} GiB free",
-                other_features(folder),
-                sep="",
-                flush=True,
-            )
-        if need > free:
-            raise DatasetError(
-                f"the features of {len(new):,} pictures need {need / 2**30:,.2f} GiB, and {folder} has"
-                f" {free / 2**30:,.2f} GiB free. Name a folder on a larger disk, lower max_pixels, or train without"
-                " cached features (cache_image_features)."
-            )
+        check_space(folder, len(rows), len(new), sum(patches.values()) * row_bytes)
         compute(folder, tower, image_processor, rows, new, index, bad_images)
     usable = [row for row, (image, _) in enumerate(pictures) if image in index]
     entries = [index[pictures[row][0]] for row in usable]
     return FeatureCache(folder / "features.bin", rows.select(usable), entries, width, tower.dtype)
+
+
+def settings_text(
+    tower: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    width: int,
+    model_name: str,
+    model_revision: str | None,
+) -> str:
+    """All that the features depend on but the picture, as settings.json has it."""
+    settings = {
+        "model": model_name,
+        "revision": model_revision,
+        "tower_sha256": tower_hash(tower),
+        "blocks": projector_blocks(tower),
+        "width": width,
+        "dtype": str(tower.dtype),
+        "pictures": READING,
+        "image_processor": image_processor.to_dict(),
+    }
+    return json.dumps(settings, indent=2, sort_keys=True)
+
+
+def check_space(folder: Path, pictures: int, new: int, need: int) -> None:
+    """Prints how many bytes the features need of those of the `pictures` that are `new`.
+
+    Raises:
+        DatasetError: `folder` has fewer.
+    """
+    free = shutil.disk_usage(folder).free
+    if new or PartialState().is_main_process:
+        print(
+            f"Image features: {pictures:,} pictures, {new:,} of them new; {need / 2**30:,.2f} GiB to write"
+            f" to {folder}, which has {free / 2**30:,.2f} GiB free",
+            other_features(folder),
+            sep="",
+            flush=True,
+        )
+    if need > free:
+        raise DatasetError(
+            f"the features of {new:,} pictures need {need / 2**30:,.2f} GiB, and {folder} has"
+            f" {free / 2**30:,.2f} GiB free. Name a folder on a larger disk, lower max_pixels, or train without"
+            " cached features (cache_image_features)."
+        )
 
 
 def compute(
@@ -270,73 +289,3 @@ def resume(folder: Path, row_bytes: int) -> dict[str, dict]:
     os.truncate(lines, kept)
     os.truncate(features, end * row_bytes)
     return index
-
-
-def tower_hash(tower: PreTrainedModel) -> str:
-    """sha256 of the weights below the projector."""
-    digest = hashlib.sha256()
-    for name, parameter in tower.named_parameters():
-        if "merger" not in name:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def projector_blocks(tower: PreTrainedModel) -> list[int]:
-    """The blocks whose output goes into a projector: the last one, and with DeepStack (Qwen3-VL) some before it."""
-    return sorted({*getattr(tower.config, "deepstack_visual_indexes", []), len(tower.blocks) - 1})
-
-
-@torch.no_grad()
-def projector_inputs(tower: PreTrainedModel, pixel_values: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-    """Outputs of the `projector_blocks` side by side: of the tower's dtype, (patches, projector inputs * width)."""
-    outputs = []
-    blocks = [tower.blocks[number] for number in projector_blocks(tower)]
-    hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in blocks]
-    tower(pixel_values.to(tower.dtype), grid_thw=grids)
-    for hook in hooks:
-        hook.remove()
-    return torch.cat(outputs, 1)
-
-
-class FeatureInput(nn.Module):
-    """In place of the patch embedding: takes features (patches, projector inputs * width) apart, for `FeatureOutput`.
-
-    `features` is a list of as many tensors as there are projector inputs, shared with those modules. What is returned
-    goes through the rest of the tower's forward, in the shape it expects, only to be replaced by them.
-    """
-
-    def __init__(self, features: list[torch.Tensor | None]):
-        super().__init__()
-        self.features = features
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        self.features[:] = [part.contiguous() for part in pixel_values.chunk(len(self.features), dim=1)]
-        return self.features[-1].detach()  # a tensor of its own: gradient checkpointing may set its requires_grad
-
-
-class FeatureOutput(nn.Module):
-    """In place of a block: returns what the next projector takes, which the last block before it once computed."""
-
-    def __init__(self, features: list[torch.Tensor | None], position: int):
-        super().__init__()
-        self.features, self.position = features, position
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        return self.features[self.position]
-
-
-def feed_features(model: PreTrainedModel) -> None:
-    """Makes a Qwen2-VL, Qwen2.5-VL or Qwen3-VL take cached features as `pixel_values`, and drops the ViT's weights.
-
-    The blocks are replaced, the projectors are not: everything from their input on is as before, and PEFT may copy
-    them.
-    """
-    tower = model.model.visual
-    inputs = projector_blocks(tower)
-    features = [None] * len(inputs)
-    # PEFT and accelerate look for every class of this list among the modules when they shard a model.
-    model._no_split_modules.discard(type(tower.blocks[0]).__name__)
-    tower.patch_embed = FeatureInput(features)
-    depth = len(tower.blocks)
-    tower.blocks = nn.ModuleList(FeatureOutput(features, bisect_left(inputs, block)) for block in range(depth))

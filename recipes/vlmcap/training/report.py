@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from vlmcap.models.load import VISION_TOWERS, base_model, count_parameters
-from vlmcap.training.trainer import CaptionSFTConfig, CaptionTrainer
+from vlmcap.training.trainer import CaptionTrainer
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 
 def settings_report(**groups: dict) -> str:
@@ -74,49 +75,57 @@ def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int | 
         max_pixels: of a picture; None, where the processor has no such bound, is counted as 400 image tokens.
         caption_tokens: of a long caption, for the memory estimate.
     """
-    model, args = trainer.model, trainer.args
-    trainables = trainable_modules(model)
-    trained = sum(count for count, _ in trainables.values())
-    total = count_parameters(model)
-    lines = [f"Trainable modules of {model_name}"]
-    width = max(map(len, trainables))
-    for name, (count, dtype) in trainables.items():
-        lines.append(f"  {name:<{width}}  {count:>12,}  {str(dtype).removeprefix('torch.')}")
-    lines.append(f"  {'all':<{width}}  {trained:>12,}  of {total:,} ({trained / total:.2%})")
+    image_tokens = 400
+    if max_pixels is not None:
+        image_tokens = max_pixels // (trainer.processing_class.image_processor.patch_size * 2) ** 2
+    parts = estimate_memory(trainer.model, trainer.args, image_tokens + 40, caption_tokens, trainer.shared_prefix)
+    engine = "reference, one caption a sequence"
+    if trainer.shared_prefix:
+        engine = "shared prefix, an image and its prompt once for all its captions"
+    lines = [f"Trainable modules of {model_name}", *_trainables(trainer.model), _quantised(trainer.model)]
+    return "\n".join([*lines, _data(trainer), f"Engine: {engine}", *_memory(parts)])
 
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    packed = sum(isinstance(m, bnb.nn.Linear4bit) for _, m in linears)
-    tower = [m for n, m in linears if any(tower in n for tower in VISION_TOWERS)]
-    tower_dtype = str(tower[0].weight.dtype).removeprefix("torch.")
-    lines.append(
-        f"Quantised: {packed} linear layers in NF4 (double quantisation); vision tower in {tower_dtype}, frozen"
-        if packed
-        else "Quantised: nothing"
+
+def _trainables(model: nn.Module) -> list[str]:
+    trainables, total = trainable_modules(model), count_parameters(model)
+    trained = sum(count for count, _ in trainables.values())
+    width = max(map(len, trainables))
+    lines = [f"  {name:<{width}}  {count:>12,}  {_short(dtype)}" for name, (count, dtype) in trainables.items()]
+    return [*lines, f"  {'all':<{width}}  {trained:>12,}  of {total:,} ({trained / total:.2%})"]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _quantised(model: nn.Module) -> str:
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    packed = sum(isinstance(module, bnb.nn.Linear4bit) for _, module in linears)
+    if not packed:
+        return "Quantised: nothing"
+    tower = next(module for name, module in linears if any(tower in name for tower in VISION_TOWERS))
+    return (
+        f"Quantised: {packed} linear layers in NF4 (double quantisation); vision tower in"
+        f" {_short(tower.weight.dtype)}, frozen"
     )
 
-    devices = args.world_size
-    images = args.per_device_train_batch_size * args.gradient_accumulation_steps * devices
-    examples = trainer.train_dataset
+
+def _data(trainer: CaptionTrainer) -> str:
+    args, examples = trainer.args, trainer.train_dataset
+    images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     captions = sum(map(len, examples["captions"]))
     per_epoch = math.ceil(len(examples) / images)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
-    lines.append(
+    return (
         f"Data: {len(trainer.rows):,} images, {captions:,} captions an epoch; {images} images a step"
-        f" ({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x {devices}"
-        f" processes) with {captions / len(examples):.1f} captions each; {per_epoch:,} steps an epoch, {steps:,} steps"
-        f" in all; {precision}, seed {args.seed}"
-    )
-    lines.append(
-        "Engine: shared prefix, an image and its prompt once for all its captions"
-        if trainer.shared_prefix
-        else "Engine: reference, one caption a sequence"
+        f" ({args.per_device_train_batch_size} a device x {args.gradient_accumulation_steps} accumulated x"
+        f" {args.world_size} processes) with {captions / len(examples):.1f} captions each; {per_epoch:,} steps an"
+        f" epoch, {steps:,} steps in all; {precision}, seed {args.seed}"
     )
 
-    image_tokens = 400
-    if max_pixels is not None:
-        image_tokens = max_pixels // (trainer.processing_class.image_processor.patch_size * 2) ** 2
-    parts = estimate_memory(model, args, image_tokens + 40, caption_tokens, trainer.shared_prefix)
+
+def _memory(parts: dict[str, int]) -> list[str]:
     if torch.cuda.is_available():
         device, has = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     else:
@@ -124,10 +133,10 @@ def training_report(trainer: CaptionTrainer, model_name: str, max_pixels: int | 
         device, has = "this machine", psutil.virtual_memory().available + parts["weights"]
     needs = sum(parts.values())
     detail = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    lines.append(f"Memory: about {needs / 2**30:.1f} GiB a device ({detail}); {device} has {has / 2**30:.1f} GiB")
+    lines = [f"Memory: about {needs / 2**30:.1f} GiB a device ({detail}); {device} has {has / 2**30:.1f} GiB"]
     if needs > has:
         lines.append(
             "  That may not fit: lower per_device_train_batch_size (and raise gradient_accumulation_steps) or"
             " max_pixels, or set gradient_checkpointing: true."
         )
-    return "\n".join(lines)
+    return lines

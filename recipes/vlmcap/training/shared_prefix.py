@@ -20,7 +20,7 @@ from datasets import Dataset
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmcap.models.load import ModelError, chat_prompt
+from vlmcap.models.load import ModelError
 from vlmcap.training.caption_tokens import CaptionEncoder
 from vlmcap.training.collator import BadImages, read_example
 from vlmcap.training.features import FeatureCache
@@ -82,8 +82,8 @@ class SharedPrefixCollator:
         model: PreTrainedModel,
         features: FeatureCache | None = None,
     ):
-        self.rows, self.processor, self.prompt, self.bad_images = rows, processor, prompt, bad_images
-        self.features, self.encode = features, CaptionEncoder(processor)
+        self.rows, self.processor, self.bad_images, self.features = rows, processor, bad_images, features
+        self.encode = CaptionEncoder(processor, prompt)
         inner = model.model
         positions_of = SimpleNamespace(
             config=inner.config, get_vision_position_ids=partial(type(inner).get_vision_position_ids, None)
@@ -98,7 +98,7 @@ class SharedPrefixCollator:
             captions = [example["captions"] for example in examples]
             pictures = self.features.batch([example["row"] for example in examples])
         grids = pictures["image_grid_thw"]
-        prompt, image_token = chat_prompt(self.processor, self.prompt), self.processor.image_token
+        prompt, image_token = self.encode.prompt, self.processor.image_token
         tokens = grids.prod(1) // self.processor.image_processor.merge_size**2
         prefix = self.processor.tokenizer(
             [prompt.replace(image_token, image_token * count) for count in tokens.tolist()],

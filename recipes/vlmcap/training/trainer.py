@@ -3,39 +3,29 @@
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from vlmcap.captioning.predictions import weights_hash
 from vlmcap.models.load import ModelError, free_frozen_parts
 from vlmcap.models.weights import Adapter
 from vlmcap.training import shared_prefix
-from vlmcap.training.arguments import CaptionSFTFields
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
-from vlmcap.training.features import FeatureCache, feed_features
-from vlmcap.training.measured import MeasuredTrainer, check_optimizer, choose_by_device
+from vlmcap.training.features import FeatureCache
+from vlmcap.training.resumable import ResumableTrainer
 from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
 from vlmcap.training.shared_prefix import SharedPrefixCollator
+from vlmcap.training.tower import feed_features
+from vlmcap.training.trainer_arguments import CaptionSFTConfig
 from vlmcap.training.validation import CaptionValidation
 
 
-@dataclass
-class CaptionSFTConfig(CaptionSFTFields, SFTConfig):
-    """SFTConfig with the defaults that caption training needs."""
-
-    def __post_init__(self):
-        choose_by_device(self)
-        super().__post_init__()
-        check_optimizer(self)
-
-
-class CaptionTrainer(MeasuredTrainer, SFTTrainer):
+class CaptionTrainer(ResumableTrainer, SFTTrainer):
     """SFTTrainer for caption rows. It differs from its parent in cost, not in result: the loss is the stock trainer's.
 
     An image and its prompt are fed once for up to `captions_per_image` captions (`vlmcap.training.shared_prefix`),
@@ -86,7 +76,6 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
             feed_features(model)
         set_seed(args.seed)  # of LoRA's weights
         model = get_peft_model(model, peft_config)
-        self.started_from = adapter and weights_hash(adapter.folder)
         if adapter is not None:
             start_from(model, adapter)
         trained = {n: p.detach().float().clone() for n, p in model.named_parameters() if p.requires_grad}
@@ -104,24 +93,27 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
         # `compute_loss` takes the number of caption tokens of the whole step. transformers counts them for Qwen2-VL
         # alone of the family; for the others accumulated batches would each weigh the same, however few their tokens.
         self.model_accepts_loss_kwargs = True
-        # TRL casts the trainable weights of a quantised model to bfloat16. That drops digits of the projector, most
-        # AdamW updates of this size are rounded away, and on a T4 the float16 GradScaler fails on bfloat16 gradients.
-        # FSDP needs a single dtype.
-        if not self.is_fsdp_enabled:
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.data = trained[name]
         if self.is_fsdp_enabled and validation is not None:
             raise ModelError(
                 "captions cannot be generated while FSDP shards the model: set eval_strategy: no,"
                 " load_best_model_at_end: false and early_stopping_patience: 0"
             )
+        self._keep_float32(trained)
         free_frozen_parts(self.model)
-        self.start_measuring()
-
-    def _order(self) -> dict:
         sizes = hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest()
-        return super()._order() | {"image sizes": sizes, "adapter": self.started_from}
+        self.set_up_run({"image sizes": sizes, "adapter": adapter and weights_hash(adapter.folder)})
+
+    def _keep_float32(self, trained: dict[str, torch.Tensor]) -> None:
+        """Puts the trainable weights back as they were before TRL was called, which casts those of a quantised model
+        to bfloat16.
+
+        That drops digits of the projector, most AdamW updates of this size are rounded away, and on a T4 the float16
+        GradScaler fails on bfloat16 gradients. FSDP needs a single dtype.
+        """
+        if not self.is_fsdp_enabled:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.data = trained[name]
 
     def _get_train_sampler(self, train_dataset=None) -> SimilarSizeSampler:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

@@ -1,115 +1,34 @@
-"""What the project's trainers share: precision by device, smoothed loss, validation by captions, checkpoints that are
-whole and resume to the last digit, an end on SIGTERM and Ctrl-C, clock, summary."""
+"""What the project's trainers share: runs that resume to the last digit from checkpoints that are whole, and end on
+SIGTERM and Ctrl-C; the smoothed loss of captions; validation by captions; logs with what the model card states."""
 
-import copy
-import hashlib
-import json
-import multiprocessing
 import os
 import pickle
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread, current_thread, main_thread
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import EarlyStoppingCallback
 
-from vlmcap import provenance
-from vlmcap.models.load import compute_dtype
-from vlmcap.training import checkpoints
-from vlmcap.training.arguments import MeasuredFields
+from vlmcap.errors import UserError
+from vlmcap.training import checkpoints, same_run
+from vlmcap.training.callbacks import STOPS, RunClock, StopOnSignal, Stopped, obey_parent_alone
 from vlmcap.training.checkpoints import UNFINISHED, CheckpointError
 from vlmcap.training.loss import smoothed_cross_entropy
 
-# What asks a run to stop. It ends with 128 + the signal, as a shell reports a process that the signal ended.
-STOPS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
-# What says which examples a step is made of: with another value, a continued run would see some twice, others never.
-ORDER = (
-    "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size captions_per_image"
-    " dataloader_drop_last"
-).split()
-# Where what must stay comes from, where no setting has its name.
-SOURCES = {
-    "training captions": "dataset, revision, split and images that can be read",
-    "image sizes": "min_pixels and max_pixels",
-}
-# What else decides the losses. It may be changed on purpose (a longer run). Then a line says so.
-COURSE = (
-    "max_steps num_train_epochs learning_rate encoder_learning_rate decoder_learning_rate lr_scheduler_type"
-    " lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args"
-    " label_smoothing_factor bf16 fp16 gradient_checkpointing shared_prefix cache_image_features eval_strategy"
-    " eval_steps save_strategy save_steps logging_steps load_best_model_at_end metric_for_best_model"
-    " early_stopping_patience early_stopping_threshold ignore_data_skip"
-).split()
 
+class ResumableTrainer:
+    """Methods for a Trainer beside it: `class X(ResumableTrainer, Trainer)`, which calls `set_up_run` when it is built
+    and has `validate`, the scores of the model as it is."""
 
-def choose_by_device(args: MeasuredFields) -> None:
-    """Sets what was left out and depends on the device: precision, and how batches travel.
-
-    The devices are those of `local_device`, where models are loaded: CUDA (to torch, ROCm is CUDA too) or the CPU.
-    By default, the Trainer would take others that torch finds, such as Apple's MPS, and send batches there.
-
-    Raises:
-        ValueError: bf16 on a GPU older than compute capability 8.0, where torch would emulate it.
-    """
-    args.use_cpu = args.use_cpu or not torch.cuda.is_available()
-    dtype = compute_dtype()
-    if args.bf16 is None and not args.fp16:
-        args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-    if args.bf16 and dtype == torch.float16:
-        raise ValueError(
-            f"bf16=true, but {torch.cuda.get_device_name()} has compute capability"
-            f" {'.'.join(map(str, torch.cuda.get_device_capability()))} and no bfloat16. Set fp16: true, or leave"
-            " both out."
-        )
-    args.bf16 = bool(args.bf16)
-    if args.accelerator_config is None:
-        args.accelerator_config = {"non_blocking": torch.cuda.is_available()}
-    if args.dataloader_pin_memory is None:
-        args.dataloader_pin_memory = torch.cuda.is_available()
-
-
-def check_optimizer(args: TrainingArguments) -> None:
-    """Makes the optimizer and the schedule for one number, so that what is missing is known before a model is loaded.
-
-    Raises:
-        ValueError: a package or a setting is missing or wrong; or `optim_args` would have no effect.
-    """
-
-    def reason(error: Exception) -> str:
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-    try:
-        kind, settings = Trainer.get_optimizer_cls_and_kwargs(args)
-        optimizer = kind([nn.Parameter(torch.zeros(1))], **settings)
-        without = copy.copy(args)
-        without.optim_args = None
-        if args.optim_args and settings == Trainer.get_optimizer_cls_and_kwargs(without)[1]:
-            raise ValueError("it reads none of optim_args")
-    except (ImportError, LookupError, TypeError, ValueError) as error:
-        given = f" with optim_args {args.optim_args}" if args.optim_args else ""
-        raise ValueError(f"optim: {args.optim.value}{given} cannot be used: {reason(error)}") from error
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
-    except (LookupError, TypeError, ValueError) as error:
-        given = f"{args.lr_scheduler_type.value} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
-        raise ValueError(f"lr_scheduler_type: {given} cannot be used: {reason(error)}") from error
-
-
-class MeasuredTrainer:
-    """Methods for a Trainer beside it: `class X(MeasuredTrainer, Trainer)`, which calls `start_measuring` when it is
-    built and has `validate`, the scores of the model as it is."""
-
-    def start_measuring(self) -> None:
+    def set_up_run(self, must_match: dict | None = None) -> None:
+        """The last line of a trainer's `__init__`. `must_match`: what else must be the same when the run resumes, in
+        JSON's types."""
         # `caption_loss` takes labels as long as the logits. transformers would leave the first of each row out of
         # `num_items_in_batch` where a model's own loss shifts them (BLIP), and the loss would be too large.
         self._loss_shifts_labels = False
@@ -125,7 +44,8 @@ class MeasuredTrainer:
         self.add_callback(self.stop_on_signal)
         self.hits_and_tokens = torch.zeros(2, dtype=torch.long, device=self.args.device)
         self.saving_to = None
-        self.order, self.course = self._order(), self._course()
+        self.must_match = same_run.must_match(self.args, self.train_dataset, self.model) | (must_match or {})
+        self.may_change = same_run.may_change(self.args, self.model)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Scores of a model in evaluation mode, without `eval_` before their names."""
@@ -188,7 +108,15 @@ class MeasuredTrainer:
         self.resumed = None
         if resume_from_checkpoint is not None:
             self.resumed = checkpoints.read_manifest(Path(resume_from_checkpoint))
-            self._check_same_run(resume_from_checkpoint)
+            same_run.check_same_run(resume_from_checkpoint, self.resumed["must_match"], self.must_match)
+            changed = same_run.changes(self.resumed["may_change"], self.may_change)
+            if changed and self.args.should_save:
+                print(
+                    f"Note: since {resume_from_checkpoint}, settings were changed: {', '.join(changed.values())}. The"
+                    " run continues with the new ones; its losses will not be those of a run that had them from the"
+                    " start.",
+                    flush=True,
+                )
         with self.stop_on_signal.listening():
             try:
                 return super().train(resume_from_checkpoint, **kwargs)
@@ -198,61 +126,20 @@ class MeasuredTrainer:
                     f" {str(error).splitlines()[0]}"
                 ) from error
             except Stopped:
-                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-                stopped = self.stop_on_signal.stopping
-                step = self.state.global_step
-                if self.args.should_save:
-                    print(
-                        f"{STOPS[stopped]}: saved {self.args.output_dir}/checkpoint-{step} after step {step} of"
-                        f" {self.state.max_steps}. The same command with --resume_from_checkpoint latest resumes from"
-                        " it.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                raise SystemExit(128 + stopped) from None
+                raise SystemExit(self._end_stopped()) from None
 
-    def _order(self) -> dict:
-        """What decides which examples a step is made of, and which weights it changes."""
-        settings = self.args.to_dict() | {"world_size": self.args.world_size}
-        examples, trained = hashlib.sha256(), hashlib.sha256()
-        for row, captions in zip(self.train_dataset["row"], self.train_dataset["captions"], strict=True):
-            examples.update(json.dumps([row, captions]).encode())
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                trained.update(json.dumps([name, list(parameter.shape)]).encode())
-        hashes = {"training captions": examples.hexdigest(), "trained weights": trained.hexdigest()}
-        return {key: settings.get(key) for key in ORDER} | hashes
-
-    def _course(self) -> dict:
-        settings = self.args.to_dict()
-        model = {"model": provenance.public_name(self.model.config._name_or_path)}
-        for config in getattr(self.model, "peft_config", {}).values():
-            model |= {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-        return json.loads(json.dumps({key: settings.get(key) for key in COURSE} | model, default=str))
-
-    def _check_same_run(self, checkpoint: str) -> None:
-        def changes(before: dict, now: dict) -> dict[str, str]:
-            changed = [key for key in now if before.get(key) != now[key]]
-            short = {key: [str(values.get(key))[:40] for values in (before, now)] for key in changed}
-            return {key: f"{key} {now} (was {before})" for key, (before, now) in short.items()}
-
-        refused = changes(self.resumed["order"], self.order)
-        if "per_device_train_batch_size" in refused:
-            refused.pop("image sizes", None)  # they are looked at for batches of several alone
-        if refused:
-            sources = ", ".join(f"{key} are those of {where}" for key, where in SOURCES.items() if key in refused)
-            raise CheckpointError(
-                f"{checkpoint} belongs to a run with other settings or data: {', '.join(refused.values())}. Resumed"
-                " from it, the run would see some captions twice and others never: set them back"
-                f"{sources and f' ({sources})'}, or start a new run in another --output_dir."
-            )
-        said = changes(self.resumed["course"], self.course)
-        if said and self.args.should_save:
+    def _end_stopped(self) -> int:
+        """Ends a training that was asked to stop and has saved. Returns the status with which the process ends."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        stopped, step = self.stop_on_signal.stopping, self.state.global_step
+        if self.args.should_save:
             print(
-                f"Note: since {checkpoint}, settings were changed: {', '.join(said.values())}. The run continues with"
-                " the new ones; its losses will not be those of a run that had them from the start.",
+                f"{STOPS[stopped]}: saved {self.args.output_dir}/checkpoint-{step} after step {step} of"
+                f" {self.state.max_steps}. The same command with --resume_from_checkpoint latest resumes from it.",
+                file=sys.stderr,
                 flush=True,
             )
+        return 128 + stopped
 
     def _get_output_dir(self, trial) -> str:
         return str(self.saving_to or super()._get_output_dir(trial))
@@ -284,7 +171,7 @@ class MeasuredTrainer:
                 best = self.state.best_model_checkpoint
                 if self.args.should_save:
                     record = {"best": best and os.path.relpath(best, output_dir), "since_log": since_log}
-                    record |= {"order": self.order, "course": self.course}
+                    record |= {"must_match": self.must_match, "may_change": self.may_change}
                     checkpoints.complete(self.saving_to / name, output_dir / name, record)
                     checkpoints.rotate(output_dir, self.args.save_total_limit, best)
                     with suppress(OSError):  # holds what an earlier run left
@@ -334,7 +221,17 @@ class MeasuredTrainer:
             super()._run_epoch(epoch=epoch, **more, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Scores of `validate`, as `eval_cider_d` and so on."""
+        """Scores of `validate`, as `eval_cider_d` and so on.
+
+        Raises:
+            UserError: another dataset is given, or the trainer was built without validation rows.
+        """
+        if eval_dataset is not None or self.eval_dataset is None:
+            raise UserError(
+                "evaluate() captions and scores the validation rows that the trainer was built with, and no other"
+                " dataset: build a trainer with the rows to score as its validation rows, and call evaluate() without"
+                " a dataset"
+            )
         start = time.perf_counter()
         self.model.eval()
         with self.compute_loss_context_manager():
@@ -348,6 +245,13 @@ class MeasuredTrainer:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.model.train()
         return metrics
+
+    def predict(self, *args, **kwargs):
+        """Raises UserError: the collators read the training pictures, whatever dataset the parent is given."""
+        raise UserError(
+            "predict() is not supported, for any dataset: caption pictures with `caption_with_prompt` or"
+            " `caption_without_prompt` of vlmcap.captioning.generate"
+        )
 
     def log(self, logs, *args, **kwargs):
         """Adds the seconds so far, the share of them spent waiting for data, the share of caption tokens predicted
@@ -400,110 +304,3 @@ class MeasuredTrainer:
     def create_model_card(self, *args, **kwargs) -> None:
         """Does nothing. The card is written from measured results (`vlmcap.reporting.cards`); the parent calls this at
         every checkpoint and push, and would replace it by a generic one."""
-
-
-class Stopped(Exception):
-    """Training was asked to stop, and has saved."""
-
-
-class StopOnSignal(TrainerCallback):
-    """Saves and leaves training at the end of the step, or of the validation, in which a process got SIGTERM or
-    Ctrl-C, every process at the same one.
-
-    transformers' own (`enable_jit_checkpoint`, 5.23) waits three seconds, may save between backward pass and update,
-    which no continued run can repeat, and lets each process decide alone.
-
-    Attributes:
-        asked: the signal that this process got; 0 for none.
-        stopping: the largest that any process got when they last agreed.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.asked, self.stopping = accelerator, 0, 0
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Takes the signals of `STOPS`. One that comes after the last step, which has its checkpoint, is sent again
-        at the end."""
-        if current_thread() is not main_thread():
-            print("Training in a thread: SIGTERM and Ctrl-C save no checkpoint; save_steps does.", file=sys.stderr)
-            yield
-            return
-        # Who starts a job in the background lets it ignore the terminal's Ctrl-C.
-        heeded = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self.ask) for number in heeded}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if self.asked:
-            signal.raise_signal(self.asked)
-
-    def ask(self, number: int, frame) -> None:
-        self.asked = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second ends the process
-            if self.accelerator.is_main_process:
-                os.write(2, b"\nCtrl-C: saving at the end of this step; a second Ctrl-C ends the run at once.\n")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.stopping = self.asked
-        if args.world_size > 1:
-            asked = torch.tensor(self.asked, device=self.accelerator.device)
-            self.stopping = int(self.accelerator.gather(asked[None]).max())
-        control.should_save |= bool(self.stopping)
-
-    on_evaluate = on_step_end
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.stopping:
-            raise Stopped
-
-
-def obey_parent_alone(initialise: Callable[[int], None], worker: int) -> None:
-    """Begins a worker of a DataLoader that no Ctrl-C ends, and SIGTERM only when its parent sends it.
-
-    Who asks a job to stop sends SIGTERM to all of its processes, and a terminal Ctrl-C. Without its workers training
-    could not finish the step. A worker whose parent is gone ends by itself.
-    """
-    initialise(worker)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform != "linux":
-        return
-    parent = multiprocessing.parent_process().pid
-
-    def obey() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    Thread(target=obey, daemon=True).start()
-
-
-class RunClock(TrainerCallback):
-    """Seconds spent training, over all interruptions: log lines carry them, and checkpoints carry the log lines.
-    `waited`: seconds of them spent waiting for data."""
-
-    def __init__(self):
-        self.begin = self.start = time.perf_counter()
-        self.waited = 0.0
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        earlier = [entry["elapsed_seconds"] for entry in state.log_history if "elapsed_seconds" in entry]
-        self.begin = time.perf_counter()
-        self.start = self.begin - (earlier[-1] if earlier else 0)
-        self.waited = 0.0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        last = state.global_step == state.max_steps
-        control.should_log |= last  # the last loss, however few the steps
-        control.should_evaluate |= last and args.eval_strategy != "no"  # or the last model could not be the best
-
-    def seconds(self) -> float:
-        return round(time.perf_counter() - self.start, 1)
-
-    def wait_share(self) -> float:
-        """Share of the time since the start, or the last continuation, that was spent waiting for data."""
-        return round(self.waited / (time.perf_counter() - self.begin), 4)
