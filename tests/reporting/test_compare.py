@@ -11,7 +11,10 @@ from tests.reporting.documents import family_document
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.caption_files import ScoreError
 from vlmcap.evaluation.scoring import SCORE_LABELS, paired_comparison
-from vlmcap.reporting.compare import holm, latex_escape, read_runs, write_comparison, write_overview
+from vlmcap.reporting.compare import write_comparison
+from vlmcap.reporting.runs import read_runs
+from vlmcap.reporting.significance import holm
+from vlmcap.reporting.tables import latex_escape, write_overview
 
 NAMES = ("good", "twin", "weak", "wild")
 
