@@ -5,16 +5,10 @@ import json
 import datasets
 import pytest
 
-from vlmcap.evaluation.audit import (
-    FORM,
-    AuditError,
-    audit_rates,
-    audit_table,
-    form_faults,
-    read_audit,
-    write_audit,
-    write_review_queue,
-)
+from vlmcap.captioning.arguments import FORM
+from vlmcap.evaluation.audit import write_audit
+from vlmcap.evaluation.audit_checks import form_faults
+from vlmcap.evaluation.audit_document import AuditError, audit_rates, audit_table, read_audit, write_review_queue
 from vlmcap.evaluation.caption_files import read_references
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
 from vlmcap.miniature.scenes import JAPANESE, scenes, write_instances

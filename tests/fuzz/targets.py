@@ -40,7 +40,8 @@ from vlmcap.data.publish import build
 from vlmcap.data.sources import DataError, read_rows
 from vlmcap.data.splits import read_ids, read_karpathy
 from vlmcap.errors import UserError
-from vlmcap.evaluation.audit import AuditError, audit_table, form_faults, read_audit, read_instances
+from vlmcap.evaluation.audit_checks import form_faults, read_instances
+from vlmcap.evaluation.audit_document import AuditError, audit_table, read_audit
 from vlmcap.evaluation.caption_files import ScoreError, read_predictions, read_references
 from vlmcap.evaluation.external import chrf, chrf_statistics
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError

@@ -18,7 +18,8 @@ from tests.reporting.documents import (
     family_document,
     miniature_document,
 )
-from vlmcap.reporting.cards import load_snippet, render_adapter_card, score_rows, write_adapter_card
+from vlmcap.reporting.cards import render_adapter_card, score_rows, write_adapter_card
+from vlmcap.reporting.snippets import load_snippet
 
 LABELS = dict(zip(NAMES, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"), strict=True))
 

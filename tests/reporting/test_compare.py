@@ -343,6 +343,18 @@ def test_runs_of_the_family_are_compared_and_shown(runs, tmp_path):
     assert "vit-base-patch16" in paths["html"].read_text()
 
 
+@pytest.mark.parametrize(("sizes", "drawn"), [((5e9, 5e9), False), ((5e9, 5.1e9), False), ((5e9, 6e9), True)])
+def test_quality_against_memory_needs_two_sizes(runs, tmp_path, sizes, drawn):
+    for folder, size in zip(runs[:2], sizes, strict=True):
+        edit(folder, lambda document, size=size: document.update(peak_memory_bytes=size))
+    paths = compare(runs[:2], tmp_path)
+    assert ("memory" in paths) == drawn == (tmp_path / "out/quality_against_memory.svg").exists()
+    assert ("quality against memory" in paths["html"].read_text()) == drawn
+    edit(runs[1], lambda document: document["model"].update(parameters=10**9))
+    edit(runs[1], lambda document: document.update(peak_memory_bytes=None))
+    assert "memory" in compare(runs[:2], tmp_path), "the number of parameters differs"
+
+
 def test_an_overview_keeps_datasets_apart(runs, tmp_path):
     family(runs[0], "sft_blip_vi", "base")
     family(runs[1], "sft_vit_gpt2_food")

@@ -13,7 +13,8 @@ from markdown_it import MarkdownIt
 
 from tests.reporting.documents import PARTS, adapter_document, audit_document, family_document
 from vlmcap.markdown import code_span, fenced, markdown_escape, visible
-from vlmcap.reporting.cards import eval_result_entries, render_adapter_card, write_adapter_card
+from vlmcap.reporting.card_metadata import eval_result_entries
+from vlmcap.reporting.cards import render_adapter_card, write_adapter_card
 from vlmcap.reporting.tables import latex_escape
 
 HOSTILE = {

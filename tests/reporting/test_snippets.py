@@ -12,7 +12,8 @@ from PIL import Image, ImageChops
 from tests.reporting.documents import PARTS, adapter_document, family_document, miniature_document
 from vlmcap.errors import UserError
 from vlmcap.places import find_uv
-from vlmcap.reporting.cards import quick_start, render_adapter_card
+from vlmcap.reporting.cards import render_adapter_card
+from vlmcap.reporting.snippets import quick_start
 from vlmcap.versions import OLDEST
 
 
