@@ -176,7 +176,7 @@ def test_what_a_rater_gets_does_not_depend_on_the_names():
         assert key["raters"][rater]["fingerprint"] == other["raters"][rater]["fingerprint"]
         text = json.dumps(blinded_items(key, rater), ensure_ascii=False)
         assert "system" not in text
-    # Nor does the number of an item tell anything: those of an image (6 each) do not stand together.
+    # Nor does the number of an item tell anything: those of an image (6 each) are not together.
     images = [item["image_id"] for item in key["items"].values()]
     assert sum(a == b for a, b in itertools.pairwise(images)) < 15
 
@@ -269,7 +269,7 @@ def unpadded(table: str) -> str:
     return re.sub(" +", " ", table)
 
 
-def test_nothing_answered_is_no_figure(key):
+def test_without_answers_there_is_no_figure(key):
     empty = report(key, {}, 50)
     assert empty["preferences"]["pairs"][0]["win_rate"] is None and empty["agreement"]["fluency"]["alpha"] is None
     assert "| system-0 | - | - | - | - |" in unpadded(markdown(empty))

@@ -50,7 +50,7 @@ def markdown_tables(path) -> list[list[dict[str, str]]]:
 
 
 def latex_rows(path) -> dict[str, list[list[str]]]:
-    """System -> its rows in the LaTeX tables, each with the row of intervals behind it where there is one."""
+    """System -> its rows in the LaTeX tables, each with the row of intervals after it where there is one."""
     rows, name = {}, None
     for line in path.read_text().splitlines():
         if line.startswith("{") and line.endswith(r" \\"):
@@ -117,7 +117,7 @@ def test_markdown_and_latex_repeat_the_scores(compared):
 
 
 @pytest.mark.parametrize("reference", [None, "weak"])
-def test_marks_stand_where_the_corrected_p_is_below_5_percent(runs, tmp_path, reference):
+def test_marks_are_where_the_corrected_p_is_below_5_percent(runs, tmp_path, reference):
     paths = compare(runs, tmp_path, reference=reference)
     documents = [json.loads((folder / "metrics.json").read_text()) for folder in runs]
     base = NAMES.index(reference) if reference else 0
@@ -143,7 +143,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_the_base_inside_an_adapter_s_document_is_no_run(runs, tmp_path):
+def test_the_base_inside_an_adapter_s_document_is_not_a_run(runs, tmp_path):
     base = json.loads((runs[2] / "metrics.json").read_text())
     edit(runs[0], lambda document: document.update(base=base))
     rows, _ = markdown_tables(compare(runs[:1], tmp_path)["md"])
@@ -186,7 +186,7 @@ def test_too_few_resamples_to_mark_anything_are_said_to_be(runs, tmp_path):
     assert "can mark no difference" not in compare(runs, tmp_path)["md"].read_text()
 
 
-def test_a_notice_of_all_runs_stands_once(runs, tmp_path):
+def test_a_notice_of_all_runs_is_printed_once(runs, tmp_path):
     for folder, notices in zip(runs, (["a", "b."], ["a"], ["a", "b."], ["a"]), strict=True):
         edit(folder, lambda document, notices=notices: document.update(notices=notices))
     text = compare(runs, tmp_path)["md"].read_text()
@@ -390,7 +390,7 @@ def test_an_overview_keeps_datasets_apart(runs, tmp_path):
         write_overview(read_runs(runs[:3]), tmp_path / "out")
 
 
-def test_runs_may_stand_before_and_behind_options(runs, tmp_path, run_script):
+def test_runs_may_be_before_and_after_options(runs, tmp_path, run_script):
     out = tmp_path / "out"
     options = ["--scores", "bleu_1", "rouge_l"]
     run_script("compare_runs.py", runs[0], *options, runs[1], "--output_dir", out, f"third={runs[2]}")

@@ -1,4 +1,4 @@
-"""The code of cards and README, run as it stands: it loads the model that was measured and sees what that one saw."""
+"""The code of cards and README, run as it is: it loads the model that was measured and sees what that one saw."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def pictures(tmp_path_factory) -> list:
         else:
             ground = Image.new("RGB", drawn.size, drawn.getpixel((0, 0)))
             alpha = ImageChops.difference(drawn, ground).convert("L").point(lambda value: 255 if value else 0)
-            hidden = Image.composite(drawn, Image.new("RGB", drawn.size), alpha)  # black lies under the ground
+            hidden = Image.composite(drawn, Image.new("RGB", drawn.size), alpha)  # black is under the ground
             hidden.putalpha(alpha)
             hidden.save(path)
         paths.append(path)

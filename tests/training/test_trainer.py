@@ -367,7 +367,7 @@ def test_missing_files_are_dropped_and_listed_before_training(folder, tmp_path):
     assert bad_images.count() == 1
 
 
-def test_dataset_without_images_names_the_mend(folder):
+def test_dataset_without_images_names_the_fix(folder):
     with pytest.raises(DatasetError, match=r"holds captions but no images.*fetch_images.py.*--image_dir"):
         load_captions(str(folder / "data"), "train")
 
@@ -412,7 +412,7 @@ def test_report_says_what_trains_and_how_much(miniature_dir, processor, rows, tm
 def test_memory_that_the_loaded_model_holds_is_not_missing_for_it(
     miniature_dir, processor, rows, tmp_path, monkeypatch
 ):
-    """The report is printed when the weights lie in memory: what else a step needs must be free, and no more."""
+    """The report is printed when the weights are in memory: what else a step needs must be free, and no more."""
     trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path))
     parts = estimate_memory(trainer.model, trainer.args, 9 + 40, 16, shared_prefix=True)
     free = sum(parts.values()) - parts["weights"]
