@@ -235,7 +235,7 @@ def script(path: str, *arguments: str, kill_at_caption: int | None = None) -> No
     runpy.run_path(path, run_name="__main__")
 
 
-def test_infer_baseline_is_continued(fault, pictures, repo_root, miniature_dir, tmp_path):
+def test_infer_baseline_resumes(fault, pictures, repo_root, miniature_dir, tmp_path):
     program, log = str(repo_root / "scripts/infer_baseline.py"), tmp_path / "log"
     command = ["--model", miniature_dir, "--dataset", pictures / "data", "--image_dir", pictures, "--max_new_tokens"]
     command = [program, *map(str, command), "8", "--generation_batch_size", "1", "--output"]
@@ -282,7 +282,7 @@ def isolated(folder: Path, pictures: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["runner", "script"])
-def test_isolated_models_are_continued(fault, pictures, tmp_path, victim):
+def test_isolated_models_resume(fault, pictures, tmp_path, victim):
     """A runner that is killed is named; a script that is killed leaves no runner. No image is asked twice."""
     folder, output, log = tmp_path / "environment", tmp_path / "out/predictions.jsonl", tmp_path / "log"
     python = folder / "bin/python"

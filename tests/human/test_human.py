@@ -330,7 +330,7 @@ def test_a_key_that_was_edited_is_refused(key, tmp_path, change):
         read_key(write(path, key))
 
 
-def test_every_fault_of_every_file_is_told_at_once(key, tmp_path):
+def test_every_fault_of_every_file_is_reported_at_once(key, tmp_path):
     first = answers_document(key, "1", {rating_of(key): {"fluency": 0}, preference_of(key): {"choice": ""}})
     (tmp_path / "cut.json").write_text('{"format": ')
     with pytest.raises(HumanError) as error:

@@ -68,7 +68,7 @@ def test_what_is_not_whole_is_named_and_skipped(tmp_path, capsys, how):
         find_checkpoint(tmp_path, str(broken))
 
 
-def test_a_checkpoint_whose_best_one_is_gone_is_not_whole(tmp_path, capsys):
+def test_a_checkpoint_whose_best_one_is_missing_is_not_whole(tmp_path, capsys):
     write(tmp_path, 3), write(tmp_path, 6, best="checkpoint-6"), write(tmp_path, 9, best="checkpoint-6")
     assert find_checkpoint(tmp_path, "latest") == str(tmp_path / "checkpoint-9")
     change(tmp_path / "checkpoint-6", "cut off")
