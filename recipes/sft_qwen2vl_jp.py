@@ -112,7 +112,8 @@ def main(
     from vlmcap.captioning.generate import check_predictions, decoding_record, image_size_record
     from vlmcap.captioning.predictions import model_record
     from vlmcap.data.images import references_of
-    from vlmcap.evaluation.audit import read_instances, write_audit
+    from vlmcap.evaluation.audit import write_audit
+    from vlmcap.evaluation.audit_checks import read_instances
     from vlmcap.evaluation.lexicon import Lexicon
     from vlmcap.models.load import (
         chat_prompt,

@@ -86,7 +86,8 @@ def main(args: AuditArguments) -> None:
     from transformers import AutoTokenizer
 
     from vlmcap.data.images import dataset_references
-    from vlmcap.evaluation.audit import audit_table, read_audit, write_audit, write_review_queue
+    from vlmcap.evaluation.audit import write_audit
+    from vlmcap.evaluation.audit_document import audit_table, read_audit, write_review_queue
     from vlmcap.evaluation.caption_files import read_references
 
     if args.compare:

@@ -75,7 +75,9 @@ class CompareArguments:
 
 
 def main(args: CompareArguments) -> None:
-    from vlmcap.reporting.compare import read_runs, write_comparison, write_overview
+    from vlmcap.reporting.compare import write_comparison
+    from vlmcap.reporting.runs import read_runs
+    from vlmcap.reporting.tables import write_overview
 
     if args.overview:
         path, text = write_overview(read_runs(args.runs), args.output_dir)

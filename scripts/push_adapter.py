@@ -29,8 +29,9 @@ class PushArguments:
 
 
 def main(args: PushArguments) -> None:
-    from vlmcap.reporting.cards import load_snippet, read_metrics
+    from vlmcap.reporting.cards import read_metrics
     from vlmcap.reporting.hub import push_adapter
+    from vlmcap.reporting.snippets import load_snippet
 
     url = push_adapter(args.adapter_dir, args.repo_id, private=not args.public)
     print(f"Pushed to {url} ({'public' if args.public else 'private'}). To load it:\n")

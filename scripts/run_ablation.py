@@ -42,7 +42,8 @@ def main(args: AblationArguments) -> None:
             print(f"{cell.state()['status']:<9} {cell.name}")
         return
 
-    from vlmcap.reporting.compare import read_runs, write_comparison
+    from vlmcap.reporting.compare import write_comparison
+    from vlmcap.reporting.runs import read_runs
 
     all_cells = run_grid(grid)
     finished = [cell for cell in all_cells if cell.finished()]

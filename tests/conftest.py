@@ -48,7 +48,7 @@ os.environ |= {
     "DO_NOT_TRACK": "1",
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
-    "NO_PROXY": "127.0.0.1,localhost",  # a proxy of the machine must not stand between a client and the hub
+    "NO_PROXY": "127.0.0.1,localhost",  # a proxy of the machine must not be between a client and the hub
     "no_proxy": "127.0.0.1,localhost",
 }
 
@@ -87,7 +87,7 @@ SLOW = [
     ("faults/test_secrets.py", "", "a search of all files of a run"),
     ("fuzz/", "", "fuzzing"),
 ]
-# `make test-all` (--complete) fails a test that is skipped, but for what nobody can install.
+# `make test-all` (--complete) fails a test that is skipped, except for what nobody can install.
 MAY_BE_SKIPPED = ("needs real data", "this kernel ", "this processor ")
 LEFT_OUT: Counter[str] = Counter()
 
@@ -223,7 +223,7 @@ def run_script(repo_root, tmp_path_factory):
 
     The name is a file of scripts/, or a path from the repository's root. Fails, with what the script printed,
     unless it exits with `expect`. The process is a fork of one that has imported torch and the rest; `fresh`
-    starts Python anew, for variables in `env` that libraries read when they are imported.
+    starts Python again, for variables in `env` that libraries read when they are imported.
     """
     multiprocessing.forkserver.ensure_running()  # before a test changes the environment, which the server inherits
 

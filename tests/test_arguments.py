@@ -93,7 +93,7 @@ class Models:
         (["--model_revision", "main"], ("main", "beef")),
     ],
 )
-def test_a_commit_is_that_of_the_model_it_stands_beside(tmp_path, words, revisions):
+def test_a_commit_is_that_of_the_model_beside_it(tmp_path, words, revisions):
     lines = ["model_name_or_path: a/model", "model_revision: c0ffee", "encoder_name_or_path: b/b"]
     (tmp_path / "thing.yaml").write_text("\n".join([*lines, "encoder_revision: beef"]))
     (found,) = parse(MANUAL, Models, command_line=["--config", str(tmp_path / "thing.yaml"), *words])
@@ -126,7 +126,7 @@ def test_a_program_may_have_a_configuration_of_its_own(tmp_path, monkeypatch, wo
 
 
 @pytest.mark.parametrize("error", [UserError("a.json: no caption. Add one."), OSError(28, "No space left", "a")])
-def test_what_the_user_can_mend_ends_with_its_message(error):
+def test_what_the_user_can_fix_ends_with_its_message(error):
     def main(arguments: Arguments) -> None:
         raise error
 

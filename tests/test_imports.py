@@ -41,7 +41,7 @@ def test_a_room_imports_the_rooms_before_it(name):
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 
-def test_what_lies_beside_the_rooms_imports_none():
+def test_modules_beside_the_rooms_import_none():
     for path in PACKAGE.glob("*.py"):
         wrong = {module for module in imported(path) if room(module)}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"

@@ -116,7 +116,7 @@ class Code:
         private: (file, line, name) of private names that are not ours: attributes, keywords, imports, names for
             `getattr` and `setattr`; and of `forward` where a foreign object's is replaced.
         overridden: (file, line, name) of private and public methods and attributes of library classes that a class of
-            ours, or another one beside it in a subclass, defines anew.
+            ours, or another one beside it in a subclass, defines again.
     """
 
     def __init__(self, files: dict[str, str]):
@@ -130,7 +130,7 @@ class Code:
         ]
         self.bases = {node: [self._resolve(file, base) for base in node.bases] for file, node in self.classes}
         self.foreign = {node: self._foreign(node) for _, node in self.classes}
-        for _, node in self.classes:  # what stands beside a mixin, as in class X(Mixin, Trainer)
+        for _, node in self.classes:  # what is beside a mixin, as in class X(Mixin, Trainer)
             for parent in self._ours(node):
                 self.foreign[parent] |= self.foreign[node]
         self.overridden = list(self._overridden())

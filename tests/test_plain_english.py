@@ -1,6 +1,9 @@
 """Most readers are not native speakers: expressions that they would have to look up, and the words to use instead."""
 
+import ast
+import io
 import re
+import tokenize
 from bisect import bisect
 from itertools import accumulate
 
@@ -75,6 +78,29 @@ def test_expressions_are_found(text, expected):
     assert [found[:2] for found in avoided(text)] == ([expected] if expected else [])
 
 
+def explanations(source: str) -> str:
+    """Comments, docstrings, and names of functions and classes as words, each in its line; other lines are empty."""
+    lines = source.splitlines()
+    kept = [""] * len(lines)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            kept[token.start[0] - 1] = token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            kept[node.lineno - 1] += f" {node.name.replace('_', ' ')}."
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            place = slice(node.body[0].lineno - 1, node.body[0].end_lineno)
+            kept[place] = lines[place]
+    return "\n".join(kept)
+
+
+def test_explanations_are_found():
+    source = 'x = "anew"  # a comment goes\n# on\n\ndef goes_on():\n    """Doc\n    string."""\n    return "begun"\n'
+    kept = explanations(source).split("\n")
+    assert kept == ["# a comment goes", "# on", "", " goes on.", '    """Doc', '    string."""', ""]
+    assert [line for line, _, _ in avoided("\n".join(kept))] == [1, 4]
+
+
 def test_words_that_most_readers_know(repo_root):
     paths = [path for pattern in TEXTS for path in sorted(repo_root.glob(pattern))]
     assert len(paths) > 100
@@ -82,5 +108,17 @@ def test_words_that_most_readers_know(repo_root):
         f"{path.relative_to(repo_root)}:{line}: {words!r}, better: {better}"
         for path in paths
         for line, words, better in avoided(path.read_text(encoding="utf-8"))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_tests_are_explained_in_words_that_most_readers_know(repo_root):
+    """Their comments, docstrings and names; their data may hold any word. This file holds the list itself."""
+    paths = [path for path in sorted(repo_root.glob("tests/**/*.py")) if path.name != "test_plain_english.py"]
+    assert len(paths) > 100
+    found = [
+        f"{path.relative_to(repo_root)}:{line}: {words!r}, better: {better}"
+        for path in paths
+        for line, words, better in avoided(explanations(path.read_text(encoding="utf-8")))
     ]
     assert not found, "\n".join(found)

@@ -11,7 +11,7 @@ import pytest
 
 # Not imported in our environment: by programs in environments of their own, and by a page that runs on the Hub.
 ELSEWHERE = ("recipes/vlmcap/captioning/isolated_runners", "recipes/metric_space")
-# `make fuzz` installs it where it can be had, and does without where not.
+# `make fuzz` installs it where it is available, and does without where not.
 OPTIONAL = {"atheris"}
 OURS = {"vlmcap", "tests"}
 DISTRIBUTIONS = metadata.packages_distributions()

@@ -1,4 +1,4 @@
-"""JSON and YAML that parsers take and programs cannot bear: refused, at once, with the reason."""
+"""JSON and YAML that parsers take and programs cannot process: refused, at once, with the reason."""
 
 import pytest
 
@@ -74,7 +74,7 @@ def test_yaml_that_is_read():
     }
 
 
-def test_a_key_that_comes_twice_among_many_is_found_at_once():
+def test_a_key_that_is_repeated_among_many_is_found_at_once():
     keys = ", ".join(f'"{i}": 0' for i in range(200_000))  # to compare each with each would take minutes
     with pytest.raises(ValueError, match="'199999' occurs twice"):
         parse_json(f'{{{keys}, "199999": 1}}')

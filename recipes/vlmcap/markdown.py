@@ -2,6 +2,8 @@
 
 import re
 
+from tabulate import tabulate
+
 
 def escape_unseen(text: str) -> str:
     r"""The text with \u escapes, which Python's strings know too, for what cannot be seen: control characters, bidi
@@ -44,18 +46,19 @@ def fenced(text: str, language: str = "text") -> str:
 
 def text_table(rows: list[list[str]]) -> str:
     """Rows of text, header first, in columns for a terminal; all except the first are aligned right."""
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([f"{name:<{first}}", *(f"{text:>{width}}" for text, width in zip(values, others, strict=True))])
-        for name, *values in rows
-    ]
-    return "\n".join(lines)
+    return _table(rows, "plain", 1)
 
 
-def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of text, header first, as a Markdown table; all columns except the first are aligned right."""
-    rule = ["---"] + ["---:"] * (len(rows[0]) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]]) + "\n"
+def markdown_table(rows: list[list[str]], left: int = 1) -> str:
+    """Rows of escaped text, header first, as a Markdown table; columns after the first `left` are aligned right."""
+    return _table(rows, "pipe", left) + "\n"
+
+
+def _table(rows: list[list[str]], layout: str, left: int) -> str:
+    header, *body = rows
+    sides = ["left"] * left + ["right"] * (len(header) - left)
+    # Cells are printed as they are: numbers are formatted already, and a system may be called "1e3".
+    return tabulate(body, header, layout, disable_numparse=True, colalign=sides if body else None)
 
 
 def _escape(code: int) -> str:

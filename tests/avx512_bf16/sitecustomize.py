@@ -1,6 +1,6 @@
 """On PYTHONPATH, this makes bitsandbytes believe that the processor has AVX512-BF16, in every Python that is started.
 
-The whole product as it runs on such a machine, but for the speed: `PYTHONPATH=tests/avx512_bf16 make demo`.
+The whole product as it runs on such a machine, except for the speed: `PYTHONPATH=tests/avx512_bf16 make demo`.
 """
 
 import sys

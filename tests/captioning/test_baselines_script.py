@@ -52,7 +52,7 @@ def test_the_table_is_listed(script, capsys):
     assert any(line.startswith("asagi_2b ") and "isolated (experimental, code)" in line for line in lines)
 
 
-def test_a_model_that_is_none_of_the_table(script, dataset, miniature_dir, tmp_path):
+def test_a_model_that_is_not_in_the_table(script, dataset, miniature_dir, tmp_path):
     output = tmp_path / "predictions.jsonl"
     script("--model", miniature_dir, "--output", output, "--saw_coco", "no", "--max_images", 2, *dataset)
     run = record(output)
@@ -102,7 +102,7 @@ def test_a_model_that_takes_no_prompt(script, dataset, repo_root, tmp_path):
     with pytest.raises(BaselineError, match="blip_base takes no prompt, it only captions: leave out --prompt$"):
         script(*row, "--prompt", "短く", "--output", tmp_path / "other.jsonl", *dataset)
     for option, message in (("--prompt", "leave out --prompt$"), ("--avoid_words", "--avoid_words cannot be used")):
-        with pytest.raises(BaselineError, match=message):  # a model that is none of the table
+        with pytest.raises(BaselineError, match=message):  # a model that is not in the table
             script("--model", weights, option, "x", "--output", tmp_path / "other.jsonl", *dataset)
 
 

@@ -145,7 +145,7 @@ def test_a_word_is_avoided_however_it_is_cut(byte_level, sentencepiece):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_no_ngram_of_the_caption_comes_twice(byte_level, size):
+def test_no_ngram_of_the_caption_is_repeated(byte_level, size):
     def repeats(output):
         rows = [[t for t in row.tolist() if t != byte_level.pad_token_id] for row in output]
         ngrams = [[tuple(row[i : i + size]) for i in range(len(row) - size + 1)] for row in rows]
@@ -193,7 +193,7 @@ def test_japanese_is_what_japanese_captions_are_written_with():
 
 
 def test_a_caption_ends_with_the_token_that_generation_ends_with(byte_level):
-    """Gemma 3's turns end with another token than its tokenizer names; a character begun is completed first."""
+    """Gemma 3's turns end with another token than its tokenizer names; half a character is completed first."""
     other, begun = 20, byte_level("馬", add_special_tokens=False).input_ids[:1]
     assert byte_level.decode(begun) == "\ufffd"
 

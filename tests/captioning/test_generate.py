@@ -86,7 +86,7 @@ def test_predictions_and_run_record(model, processor, rows, tmp_path):
     assert run["seconds"] > 0 and run["versions"]["transformers"] and run["hardware"]["cores"]
 
 
-def test_an_interrupted_run_is_continued(model, processor, rows, tmp_path):
+def test_an_interrupted_run_resumes(model, processor, rows, tmp_path):
     whole, broken = tmp_path / "whole/predictions.jsonl", tmp_path / "broken/predictions.jsonl"
     generate(model, processor, rows, whole, ARGS, record(model))
     generate(model, processor, rows.select(range(4)), broken, ARGS, record(model))
@@ -108,7 +108,7 @@ def test_shares_of_a_crashed_distributed_run_are_kept(model, processor, rows, tm
     assert not list(tmp_path.glob("*rank*"))
 
 
-def test_predictions_of_other_settings_are_not_continued(model, processor, rows, tmp_path):
+def test_predictions_of_other_settings_are_not_resumed(model, processor, rows, tmp_path):
     output = tmp_path / "predictions.jsonl"
     generate(model, processor, rows.select([0]), output, ARGS, record(model))
     other = GenerationArguments(prompt="この画像を説明して", max_new_tokens=12, generation_batch_size=3)

@@ -69,7 +69,7 @@ class Processor:
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The folder of a stand-in's weights; its configuration knows no token that ends or pads."""
-    folder = tmp_path_factory.mktemp("stand_in")
+    folder = tmp_path_factory.mktemp("substitute")
     torch.manual_seed(0)
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     model = Seer(GPT2Config(vocab_size=12, n_embd=8, n_layer=1, n_head=2, n_positions=64, **ends))
@@ -92,11 +92,11 @@ def runner(monkeypatch):
 
 @pytest.fixture
 def replace(monkeypatch):
-    """replace("AutoModel", stand_in): what the runner's `from transformers import AutoModel` finds."""
+    """replace("AutoModel", substitute): what the runner's `from transformers import AutoModel` finds."""
 
-    def replace(name, stand_in):
+    def replace(name, substitute):
         getattr(transformers, name, None)  # the first look at it may put another module into sys.modules
-        monkeypatch.setitem(vars(sys.modules["transformers"]), name, stand_in)
+        monkeypatch.setitem(vars(sys.modules["transformers"]), name, substitute)
 
     return replace
 

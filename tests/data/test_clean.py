@@ -86,7 +86,7 @@ def counts(cleaner):
         ("punctuation", "犬がいて,猫もいます.", "犬がいて、猫もいます。"),
     ],
 )
-def test_each_rule_mends_what_it_names(tokenizer, rule, before, after):
+def test_each_rule_fixes_what_it_names(tokenizer, rule, before, after):
     assert clean_text(before) == after
     cleaner = CaptionCleaner(tokenizer)
     cleaner.clean(rows_of([before]))
@@ -138,7 +138,7 @@ def test_any_ordinary_text_stays(words, end):
     assert clean_text(text) == text
 
 
-# Pieces that meet badly: half of what a rule looks for, its neighbours, and what rules leave behind.
+# Pieces that meet badly: half of what a rule looks for, its neighbours, and what rules leave.
 nasty = st.lists(
     st.one_of(
         st.sampled_from(
@@ -342,7 +342,7 @@ def test_real_tokenizer_cuts_at_64_tokens(qwen2vl_dir):
 
 
 def test_real_captions_keep_every_letter(qwen2vl_dir, data_dir):
-    """The 25,759 human captions of the YJ subset: little is changed, and no kana or kanji but a mended long vowel."""
+    """The 25,759 human captions of the YJ subset: little is changed, and no kana or kanji but a fixed long vowel."""
     images = defaultdict(lambda: {"captions": [], "caption_ids": []})
     for annotation in json.loads((data_dir / "yj_subset" / "yjcaptions_subset.json").read_text())["annotations"]:
         image = images[annotation["image_id"]]

@@ -181,7 +181,7 @@ def test_what_was_verified_is_decoded_again_only_when_asked(server, rows, tmp_pa
 
 
 def test_files_of_unknown_origin_are_decoded_before_they_are_believed(server, rows, tmp_path):
-    """A folder unpacked elsewhere: whole files are taken as they are, a cut one is fetched anew."""
+    """A folder unpacked elsewhere: whole files are taken as they are, a cut one is fetched again."""
     whole, cut = server.photos[path(rows[0])], server.photos[path(rows[1])][:20_000]
     (tmp_path / rows[0]["file_name"]).write_bytes(whole)
     (tmp_path / rows[1]["file_name"]).write_bytes(cut)
@@ -193,7 +193,7 @@ def test_files_of_unknown_origin_are_decoded_before_they_are_believed(server, ro
     assert_complete(tmp_path, rows[:2], server)
 
 
-def test_a_file_damaged_after_it_was_verified_is_fetched_anew(server, rows, tmp_path):
+def test_a_file_damaged_after_it_was_verified_is_fetched_again(server, rows, tmp_path):
     fetch_images(rows, tmp_path)
     (tmp_path / rows[2]["file_name"]).write_bytes(server.photos[path(rows[2])][:30_000])
     server.log.clear()
@@ -306,7 +306,7 @@ def test_the_md5_of_s3_is_checked(server, rows, tmp_path):
     server.headers = {"ETag": '"' + "0" * 32 + '"'}
     report = fetch_images(rows[:1], tmp_path, backoff=0.01)
     assert "md5" in report.failed[0]["reason"]
-    server.headers["x-amz-server-side-encryption"] = "aws:kms"  # then the ETag is no md5
+    server.headers["x-amz-server-side-encryption"] = "aws:kms"  # then the ETag is not an md5
     assert fetch_images(rows[:1], tmp_path).fetched == 1
 
 
@@ -370,7 +370,7 @@ def fetch(rows, folder) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_goes_on_after_a_kill_or_ctrl_c(server, rows, tmp_path, number):
+def test_continues_after_a_kill_or_ctrl_c(server, rows, tmp_path, number):
     stalled = rows[-1]
     server.fail(path=stalled["file_name"], action="stall", after=20_000)
     log = tmp_path.with_suffix(".log")

@@ -306,7 +306,7 @@ def test_a_second_push_leaves_no_stale_shards(world, hub, tmp_path):
     assert load_dataset("user/captions", cache_dir=str(tmp_path / "fresh"))["test"]["image_id"][:] == [2, 3]
 
 
-def test_a_failed_push_keeps_the_folder_and_says_how_to_go_on(world, hub, tmp_path):
+def test_a_failed_push_keeps_the_folder_and_says_how_to_continue(world, hub, tmp_path):
     hub.fail(method="POST", path="/commit/", status=403, times=99)
     with pytest.raises(DataError, match=r"(?s)Nothing was lost.*scripts/push_dataset.py .*--repo_id user/captions$"):
         publish(world("yj", push_to_hub=True, repo_id="user/captions"))

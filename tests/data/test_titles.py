@@ -73,7 +73,7 @@ def test_rows_without_an_image_file_are_left_out(titles, tmp_path):
         ("Image_Name,Title\n", "no row is left"),
     ],
 )
-def test_broken_files_are_named_with_the_mend(tmp_path, text, message):
+def test_broken_files_are_named_with_the_fix(tmp_path, text, message):
     path = tmp_path / "titles.csv"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=rf"titles\.csv: .*{message}"):

@@ -1,4 +1,4 @@
-"""Cleaning of Vietnamese captions: what each rule mends, what none may touch, and how often on the real captions."""
+"""Cleaning of Vietnamese captions: what each rule fixes, what none may touch, and how often on the real captions."""
 
 import json
 
@@ -32,7 +32,7 @@ RULES = {rule.name: rule.apply for rule in TEXT_RULES}
         ("fragment", "`", ""),
     ],
 )
-def test_what_a_rule_mends(rule, before, after):
+def test_what_a_rule_fixes(rule, before, after):
     assert RULES[rule](before) == after
 
 
@@ -54,7 +54,7 @@ def test_what_no_rule_touches(text):
     assert clean_text(text, TEXT_RULES) == text
 
 
-def test_typos_are_mended_to_what_no_rule_mends_again():
+def test_typos_are_fixed_and_no_rule_changes_them_again():
     for wrong, right in TYPOS.items():
         assert wrong != right and wrong == wrong.lower()
         assert clean_text(f"Đây {right} kia.", TEXT_RULES) == f"Đây {right} kia.", wrong
@@ -90,7 +90,7 @@ def test_real_captions(data_dir):
     assert not any(" ." in text or " ," in text or "\t" in text or "]" in text or "`" in text for text in cleaned)
     typos = " ".join(texts).lower()
     assert [wrong for wrong in TYPOS if wrong not in typos and wrong not in " ".join(cleaned).lower()] == [
-        "ném bón. g",  # these two stand in the captions with the space of the tokeniser: "bón . g"
+        "ném bón. g",  # these two are in the captions with the space of the tokeniser: "bón . g"
         "đám đôn. g",
         "núi,, ột nhóm",
     ]

@@ -5,16 +5,10 @@ import json
 import datasets
 import pytest
 
-from vlmcap.evaluation.audit import (
-    FORM,
-    AuditError,
-    audit_rates,
-    audit_table,
-    form_faults,
-    read_audit,
-    write_audit,
-    write_review_queue,
-)
+from vlmcap.captioning.arguments import FORM
+from vlmcap.evaluation.audit import write_audit
+from vlmcap.evaluation.audit_checks import form_faults
+from vlmcap.evaluation.audit_document import AuditError, audit_rates, audit_table, read_audit, write_review_queue
 from vlmcap.evaluation.caption_files import read_references
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
 from vlmcap.miniature.scenes import JAPANESE, scenes, write_instances
@@ -431,7 +425,7 @@ def test_a_run_without_a_prompt_is_audited(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"prompt": 3}', '{"decoding": []}', "[]", "{", "[" * 100_000, '{"a": NaN}'])
-def test_a_run_record_that_is_none_is_named(tmp_path, content):
+def test_what_is_not_a_run_record_is_named(tmp_path, content):
     predictions = write_predictions(tmp_path, {1: "犬がいる"})
     (tmp_path / "predictions.run.json").write_text(content)
     with pytest.raises(AuditError, match="predictions.run.json: "):
@@ -460,7 +454,7 @@ def test_line_separators_of_unicode_end_no_line_of_predictions(tmp_path):
         {"flagged": []},
     ],
 )
-def test_an_audit_that_is_none_is_named(tmp_path, change):
+def test_what_is_not_an_audit_is_named(tmp_path, change):
     path = tmp_path / "audit.json"
     write_audit(write_predictions(tmp_path, {1: "犬がいる"}), None, path)
     audit = json.loads(path.read_text(encoding="utf-8"))

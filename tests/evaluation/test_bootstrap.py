@@ -81,7 +81,7 @@ def test_p_values_of_equal_and_of_different_systems():
     assert p_value(0.0, np.zeros(99)) == 1.0
     shifted = np.random.default_rng(0).normal(0.5, 0.01, size=999)
     assert p_value(0.5, shifted) == 1 / 1000
-    # A difference of one standard error: 32% of a normal distribution lie beyond it, on both sides.
+    # A difference of one standard error: 32% of a normal distribution are beyond it, on both sides.
     assert p_value(0.01, np.random.default_rng(0).normal(0.01, 0.01, size=4999)) == pytest.approx(0.317, abs=0.03)
 
 

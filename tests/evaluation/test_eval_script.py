@@ -121,7 +121,7 @@ def test_coco_results_and_annotations_score_like_lines(run_script, tmp_path):
     assert "1 images have references but no prediction (3)" in unmatched.stderr
 
 
-def test_more_keys_stand_beside_the_scores(tmp_path, predictions):
+def test_more_keys_are_beside_the_scores(tmp_path, predictions):
     references = {str(i): captions for i, captions in REFERENCES.items()}
     metrics = write_metrics(
         predictions, references, tmp_path / "metrics.json", "characters", {"base": expected()}, OPTIONS

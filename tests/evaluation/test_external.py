@@ -151,7 +151,7 @@ def test_meteor_of_english_titles_is_english():
 
 
 def missing_meteor(timeout: float = PATIENCE) -> str:
-    """The notice of a document that has no METEOR, whose other scores stand."""
+    """The notice of a document that has no METEOR, whose other scores are there."""
     document = score(PREDICTIONS, REFERENCES, options=ScoreOptions(**LEAN, meteor_timeout=timeout))
     for part in ("scores", "signatures", "intervals", "per_image"):
         assert "meteor" not in document[part] and "chrf" in document[part]
@@ -214,7 +214,7 @@ def test_jaspice_is_asked_as_its_own_client_asks(service, monkeypatch):
     ]
 
 
-# The package's server with a stub in the place of its scorer, which needs JUMAN++, KNP and ray: the share of the
+# The package's server with a stub instead of its scorer, which needs JUMAN++, KNP and ray: the share of the
 # candidate's characters that a reference has.
 JASPICE = """
 import sys, types
@@ -341,7 +341,7 @@ def test_a_local_spice_names_the_jars_it_lacks(tmp_path):
 
 
 def test_a_local_spice_is_run_and_read(monkeypatch, tmp_path):
-    """Java itself stands in: SPICE's models cannot be had in a test. The files have SPICE's format."""
+    """Java itself is the substitute: SPICE's models are not available in a test. The files have SPICE's format."""
     (tmp_path / "lib").mkdir()
     for name in ("spice-1.0.jar", "lib/stanford-corenlp-3.6.0.jar", "lib/stanford-corenlp-3.6.0-models.jar"):
         (tmp_path / name).touch()

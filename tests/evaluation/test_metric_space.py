@@ -62,7 +62,7 @@ def test_the_metric_says_what_is_wrong():
         metric.compute(predictions=PREDICTIONS, references=[REFERENCES[0], []])
 
 
-def test_one_reference_may_stand_without_its_list():
+def test_one_reference_needs_no_list():
     metric = evaluate.load(str(SOURCE))
     mixed = [REFERENCES[0], REFERENCES[1][0]]
     assert metric.compute(predictions=PREDICTIONS, references=mixed) == expected()
@@ -82,7 +82,7 @@ def test_one_reference_may_stand_without_its_list():
         (["猫"], None, "give two lists with an entry for each image"),
     ],
 )
-def test_what_is_no_text_is_named(predictions, references, message):
+def test_what_is_not_a_text_is_named(predictions, references, message):
     with pytest.raises(ValueError, match=message):
         evaluate.load(str(SOURCE)).compute(predictions=predictions, references=references)
 

@@ -1,4 +1,4 @@
-"""The document of scores: what stands in it, how it is written, and what two of them say about each other."""
+"""The document of scores: what is in it, how it is written, and what two of them say about each other."""
 
 import json
 
@@ -287,7 +287,7 @@ def test_a_run_record_cannot_say_scores(tmp_path):
         ({"tokenizer": [[[[[["x"] * 9] * 9] * 9] * 9] * 9]}, "made with another tokenizer"),
     ],
 )
-def test_an_idf_file_that_is_none_is_named(tmp_path, document, message):
+def test_what_is_not_an_idf_file_is_named(tmp_path, document, message):
     path = tmp_path / "idf.json"
     good = {"tokenizer": "tok:none|norm:none|punct:keep|case:mixed", "images": 3, "ngrams": {"犬": 2}}
     path.write_text(json.dumps(good))

@@ -80,7 +80,7 @@ def test_real_vietnamese_captions(data_dir):
     assert ["".join(c for c in "".join(words) if c.isalnum()) for words in tokens] == kept
 
 
-# Invented titles of dishes, with what stands in titles: hyphens, quotes, apostrophes, ampersands, accents, numbers.
+# Invented titles of dishes, with what occurs in titles: hyphens, quotes, apostrophes, ampersands, accents, numbers.
 TITLES = """Grandma's Mac & Cheese
 7-Layer Dip, Quick-Pickled Beets; Rye
 "Killer" Chili (Almost)

@@ -106,7 +106,7 @@ def test_a_grid_survives_a_failure_and_skips_what_is_finished(grid_to_run, capsy
     failed = next(cell for cell in ran if not cell.finished())
     assert (failed.folder / "log.txt").read_text().count("brings bad luck\n") == 2, "a failed cell is tried again"
 
-    # The configuration changed: what lies there is of another experiment.
+    # The configuration changed: what is there is of another experiment.
     Path(grid.config).write_text("lora_r: 16\ntrain_projector: true\nseed: 1\n")
     with pytest.raises(AblationError, match="other settings.*another output_dir"):
         run_grid(grid)
@@ -128,7 +128,7 @@ def test_a_grid_says_what_is_trained_and_which_scores_count(grid_to_run):
 
 
 def test_sigterm_ends_the_cell_too(grid_to_run, repo_root, tmp_path):
-    """As Ctrl-C does: the launcher, the recipe behind it, and the script."""
+    """As Ctrl-C does: the launcher, the recipe that it started, and the script."""
     grid_to_run.write_text(yaml.safe_dump(yaml.safe_load(grid_to_run.read_text()) | {"vary": {}, "grid": {}}))
     (cell,) = cells(read_grid(grid_to_run))
     (grid_to_run.parent / "hang").touch()

@@ -42,7 +42,7 @@ def zipped(*members: tuple[str, bytes, dict]) -> bytes:
 
 
 def with_tar_size(archive: bytes, size: bytes) -> bytes:
-    """The first header of the archive with another size field, its checksum mended."""
+    """The first header of the archive with another size field, its checksum corrected."""
     raw = bytearray(gzip.decompress(archive))
     raw[124:136] = size
     raw[148:156] = b" " * 8

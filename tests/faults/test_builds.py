@@ -149,7 +149,7 @@ def test_a_changed_file_is_reported(fault, tmp_path, hub):
         card = open(path, encoding="utf-8").read()
         assert "user/captions on the Hub was made from" in card
         assert summary["files"][0]["sha256"] in card  # all 64 digits
-        assert "`<b>made up</b> \\| for\\u000athis test`" in card  # what a file says of itself is no markup
+        assert "`<b>made up</b> \\| for\\u000athis test`" in card  # what a file says of itself is not markup
 
 
 def test_a_downloaded_release_is_known_by_its_address():
@@ -159,7 +159,7 @@ def test_a_downloaded_release_is_known_by_its_address():
     assert (changed["before"]["captions"], changed["now"]["captions"]) == (2, 3)
 
 
-def test_a_report_that_is_none_is_not_silently_replaced(fault, tmp_path):
+def test_what_is_not_a_report_is_not_silently_replaced(fault, tmp_path):
     write_annotations(tmp_path, "Một con chó")
     build(arguments(tmp_path))
     for content in ("[", "{}", '{"files": 3}', '{"files": [{"name": "a"}]}'):
@@ -172,7 +172,7 @@ def test_a_report_that_is_none_is_not_silently_replaced(fault, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["`", "``", "a```b", "|", "x\ny", "<script>", "`` x ``", "\u202e", "\\", "a`"])
-def test_any_text_keeps_to_its_cell_and_is_no_markup(text):
+def test_any_text_keeps_to_its_cell_and_is_not_markup(text):
     markdown = MarkdownIt("commonmark").enable("table")
     html = markdown.render(f"| a | b |\n|---|---|\n| {_visible(text)} | c |\n")
     assert html.count("<td>") == 2 and html.count("<code>") == 1 and "<script>" not in html

@@ -248,7 +248,7 @@ def test_what_lasts_ends_with_the_command_that_finishes(publish, endpoint, name,
 
 @every_publish
 @pytest.mark.parametrize("status", [412, 409])
-def test_a_conflict_that_is_none_is_tried_again(publish, status, hub, clock, fault, row):
+def test_what_is_not_a_conflict_is_tried_again(publish, status, hub, clock, fault, row):
     hub.fail(method="POST", path="/commit/main", status=status, times=2)
     with fault(f"commit: {status}, twice"):
         assert attempt(hub, publish) is None
@@ -258,7 +258,7 @@ def test_a_conflict_that_is_none_is_tried_again(publish, status, hub, clock, fau
 
 @pytest.mark.parametrize("times", [1, FOR_EVER])
 @pytest.mark.parametrize("publish", ["adapter", "dataset"], indirect=True)
-def test_an_expired_upload_address_is_asked_for_anew(publish, times, hub, clock, fault, row):
+def test_an_expired_upload_address_is_asked_for_again(publish, times, hub, clock, fault, row):
     hub.fail(method="PUT", path="/lfs-upload/", status=403, body=b"<Error>Request has expired</Error>", times=times)
     with fault(f"LFS upload: address expired, {times} times"):
         message = attempt(hub, publish)
@@ -423,7 +423,7 @@ def test_a_file_that_gitignore_keeps_out_is_noticed(adapter, hub, fault, row):
     row(adapter, "commit", "the Hub's .gitignore drops a file", "stops")
 
 
-def test_what_another_upload_left_behind_goes_with_the_next_commit(dataset, hub):
+def test_what_another_upload_left_is_removed_by_the_next_commit(dataset, hub):
     HfApi().create_repo(dataset.repo_id, private=True, repo_type="dataset")
     elsewhere(hub, dataset, {"data/train-00000-of-00002.parquet": b"old"})
     dataset.push()
@@ -698,7 +698,7 @@ def test_the_command_of_the_message_finishes(publish, hub, clock, fault, run_scr
 
 @every_publish
 def test_a_silent_hub_is_given_up(publish, hub, clock, fault, row, monkeypatch):
-    """The commit that it is silent about comes through at last, behind that of the next try."""
+    """The commit that it is silent about comes through at last, after that of the next try."""
 
     def until_it_is_tried_again() -> None:
         while not any("/commit/main" in entry["path"] and "status" in entry for entry in list(hub.log)):

@@ -81,7 +81,7 @@ def killed_at(line: int, output: Path) -> None:
 
 
 def kill_everywhere(folder: Path) -> None:
-    """Kills a run at the first and at the last time that it comes to each of its lines, and continues it.
+    """Kills a run at the first and at the last time that it reaches each of its lines, and continues it.
 
     What a reader finds meanwhile is whole or not there.
     """
@@ -115,7 +115,7 @@ def test_killed_at_every_line(fault, tmp_path):
 
 @pytest.mark.parametrize("name", ["predictions.jsonl", "predictions.rank0.jsonl"])
 def test_half_a_line_is_cut_off(fault, tmp_path, name):
-    """A line that was cut behind any byte is captioned again; the whole line before it is kept."""
+    """A line that was cut after any byte is captioned again; the whole line before it is kept."""
     whole = expected(3).encode()
     first, second = whole.index(b"\n") + 1, whole.index(b"\n", whole.index(b"\n") + 1) + 1
     for cut in range(first + 1, second):
@@ -136,7 +136,7 @@ def killed_rank(line: int, victim: int, output: Path) -> None:
     sys.settrace(None)
 
 
-# Begun by `first` processes, of which one is killed at a line, and continued by `then`. Process 0 writes the run
+# Started by `first` processes, of which one is killed at a line, and continued by `then`. Process 0 writes the run
 # record from line 40, captions until 115, joins the shares until 210, ends the record at 230, removes the shares.
 @pytest.mark.parametrize(
     ("first", "victim", "line", "then"),
@@ -235,7 +235,7 @@ def script(path: str, *arguments: str, kill_at_caption: int | None = None) -> No
     runpy.run_path(path, run_name="__main__")
 
 
-def test_infer_baseline_is_continued(fault, pictures, repo_root, miniature_dir, tmp_path):
+def test_infer_baseline_resumes(fault, pictures, repo_root, miniature_dir, tmp_path):
     program, log = str(repo_root / "scripts/infer_baseline.py"), tmp_path / "log"
     command = ["--model", miniature_dir, "--dataset", pictures / "data", "--image_dir", pictures, "--max_new_tokens"]
     command = [program, *map(str, command), "8", "--generation_batch_size", "1", "--output"]
@@ -282,8 +282,8 @@ def isolated(folder: Path, pictures: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", ["runner", "script"])
-def test_isolated_models_are_continued(fault, pictures, tmp_path, victim):
-    """A runner that is killed is named; a script that is killed leaves no runner behind. No image is asked twice."""
+def test_isolated_models_resume(fault, pictures, tmp_path, victim):
+    """A runner that is killed is named; a script that is killed leaves no runner. No image is asked twice."""
     folder, output, log = tmp_path / "environment", tmp_path / "out/predictions.jsonl", tmp_path / "log"
     python = folder / "bin/python"
     python.parent.mkdir(parents=True)

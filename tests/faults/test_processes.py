@@ -22,7 +22,7 @@ KILLED = "forcefully exiting via"  # what the launcher says of a process that do
 
 
 def fail(folder: Path, how: str) -> None:
-    """Ends this process, by an exception or by SIGKILL, and says that it came to that."""
+    """Ends this process, by an exception or by SIGKILL, and says that this line was reached."""
     (folder / "failed").touch()
     if how == "kill -9":
         os.kill(os.getpid(), signal.SIGKILL)

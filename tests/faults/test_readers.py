@@ -1,4 +1,4 @@
-"""Id lists, Karpathy's JSON, the CSV of titles, and servers of photographs that go on for ever."""
+"""Id lists, Karpathy's JSON, the CSV of titles, and servers of photographs that never end."""
 
 import json
 import re

@@ -37,7 +37,7 @@ SETTINGS = (
 
 @pytest.fixture
 def world(hub, tmp_path, monkeypatch):
-    """Environment of a run: the token is known to the hub, caches and command lines lie under tmp_path."""
+    """Environment of a run: the token is known to the hub, caches and command lines are under tmp_path."""
     monkeypatch.setitem(hub.users, TOKEN, {"name": "user", "role": "write"})
     (tmp_path / "watch").mkdir()
     (tmp_path / "watch/sitecustomize.py").write_text(WATCH)

@@ -1,7 +1,7 @@
-"""Training that ends at any moment and goes on: what it comes to is what the uninterrupted run comes to, bit for bit.
+"""Training that ends at any moment and resumes: its result is that of the uninterrupted run, bit for bit.
 
 The runs are in tests/faults/training_runs.py: ten steps of two micro-batches, four steps an epoch, checkpoints after
-steps 3, 6, 9 and 10 of which one is kept, a log line every other step (so that some checkpoints lie between two).
+steps 3, 6, 9 and 10 of which one is kept, a log line every other step (so that some checkpoints are between two).
 """
 
 import json
@@ -113,7 +113,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_killed_twice_and_the_same_to_the_last_bit(run, whole, tmp_path, fault, name):
-    """In step 6, behind checkpoint-3 inside the first epoch, and in step 9, behind checkpoint-6 inside the second."""
+    """In step 6, after checkpoint-3 inside the first epoch, and in step 9, after checkpoint-6 inside the second."""
     expected = whole(**RUNS[name])
     steps = json.loads((expected / "result.json").read_text())["steps"]
     assert steps == (9 if name == "early stopping, best checkpoint" else 10)
@@ -123,7 +123,7 @@ def test_killed_twice_and_the_same_to_the_last_bit(run, whole, tmp_path, fault, 
         assert (tmp_path / "run/checkpoint-6").exists()
         assert run(folder=tmp_path, resume="latest", **RUNS[name]) == 0, said(tmp_path)
         assert_same_run(tmp_path, expected)
-    # And what is done stays done, though max_steps lies inside an epoch.
+    # And what is done stays done, though max_steps is inside an epoch.
     shutil.rmtree(tmp_path / "run/trained")
     assert run(folder=tmp_path, resume="latest", **RUNS[name]) == 0, said(tmp_path)
     assert weights(tmp_path / "run/trained") == weights(expected / "run/trained")
@@ -144,7 +144,7 @@ def test_killed_at_every_write(start, run, pictures, tmp_path, fault):
     assert run("shared prefix", expected, **changes) == 0
     assert run("shared prefix", tmp_path / "half", kill_in=5, **changes) == -signal.SIGKILL
     (tmp_path / "half/run").rename(base)
-    # Captions of other weights lie there, from an earlier run.
+    # Captions of other weights are there, from an earlier run.
     (base / "trained").mkdir()
     (base / "trained/predictions.jsonl").write_text("{}")
     workers = [
@@ -251,7 +251,7 @@ def test_a_second_ctrl_c_ends_at_once(run, tmp_path, fault):
         assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint-3"]
 
 
-def test_a_run_goes_on_in_another_folder(run, whole, tmp_path, fault):
+def test_a_run_resumes_in_another_folder(run, whole, tmp_path, fault):
     """The best model so far stays where it was made, and is found from there."""
     name = "early stopping, best checkpoint"
     begun, moved = tmp_path / "begun", tmp_path / "moved"
@@ -287,8 +287,8 @@ def test_a_signal_to_the_workers_too(start, pictures, run, whole, tmp_path, faul
         assert_same_run(tmp_path, whole(**settings))
 
 
-def test_two_processes_stop_at_one_step_and_go_on(start, pictures, tmp_path, fault):
-    """Ctrl-C reaches one of them alone; the run that goes on is bit for bit that of two that nobody disturbed."""
+def test_two_processes_stop_at_one_step_and_resume(start, pictures, tmp_path, fault):
+    """Ctrl-C reaches one of them alone; the run that resumes is bit for bit that of two that nobody disturbed."""
 
     def both(folder: Path, stop_at: int | None = None, **more) -> list[int]:
         with socket.socket() as free:
@@ -323,7 +323,7 @@ def test_two_processes_stop_at_one_step_and_go_on(start, pictures, tmp_path, fau
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"])
-def test_a_pickle_that_is_no_tensor_is_not_loaded(run, whole, tmp_path, fault, name):
+def test_a_pickle_that_is_not_a_tensor_is_not_loaded(run, whole, tmp_path, fault, name):
     """Even one whose manifest was written to fit."""
     shutil.copytree(whole("shared prefix", scaler=True) / "run/checkpoint-10", tmp_path / "run/checkpoint-10")
     folder, touched = tmp_path / "run/checkpoint-10", tmp_path / "touched"

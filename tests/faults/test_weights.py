@@ -39,7 +39,7 @@ A_TENSOR = "base_model.model.model.language_model.layers.7.mlp.up_proj.lora_A.we
 
 
 class Touch:
-    """Leaves a file behind where it is unpickled."""
+    """Leaves a file where it is unpickled."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -169,7 +169,7 @@ def another_index(folder: Path, _: Path) -> None:
 
 
 def adapter_inside(folder: Path, mark: Path) -> None:
-    """Left to itself, transformers would load another base, and then the pickle."""
+    """By default, transformers would load another base, and then the pickle."""
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
     torch.save({"weight": Touch(mark)}, folder / "adapter_model.bin")
 
@@ -232,8 +232,8 @@ def test_a_base_that_is_stored_in_other_bits_than_asked_for(copy, fault):
 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
-def test_an_adapter_is_no_part_of_a_model(kind, copy, fault):
-    """Its folder holds no config.json: transformers speaks of an unrecognised model, or of a gated one."""
+def test_an_adapter_is_not_part_of_a_model(kind, copy, fault):
+    """Its folder holds no config.json: transformers reports an unrecognised model, or a gated one."""
     folder = copy(kind, MINIATURES)
     (folder / "config.json").unlink()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
@@ -274,7 +274,7 @@ def load_adapter_and_processor(folder: str) -> None:
     ADAPTERS["qwen2_vl"](folder)
 
 
-# What loads a folder and each of these files in it; the base lies among the miniatures, the others are trained.
+# What loads a folder and each of these files in it; the base is one of the miniatures, the others are trained.
 CONFIGURATIONS = ["config.json", "tokenizer_config.json", "processor_config.json"]
 WHOLE = {
     "qwen2_vl": load_whole_qwen,
@@ -544,7 +544,7 @@ def test_an_adapter_names_its_base_and_its_commit(on_hub, fault):
 
 
 def test_a_model_keeps_its_attention(copy):
-    """Beside it stands a skeleton of it, made of its configuration, whose attention is another."""
+    """Beside it is a skeleton of it, made of its configuration, whose attention is another."""
     model = load_model(str(BASE), load_in_4bit=False)
     before = {
         name: part.config._attn_implementation for name, part in model.named_modules() if hasattr(part, "config")
@@ -564,7 +564,7 @@ def test_an_adapter_in_the_cache_is_read_and_recorded(on_hub, monkeypatch, fault
         assert model_record(base, "a/b", None, "user/adapter", found.revision)["adapter_revision"] == commit
 
 
-def test_a_failed_download_is_no_pickle(fault):
+def test_a_failed_download_is_not_a_pickle(fault):
     with fault("a weights file that cannot be read"), pytest.raises(ModelError, match="cannot be loaded: .*denied"):
         with loading("a/b"):
             raise PermissionError(13, "Permission denied", "/m/model.safetensors")
@@ -739,7 +739,7 @@ def test_pins_are_written_into_the_file(hub, tmp_path):
 
 
 def test_models_of_the_configurations_are_pinned(hub, repo_root, tmp_path):
-    """But for those whose own code nobody has read, and BLIP, whose main branch is no commit to load."""
+    """Except for those whose own code nobody has read, and BLIP, whose main branch is not a commit to load."""
     shutil.copytree(repo_root / "recipes/configs", tmp_path / "configs")
     said = {line.split(": ")[0]: line for path in tmp_path.rglob("*.yaml") for line in pin_revisions(path)}
     left = {name for name, line in said.items() if "runs its own code" not in line}

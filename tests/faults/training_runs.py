@@ -212,7 +212,7 @@ def recipe(
 
     Args:
         stop_at, kill_in: sends itself `stops`, or SIGKILL, when this many steps are done and the next one runs.
-        stop_in_validation: sends itself `stops` in the validation behind this many steps.
+        stop_in_validation: sends itself `stops` in the validation after this many steps.
         rank: number of the process, of how many, and a free port.
         hold: a file; while it is there, the second step waits in front of its batches.
         size_limit: bytes a file may have; with `kill`, the process ends in the middle of the write.
@@ -268,7 +268,7 @@ def in_fork(function: Callable[[], None]) -> int:
     process = os.fork()
     if process == 0:
         status = 1
-        torch.set_num_threads(1)  # makes torch's pool anew, before threads that read pictures would, both at once
+        torch.set_num_threads(1)  # makes torch's pool again, before threads that read pictures would, both at once
         try:
             function()
             status = 0
@@ -283,8 +283,8 @@ def in_fork(function: Callable[[], None]) -> int:
 
 
 def kill_in_every_write(pictures: Path, folder: Path, base: Path, first: int, step: int, **changes) -> None:
-    """For n = first, first + step, ...: a run that goes on from the checkpoint in `base` is killed at its nth write,
-    and another one goes on from what that left. Appends to `folder/report.jsonl` what was killed and how it ended."""
+    """For n = first, first + step, ...: a run that resumes from the checkpoint in `base` is killed at its nth write,
+    and another one resumes from what that left. Appends to `folder/report.jsonl` what was killed and how it ended."""
     folder.mkdir()
     log = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -293,7 +293,7 @@ def kill_in_every_write(pictures: Path, folder: Path, base: Path, first: int, st
     trainer = qwen_trainer(pictures, folder / "run", **changes)
     splits = splits_of(pictures)
 
-    def go_on(kill_at: int | None = None) -> None:
+    def resume_run(kill_at: int | None = None) -> None:
         checkpoint = find_checkpoint(folder / "run", "latest")
         (folder / "from").write_text(Path(checkpoint).name)
         if kill_at is not None:
@@ -307,10 +307,10 @@ def kill_in_every_write(pictures: Path, folder: Path, base: Path, first: int, st
         shutil.rmtree(folder / "run", ignore_errors=True)
         shutil.copytree(base, folder / "run")
         (folder / "told").unlink(missing_ok=True)
-        killed = in_fork(partial(go_on, first))
+        killed = in_fork(partial(resume_run, first))
         if killed == 0:
             break
-        status = in_fork(go_on)
+        status = in_fork(resume_run)
         line = {"kill": killed, "write": first, "told": (folder / "told").read_text(), "status": status}
         line |= {"from": (folder / "from").read_text(), "files": tree(folder / "run")}
         line["result"] = json.loads((folder / "result.json").read_text())
@@ -348,7 +348,7 @@ def kill_in_every_write_of_features(pictures: Path, folder: Path) -> None:
 
 
 def on_small_disk(pictures: Path, folder: Path, size: int, **changes) -> None:
-    """A run whose output folder is a file system of `size` bytes, and one that goes on when it has become larger.
+    """A run whose output folder is a file system of `size` bytes, and one that resumes when it has become larger.
 
     Leaves the report of both in `folder`: the small one in `full.json`. Status 77 where the kernel lets no user mount.
     """

@@ -8,7 +8,7 @@ Hypothesis draws inputs of the right shape; where atheris is installed (Linux, `
 goes to libFuzzer, which changes inputs so that they reach new lines of vlmcap and PyYAML. Every target runs in a
 process of its own with 1 GiB of memory above what it starts with and 10 seconds of a processor for an input, so that a
 hang, a crash and a blow-up are failures too. A failure is reported once for each place it comes from, with the
-smallest input that hypothesis found, and lies in outputs/fuzz. The exit status is 1 when there is any.
+smallest input that hypothesis found, and is in outputs/fuzz. The exit status is 1 when there is any.
 """
 
 import argparse

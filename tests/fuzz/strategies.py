@@ -136,7 +136,7 @@ def files(*documents: object, dump=_json) -> SearchStrategy[bytes]:
 def _dumped(document: object, dump) -> bytes:
     try:
         return dump(document)
-    except (ValueError, yaml.YAMLError):  # 10**400 is no text of Python's any more
+    except (ValueError, yaml.YAMLError):  # 10**400 is not a text of Python's any more
         return repr(document).encode("utf-8", "replace")
 
 

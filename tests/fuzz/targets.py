@@ -40,7 +40,8 @@ from vlmcap.data.publish import build
 from vlmcap.data.sources import DataError, read_rows
 from vlmcap.data.splits import read_ids, read_karpathy
 from vlmcap.errors import UserError
-from vlmcap.evaluation.audit import AuditError, audit_table, form_faults, read_audit, read_instances
+from vlmcap.evaluation.audit_checks import form_faults, read_instances
+from vlmcap.evaluation.audit_document import AuditError, audit_table, read_audit
 from vlmcap.evaluation.caption_files import ScoreError, read_predictions, read_references
 from vlmcap.evaluation.external import chrf, chrf_statistics
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
@@ -134,7 +135,7 @@ def is_subsequence(part: str, whole: str) -> bool:
 
 
 def invents(language: str, before: str, after: str) -> bool:
-    """Whether cleaning wrote a letter that was not there; what mends typos and decodes entities may."""
+    """Whether cleaning wrote a letter that was not there; what fixes typos and decodes entities may."""
     if language == "vietnamese" and vietnamese._TYPO.search(unicodedata.normalize("NFC", before)):
         return False
     if language == "titles" and re.search(r"&#?\w+;|[\x80-\x9f]", before):
@@ -250,7 +251,7 @@ def read_titles(path: Path) -> None:
 reader("titles", "titles.csv", csv_files() | mutated(TITLES), DataError, read_titles, TITLES)
 
 
-# Predictions, references, what lies beside them --------------------------------------------------------------------
+# Predictions, references, the files beside them --------------------------------------------------------------------
 LINES = ({"image_id": 1, "caption": "犬が走る"}, {"image_id": "2", "caption": "", "logprob": -1.5})
 REFERENCES = ({"image_id": 1, "captions": ["犬が走る", "白い犬"]}, {"image_id": "2", "captions": ["猫"]})
 JSONL = b"\n".join(map(_bytes, LINES))
@@ -656,7 +657,7 @@ NEUTRAL = "neutral"
 
 @st.composite
 def hostile_metrics(draw) -> tuple[int, tuple, str]:
-    """Which document, where in it, and what stands there instead."""
+    """Which document, where in it, and what is there instead."""
     number = draw(st.integers(0, len(DOCUMENTS) - 1))
     return number, draw(st.sampled_from(TEXT_PLACES[number])), draw(texts())
 
@@ -726,7 +727,7 @@ def both_ways(document: dict, path: tuple, value: object) -> dict:
 
 @target("metrics_json", json_files(*DOCUMENTS), tuple(map(_bytes, DOCUMENTS)))
 def check_metrics_json(data: bytes, folder: Path) -> None:
-    """Whatever stands in metrics.json: a card or a ValueError that names the file."""
+    """Whatever is in metrics.json: a card or a ValueError that names the file."""
     (folder / "metrics.json").write_bytes(data)
     try:
         write_adapter_card(folder)

@@ -78,7 +78,7 @@ def dies(data: bytes, folder: Path) -> None:
     ],
 )
 def test_what_is_broken_is_found(check, kind, tmp_path, monkeypatch, capsys):
-    """However slow the machine is: the inputs are counted, and but for the hang no time is short."""
+    """However slow the machine is: the inputs are counted, and except for the hang no time is short."""
     monkeypatch.setattr(engine, "INPUT_SECONDS", 0.5 if check is hangs else 10**6)
     target = Target("broken", st.binary(max_size=20), check)
     monkeypatch.setattr(engine, "_load", lambda guided: {"broken": target, "ids": TARGETS["ids"]})

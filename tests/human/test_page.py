@@ -224,7 +224,7 @@ def test_keys_correct_skip_and_move(page, tmp_path):
     page.keyboard.press("ArrowUp")
     page.keyboard.press("4")
     assert answered(page) == 2 and page.locator("#next-label").is_visible()
-    # On a button with the focus Enter chooses first and goes on after that.
+    # On a button with the focus Enter chooses first and continues after that.
     page.locator("button[data-question=fluency][data-value='1']").focus()
     page.keyboard.press("Enter")
     assert count(page) == "5 / 12"
@@ -277,7 +277,7 @@ def test_a_reload_keeps_answers_and_place(page, tmp_path):
     assert count(page) == "0 / 12" and answered(page) == 0
 
 
-def test_a_saved_file_goes_on_elsewhere(page, browser, tmp_path):
+def test_a_saved_file_continues_elsewhere(page, browser, tmp_path):
     key, folder = export(tmp_path / "a")
     address = (folder / "rater_1.html").as_uri()
     page.goto(address)

@@ -38,7 +38,7 @@ class Gradients(TrainerCallback):
             self.first = {
                 n.removeprefix("module."): whole(p.grad)
                 for n, p in model.named_parameters()
-                if p.requires_grad and not n.endswith("k_proj.bias")  # zero but for rounding: softmax does not see it
+                if p.requires_grad and not n.endswith("k_proj.bias")  # zero up to rounding: softmax does not see it
             }
 
 
@@ -85,7 +85,7 @@ def shard() -> None:
         begin(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             state.fsdp_plugin = fsdp_plugin
-        if getattr(state, "fsdp_plugin", None):  # every AcceleratorState() takes the type anew from PartialState
+        if getattr(state, "fsdp_plugin", None):  # every AcceleratorState() takes the type again from PartialState
             state.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = sharded

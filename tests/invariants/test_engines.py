@@ -213,7 +213,7 @@ def test_every_projector_trains(trainer_of, architecture):
     assert inside == {"merger"} | deepstack
 
 
-def test_flash_attention_is_refused_with_the_mend():
+def test_flash_attention_is_refused_with_the_fix():
     model = build_model("qwen2_vl")
     model.config.get_text_config()._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ModelError, match="attn_implementation=flash_attention_2 takes no mask.*choose sdpa"):

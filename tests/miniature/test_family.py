@@ -82,7 +82,7 @@ def test_vit_tells_scenes_apart(folder):
         assert right.float().mean() > 0.9, question
 
 
-def test_patches_know_what_lies_on_them():
+def test_patches_know_what_is_on_them():
     (scene,) = scenes(1, seed=3, held_out=False)
     colours, shapes = on_patches([scene])
     assert colours.shape == shapes.shape == (1, 36)

@@ -48,7 +48,7 @@ def test_written_dataset_is_complete(tmp_path):
     assert all((tmp_path / "images" / image["file_name"]).is_file() for image in train["images"] + val["images"])
 
 
-def test_instances_lie_where_the_things_are_drawn(tmp_path):
+def test_instances_are_where_the_things_are_drawn(tmp_path):
     """The colour in the middle of every box is the category's, and beyond all boxes there is paper alone."""
     write_scene_dataset(tmp_path, train=2, validation=5, test=10)
     document = json.loads((tmp_path / "instances.json").read_text())

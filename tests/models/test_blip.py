@@ -193,7 +193,7 @@ def test_old_pieces_keep_their_ids_and_the_most_frequent_words_are_learned(base)
 
 
 def test_every_caption_of_uit_viic_comes_back(base, data_dir, tmp_path):
-    """Cleaned, and as published but for white space and decomposed letters; with pieces of the training file alone."""
+    """Cleaned, and as published up to white space and decomposed letters; with pieces of the training file alone."""
     _, stock = load_blip(base)
     splits = uit_viic(data_dir)
     cleaned = {s: [clean_text(c, vietnamese.TEXT_RULES) for c in captions] for s, captions in splits.items()}
@@ -345,7 +345,7 @@ def test_adapter_and_base_from_the_hub(hub, base, pictures, tmp_path):
         load_blip_adapter("user/blip-vi")
 
 
-def test_what_is_no_blip_captioner_is_refused(base, tmp_path):
+def test_what_is_not_a_blip_captioner_is_refused(base, tmp_path):
     with pytest.raises(ModelError, match="nowhere.*cannot be loaded"):
         load_blip(str(tmp_path / "nowhere"))
     write_base(tmp_path / "wide", vocab_size=START + 5)

@@ -99,7 +99,7 @@ def arguments(parts):
 
 
 def pictures(count):
-    """Pictures that differ in colour and in where a bar lies, 40 x 36 pixels."""
+    """Pictures that differ in colour and in where a bar is, 40 x 36 pixels."""
     images = []
     for i in range(count):
         image = Image.new("RGB", (40, 36), (25 * i, 255 - 25 * i, 120))
@@ -171,7 +171,7 @@ def test_titles_come_back_sub_word_for_sub_word(overfitted, num_beams):
     ids = generate(model, processor, images, num_beams)
     end = processor.tokenizer.eos_token_id
     longest = max(map(len, tokens)) + 2  # start and end
-    assert ids.shape == (len(TITLES), longest) and longest < 90  # nobody went on to max_new_tokens
+    assert ids.shape == (len(TITLES), longest) and longest < 90  # none continued to max_new_tokens
     for row, caption in zip(ids.tolist(), tokens, strict=True):
         assert row == [end, *caption, end] + [end] * (longest - len(caption) - 2)
     assert processor.batch_decode(ids, skip_special_tokens=True) == TITLES

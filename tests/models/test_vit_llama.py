@@ -38,7 +38,7 @@ BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id
 
 
 def write_tokenizer(folder, specials=(BOS, EOS, PAD)) -> int:
-    """Byte-level BPE learned from the titles, special tokens behind the rest and no pad token, as in Llama 3.2."""
+    """Byte-level BPE learned from the titles, special tokens after the rest and no pad token, as in Llama 3.2."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -238,7 +238,7 @@ def test_gradient_checkpointing_changes_no_gradient(adapted, pictures):
 
 
 @pytest.mark.parametrize(("image_prefix", "length"), [("pooled", 1), ("patches", PATCHES)])
-def test_prefix_stands_before_the_text_and_logits_behind_each_token(adapted, pictures, image_prefix, length):
+def test_prefix_is_before_the_text_and_logits_after_each_token(adapted, pictures, image_prefix, length):
     """Against the Llama run by hand over the whole sequence."""
     model, processor = adapted(image_prefix=image_prefix)
     vit_llama = model.get_base_model()

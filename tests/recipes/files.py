@@ -15,7 +15,7 @@ def captions(path: Path) -> dict[int, str]:
 
 
 def assert_describes_itself(config: Path) -> None:
-    """The command stands at the top, and every key says what it is for."""
+    """The command is at the top, and every key says what it is for."""
     text = config.read_text(encoding="utf-8")
     assert "accelerate launch" in text.split("\n\n")[0]
     assert [line for line in text.splitlines() if line and line[0] not in "# " and "#" not in line] == []

@@ -1,4 +1,4 @@
-"""scripts/rehearse.py, from publish to card, with the miniature's configuration in the place of the real one's."""
+"""scripts/rehearse.py, from publish to card, with the miniature's configuration instead of the real one's."""
 
 import json
 import math
@@ -25,7 +25,7 @@ PARAMETERS = 3_379_808  # of the miniature
 
 
 def test_rehearsal_from_publish_to_card(run_script, miniature_dir, without_meteor, tmp_path):
-    """Own pictures with captions; the drawn ones of a default rehearsal take the same way behind `write_pictures`."""
+    """Own pictures with captions; the drawn ones of a default rehearsal take the same way after `write_pictures`."""
     write_scene_dataset(tmp_path / "scenes", train=6, validation=1, test=1)
     out = tmp_path / "out"
     command = ["rehearse.py", "--model", miniature_dir, "--output_dir", out, "--held_out", 1, "--steps", 1]

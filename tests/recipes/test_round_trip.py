@@ -84,7 +84,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     scores = read(tmp_path / "again/metrics.json")["scores"]
     assert scores == metrics["scores"]
 
-    # The card's quick start, pasted behind the line that the miniature needs on AVX512: it says what was scored.
+    # The card's quick start, pasted after the line that the miniature needs on AVX512: it says what was scored.
     code = "import vlmcap.models.nf4\n" + re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
     rows[0]["image"].save(tmp_path / "photo.jpg", "PNG")
     code = code.replace('"recipes/miniatures/qwen2_vl"', repr(str(miniature_dir)))
@@ -107,7 +107,7 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     run_script(*recipe, "--resume_from_checkpoint", "latest", "--max_steps", "8")
     continued = read(run / "adapter/metrics.json")
     assert continued["training"]["steps"] == 8
-    # It goes on from the time of its checkpoint: that of the first run, but for what came after its last step.
+    # It continues from the time of its checkpoint: that of the first run, except for what came after its last step.
     before, after = (
         {
             entry["step"]: entry["elapsed_seconds"]
@@ -117,13 +117,13 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
         for run_metrics in (metrics, continued)
     )
     assert before[6] == after[6] <= after[8] <= continued["training"]["seconds"]
-    # The longer-trained adapter was captioned with anew; the base, which did not change, was not.
+    # The longer-trained adapter captioned again; the base, which did not change, was not.
     assert continued["model"]["adapter_revision"] != metrics["model"]["adapter_revision"]
     assert continued["created"] > metrics["created"] and continued["base"]["created"] == metrics["base"]["created"]
 
 
 def test_recipe_stops_before_training(run_script, scenes, miniature_dir, tmp_path):
-    """Captions without photographs: the message names the mend, and nothing was written."""
+    """Captions without photographs: the message names the fix, and nothing was written."""
     publish(run_script, scenes, miniature_dir, tmp_path / "captions")
     recipe = [
         "recipes/sft_qwen2vl_jp.py",

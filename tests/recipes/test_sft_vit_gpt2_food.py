@@ -136,7 +136,7 @@ def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_
 
     assert "--resume_from_checkpoint latest" in run_script(*command, expect=1).stderr
     more = ["--resume_from_checkpoint", "latest", "--max_steps", str(STEPS + 2)]
-    stopped = run_script(*command, *more, "--num_beams", 1, expect=1)  # captions of the base lie there
+    stopped = run_script(*command, *more, "--num_beams", 1, expect=1)  # captions of the base are there
     assert "base/predictions.jsonl was started with another decoding" in stopped.stderr
     assert not (run / f"checkpoint-{STEPS + 2}").exists()
     run_script(*command, *more)

@@ -72,7 +72,7 @@ def test_drawn_scenes_get_titles_and_the_adapter_goes_to_the_hub_and_back(hub, r
     parts = {"encoder": "recipes/miniatures/vit", "decoder": "recipes/miniatures/llama"}
     assert {part: found["id"] for part, found in metrics["model"]["parts"].items()} == parts
     assert metrics["training"]["best"]["metric"] == "bleu_2" and metrics["training"]["best"]["step"] == STEPS
-    # Before training the Llama speaks of scenes it does not see; after, most words are those of the title.
+    # Before training the Llama describes scenes it does not see; after, most words are those of the title.
     assert metrics["base"]["scores"]["bleu_2"] < 0.3 < 0.45 < metrics["scores"]["bleu_2"]
     said = captions(run / "adapter/predictions.jsonl")
     assert len(set(said.values())) > len(said) / 4  # not one title for all

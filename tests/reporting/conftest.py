@@ -31,7 +31,7 @@ SCORERS = "scores signatures intervals bootstrap register_normalised counts noti
 def scored_runs(tmp_path_factory) -> dict[str, Path]:
     """Folders of four runs on the same 40 images, as scoring leaves them: metrics.json beside predictions.jsonl.
 
-    `good` says what a reference says for most images, `twin` the same but for one image, `weak` anything at all.
+    `good` says what a reference says for most images, `twin` the same except for one image, `weak` anything at all.
     `wild` is `weak` with a hostile caption for image 7, an empty one for image 8, flags for both and a training log.
     Peak memory is measured for all but `wild`.
     """

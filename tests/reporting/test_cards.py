@@ -18,7 +18,8 @@ from tests.reporting.documents import (
     family_document,
     miniature_document,
 )
-from vlmcap.reporting.cards import load_snippet, render_adapter_card, score_rows, write_adapter_card
+from vlmcap.reporting.cards import render_adapter_card, score_rows, write_adapter_card
+from vlmcap.reporting.snippets import load_snippet
 
 LABELS = dict(zip(NAMES, ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"), strict=True))
 
@@ -215,7 +216,7 @@ def test_local_folders_stay_out_of_the_metadata(tmp_path, repo_root):
         assert data["model-index"][0]["results"][0]["dataset"]["type"] == "scenes"
 
 
-def test_the_miniature_is_no_evidence_about_qwen2_vl():
+def test_the_miniature_says_nothing_about_qwen2_vl():
     card = render_adapter_card(miniature_document())
     assert "demonstration that the machinery learns, and no evidence about Qwen2-VL" in card
     assert "demonstration" not in render_adapter_card(adapter_document())
@@ -334,7 +335,7 @@ def test_metadata_of_the_family(recipe):
 
 
 @pytest.mark.parametrize("recipe", PARTS)
-def test_a_card_of_the_family_speaks_of_its_own_model(recipe):
+def test_a_card_of_the_family_describes_its_own_model(recipe):
     metrics = family_document(recipe)
     card = render_adapter_card(metrics, "user/Llama-x")
     assert not re.search("Qwen|Japan|SFTTrainer|register|None", card)

@@ -11,7 +11,10 @@ from tests.reporting.documents import family_document
 from vlmcap.data.images import DatasetError
 from vlmcap.evaluation.caption_files import ScoreError
 from vlmcap.evaluation.scoring import SCORE_LABELS, paired_comparison
-from vlmcap.reporting.compare import holm, latex_escape, read_runs, write_comparison, write_overview
+from vlmcap.reporting.compare import write_comparison
+from vlmcap.reporting.runs import read_runs
+from vlmcap.reporting.significance import holm
+from vlmcap.reporting.tables import latex_escape, write_overview
 
 NAMES = ("good", "twin", "weak", "wild")
 
@@ -47,7 +50,7 @@ def markdown_tables(path) -> list[list[dict[str, str]]]:
 
 
 def latex_rows(path) -> dict[str, list[list[str]]]:
-    """System -> its rows in the LaTeX tables, each with the row of intervals behind it where there is one."""
+    """System -> its rows in the LaTeX tables, each with the row of intervals after it where there is one."""
     rows, name = {}, None
     for line in path.read_text().splitlines():
         if line.startswith("{") and line.endswith(r" \\"):
@@ -114,7 +117,7 @@ def test_markdown_and_latex_repeat_the_scores(compared):
 
 
 @pytest.mark.parametrize("reference", [None, "weak"])
-def test_marks_stand_where_the_corrected_p_is_below_5_percent(runs, tmp_path, reference):
+def test_marks_are_where_the_corrected_p_is_below_5_percent(runs, tmp_path, reference):
     paths = compare(runs, tmp_path, reference=reference)
     documents = [json.loads((folder / "metrics.json").read_text()) for folder in runs]
     base = NAMES.index(reference) if reference else 0
@@ -140,7 +143,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
-def test_the_base_inside_an_adapter_s_document_is_no_run(runs, tmp_path):
+def test_the_base_inside_an_adapter_s_document_is_not_a_run(runs, tmp_path):
     base = json.loads((runs[2] / "metrics.json").read_text())
     edit(runs[0], lambda document: document.update(base=base))
     rows, _ = markdown_tables(compare(runs[:1], tmp_path)["md"])
@@ -183,7 +186,7 @@ def test_too_few_resamples_to_mark_anything_are_said_to_be(runs, tmp_path):
     assert "can mark no difference" not in compare(runs, tmp_path)["md"].read_text()
 
 
-def test_a_notice_of_all_runs_stands_once(runs, tmp_path):
+def test_a_notice_of_all_runs_is_printed_once(runs, tmp_path):
     for folder, notices in zip(runs, (["a", "b."], ["a"], ["a", "b."], ["a"]), strict=True):
         edit(folder, lambda document, notices=notices: document.update(notices=notices))
     text = compare(runs, tmp_path)["md"].read_text()
@@ -340,6 +343,18 @@ def test_runs_of_the_family_are_compared_and_shown(runs, tmp_path):
     assert "vit-base-patch16" in paths["html"].read_text()
 
 
+@pytest.mark.parametrize(("sizes", "drawn"), [((5e9, 5e9), False), ((5e9, 5.1e9), False), ((5e9, 6e9), True)])
+def test_quality_against_memory_needs_two_sizes(runs, tmp_path, sizes, drawn):
+    for folder, size in zip(runs[:2], sizes, strict=True):
+        edit(folder, lambda document, size=size: document.update(peak_memory_bytes=size))
+    paths = compare(runs[:2], tmp_path)
+    assert ("memory" in paths) == drawn == (tmp_path / "out/quality_against_memory.svg").exists()
+    assert ("quality against memory" in paths["html"].read_text()) == drawn
+    edit(runs[1], lambda document: document["model"].update(parameters=10**9))
+    edit(runs[1], lambda document: document.update(peak_memory_bytes=None))
+    assert "memory" in compare(runs[:2], tmp_path), "the number of parameters differs"
+
+
 def test_an_overview_keeps_datasets_apart(runs, tmp_path):
     family(runs[0], "sft_blip_vi", "base")
     family(runs[1], "sft_vit_gpt2_food")
@@ -375,7 +390,7 @@ def test_an_overview_keeps_datasets_apart(runs, tmp_path):
         write_overview(read_runs(runs[:3]), tmp_path / "out")
 
 
-def test_runs_may_stand_before_and_behind_options(runs, tmp_path, run_script):
+def test_runs_may_be_before_and_after_options(runs, tmp_path, run_script):
     out = tmp_path / "out"
     options = ["--scores", "bleu_1", "rouge_l"]
     run_script("compare_runs.py", runs[0], *options, runs[1], "--output_dir", out, f"third={runs[2]}")

@@ -64,7 +64,7 @@ def embedded(parsed: Page) -> list[tuple[dict, Image.Image]]:
     return [(a, Image.open(io.BytesIO(base64.b64decode(a["src"].split(",")[1])))) for a in images]
 
 
-def test_captions_and_scores_stand_on_the_page_in_their_language(tmp_path, item):
+def test_captions_and_scores_are_on_the_page_in_their_language(tmp_path, item):
     _, parsed = written(tmp_path, [item], note="Never trained on.")
     assert not parsed.stack
     assert parsed.text("adapter") == [("赤い四角がある", "ja")]

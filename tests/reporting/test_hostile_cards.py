@@ -13,8 +13,9 @@ from markdown_it import MarkdownIt
 
 from tests.reporting.documents import PARTS, adapter_document, audit_document, family_document
 from vlmcap.markdown import code_span, fenced, markdown_escape, visible
-from vlmcap.reporting.cards import eval_result_entries, render_adapter_card, write_adapter_card
-from vlmcap.reporting.compare import latex_escape
+from vlmcap.reporting.card_metadata import eval_result_entries
+from vlmcap.reporting.cards import render_adapter_card, write_adapter_card
+from vlmcap.reporting.tables import latex_escape
 
 HOSTILE = {
     "YAML": "x\n---\nlicense: mit\n...\n!!python/object/apply:os.system ['touch /tmp/x']: & * {a: b} # c",
@@ -99,7 +100,7 @@ def test_a_hostile_document_makes_the_same_card(recipe, text):
     card.encode()
     unseen = [char for char in body(card) if not (char.isprintable() or char == "\n")]
     assert not unseen and "hf_abcdef" not in card and "user:" not in card
-    # The metadata are those of a harmless card, but for the words.
+    # The metadata are those of a harmless card, except for the words.
     data, harmless = (yaml.safe_load(c.split("\n---\n")[0]) for c in (card, cards(HARMLESS, recipe)))
     assert data.keys() == harmless.keys() and "base_model" not in data and "datasets" not in data
     assert {k: v for k, v in data.items() if k != "model-index"} == {

@@ -16,8 +16,9 @@ from PIL import Image
 from vlmcap.human.page import write_export
 from vlmcap.human.study import draw
 from vlmcap.reporting import html
-from vlmcap.reporting.compare import read_runs, write_comparison
+from vlmcap.reporting.compare import write_comparison
 from vlmcap.reporting.gallery import write_sample_page
+from vlmcap.reporting.runs import read_runs
 
 # BEACON stands for the address of a server that counts who calls.
 HOSTILE = (

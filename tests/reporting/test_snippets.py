@@ -1,4 +1,4 @@
-"""The code of cards and README, run as it stands: it loads the model that was measured and sees what that one saw."""
+"""The code of cards and README, run as it is: it loads the model that was measured and sees what that one saw."""
 
 import json
 import re
@@ -12,7 +12,8 @@ from PIL import Image, ImageChops
 from tests.reporting.documents import PARTS, adapter_document, family_document, miniature_document
 from vlmcap.errors import UserError
 from vlmcap.places import find_uv
-from vlmcap.reporting.cards import quick_start, render_adapter_card
+from vlmcap.reporting.cards import render_adapter_card
+from vlmcap.reporting.snippets import quick_start
 from vlmcap.versions import OLDEST
 
 
@@ -60,7 +61,7 @@ def pictures(tmp_path_factory) -> list:
         else:
             ground = Image.new("RGB", drawn.size, drawn.getpixel((0, 0)))
             alpha = ImageChops.difference(drawn, ground).convert("L").point(lambda value: 255 if value else 0)
-            hidden = Image.composite(drawn, Image.new("RGB", drawn.size), alpha)  # black lies under the ground
+            hidden = Image.composite(drawn, Image.new("RGB", drawn.size), alpha)  # black is under the ground
             hidden.putalpha(alpha)
             hidden.save(path)
         paths.append(path)

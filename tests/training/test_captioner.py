@@ -144,7 +144,7 @@ def test_the_logged_loss_is_the_mean_over_all_caption_tokens(repo_root, argument
     assert trainer.state.log_history[0]["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
-def test_the_best_checkpoint_is_the_model_and_a_continued_run_the_uninterrupted_one(arguments, splits, tmp_path):
+def test_the_best_checkpoint_is_the_model_and_a_resumed_run_equals_the_uninterrupted_one(arguments, splits, tmp_path):
     """transformers reads nothing of an encoder whose weights are saved under their names of version 4."""
     whole = build(arguments, splits, tmp_path / "whole", metric_for_best_model="loss", save_total_limit=2)
     whole.train()

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole, and never one that is not."""
+"""Which checkpoint a run resumes from: the newest that is whole, and never one that is not."""
 
 import json
 import os
@@ -65,7 +65,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("how", REASONS)
-def test_what_is_not_whole_is_named_and_passed_over(tmp_path, capsys, how):
+def test_what_is_not_whole_is_named_and_skipped(tmp_path, capsys, how):
     whole, broken = write(tmp_path, 6), write(tmp_path, 12)
     change(broken, how)
     assert find_checkpoint(tmp_path, "latest") == str(whole)
@@ -77,7 +77,7 @@ def test_what_is_not_whole_is_named_and_passed_over(tmp_path, capsys, how):
         find_checkpoint(tmp_path, str(broken))
 
 
-def test_a_checkpoint_whose_best_one_is_gone_is_not_whole(tmp_path, capsys):
+def test_a_checkpoint_whose_best_one_is_missing_is_not_whole(tmp_path, capsys):
     write(tmp_path, 3), write(tmp_path, 6, best="checkpoint-6"), write(tmp_path, 9, best="checkpoint-6")
     assert find_checkpoint(tmp_path, "latest") == str(tmp_path / "checkpoint-9")
     change(tmp_path / "checkpoint-6", "cut off")
@@ -85,7 +85,7 @@ def test_a_checkpoint_whose_best_one_is_gone_is_not_whole(tmp_path, capsys):
     assert "checkpoint-6, the best so far, which it refers to, cannot be used" in capsys.readouterr().out
 
 
-def test_weights_alone_are_nothing_to_go_on_from(tmp_path):
+def test_weights_alone_are_not_enough_to_resume_from(tmp_path):
     folder = write(tmp_path, 6, files=("adapter_model.safetensors", "trainer_state.json"))
     with pytest.raises(CheckpointError, match="weights alone .save_only_model."):
         find_checkpoint(tmp_path, str(folder))
@@ -141,7 +141,7 @@ def test_the_newest_and_the_best_stay(tmp_path, limit, best, left):
     assert sorted(int(path.name.split("-")[1]) for path in checkpoints.checkpoints(tmp_path)) == left
 
 
-def test_the_list_of_bad_pictures_goes_on_behind_its_last_whole_line(tmp_path):
+def test_the_list_of_bad_pictures_continues_after_its_last_whole_line(tmp_path):
     bad = BadImages(tmp_path / "bad_images.jsonl", limit=9)
     bad.add(1, "a\u2028b.jpg", "cut off")
     with bad.path.open("a") as file:

@@ -74,7 +74,7 @@ def assert_same_features(ours: FeatureCache, theirs: FeatureCache) -> None:
             torch.testing.assert_close(ours.batch([row])[key], value, rtol=1e-6, atol=1e-6)
 
 
-def test_pictures_read_in_another_way_are_computed_anew(pictures, model, computed, monkeypatch):
+def test_pictures_read_in_another_way_are_computed_again(pictures, model, computed, monkeypatch):
     Image.new("RGBA", (84, 84), (0, 0, 0, 0)).save(pictures / "0.png")
     on_white = build(pictures, model)
     Image.new("RGB", (84, 84), "white").save(pictures / "0.png")
@@ -101,7 +101,7 @@ def test_batches(pictures, model):
     ("features_left", "index_left", "new"),
     [
         (1.0, 1.0, 0),
-        (0.999, 1.0, 2),  # the last picture's features are half there: its batch of two is computed anew
+        (0.999, 1.0, 2),  # the last picture's features are half there: its batch of two is computed again
         (0.5, 1.0, 4),
         (1.0, 0.99, 2),  # half a line
         (1.0, 0.5, 4),
@@ -142,7 +142,7 @@ def test_features_of_other_settings_are_named_with_their_size(pictures, model, c
     assert first != second and (first / "features.bin").exists()
 
 
-def test_changed_picture_is_computed_anew_and_a_renamed_one_is_not(pictures, model, computed):
+def test_changed_picture_is_computed_again_and_a_renamed_one_is_not(pictures, model, computed):
     before = build(pictures, model)
     (pictures / "2.png").rename(pictures / "renamed.png")
     Image.open(pictures / "1.png").rotate(180).save(pictures / "2.png")
@@ -206,7 +206,7 @@ def test_too_many_bad_pictures_end_the_build_and_what_was_computed_stays(picture
 
 
 def test_size_is_known_before_it_starts(pictures, model, monkeypatch, capsys, tmp_path):
-    """To the byte; refused with the mend if there is no room."""
+    """To the byte; refused with the fix if there is no room."""
     size = build(pictures, model).path.stat().st_size
     usage = namedtuple("Usage", "total used free")
     for free in (size - 1, size):
@@ -239,7 +239,7 @@ def test_embedded_pictures(pictures, model):
 
 
 def test_workers_read_it(pictures, model):
-    """Forked, with the file mapped before; or started anew, with what is pickled."""
+    """Forked, with the file mapped before; or started again, with what is pickled."""
     cache = build(pictures, model)
     batches = [[row, 5 - row] for row in range(6)]
     expected = [cache.batch(rows) for rows in batches]

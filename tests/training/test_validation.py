@@ -110,7 +110,7 @@ def test_validation_leaves_the_training_as_it_is(make, tmp_path, checkpointing):
     settings = {"max_steps": 3, "gradient_checkpointing": checkpointing}
     plain = make(tmp_path / "plain", validate=False, **settings)
     plain.train()
-    # Sets the seed of dropout anew.
+    # Sets the seed of dropout again.
     watched = make(tmp_path / "watched", load_best_model_at_end=False, save_total_limit=1, **settings)
     watched.train()
     assert [path.name for path in (tmp_path / "watched").glob("checkpoint-*")] == ["checkpoint-3"], "the latest"

@@ -61,7 +61,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One run. `varied`: what of `vary` it changes, or "reference"; `changes`: every setting beside the config's;
     `metrics`: the document of what it trained."""
 
@@ -151,7 +151,7 @@ def _read_mapping(path: str | Path) -> dict:
     return document
 
 
-def cells(grid: Grid) -> list[Cell]:
+def cells(grid: Grid) -> list[GridCell]:
     """The reference and every value of `vary` alone, for each combination of `grid`; the reference comes first.
 
     A value that the config or `settings` has already is the reference and no cell of its own.
@@ -173,7 +173,7 @@ def cells(grid: Grid) -> list[Cell]:
             folder_name = f"{varied.partition('=')[0][:60]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
         folder = Path(grid.output_dir) / "cells" / folder_name
         metrics = folder / grid.trained / "metrics.json"
-        found.append(Cell(name, varied, grid.settings | combination | change, folder, metrics))
+        found.append(GridCell(name, varied, grid.settings | combination | change, folder, metrics))
     in_folder: dict[Path, str] = {}
     for cell in found:
         if other := in_folder.get(cell.folder):
@@ -182,7 +182,7 @@ def cells(grid: Grid) -> list[Cell]:
     return found
 
 
-def run_grid(grid: Grid) -> list[Cell]:
+def run_grid(grid: Grid) -> list[GridCell]:
     """Runs what is not finished, and returns all cells.
 
     An interrupted or failed cell continues from its last checkpoint, if it has one; a failure stops no other cell.
@@ -210,7 +210,7 @@ def run_grid(grid: Grid) -> list[Cell]:
     return todo
 
 
-def summary_rows(grid_cells: list[Cell], scores: Sequence[str] = ()) -> list[list[str]]:
+def summary_rows(grid_cells: list[GridCell], scores: Sequence[str] = ()) -> list[list[str]]:
     """The grid as rows of text, header first: a row for each of `vary`, means over the combinations of `grid`.
 
     `scores`: CIDEr-D if there are none. Least and most are of the first of them.
@@ -243,7 +243,7 @@ def summary_rows(grid_cells: list[Cell], scores: Sequence[str] = ()) -> list[lis
     return rows
 
 
-def _run(grid: Grid, cell: Cell) -> None:
+def _run(grid: Grid, cell: GridCell) -> None:
     before, start = cell.state(), time.monotonic()
     cell.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "accelerate.commands.launch", *grid.launch, grid.recipe]
@@ -290,7 +290,7 @@ def _last_words(log: Path, lines: int = 5) -> list[str]:
     return (before if "CalledProcessError" in launcher else text).strip().splitlines()[-lines:]
 
 
-def _fingerprint(grid: Grid, cell: Cell) -> str:
+def _fingerprint(grid: Grid, cell: GridCell) -> str:
     settings = {"recipe": grid.recipe} | _read_mapping(grid.config) | cell.changes
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

@@ -259,19 +259,7 @@ def rehearse(args, root: Path) -> dict:
     if output_dir.exists() and any(output_dir.iterdir()):
         raise RehearsalError(f"{args.output_dir} is not empty: delete it, or choose another --output_dir")
     config = (root / args.recipe_config).absolute()
-    named = parse_yaml(config.read_bytes())
-    data = Path(os.environ.get("VLMCAP_DATA_DIR") or root.parent / "shared/data")
-    model, revision = args.model, args.model_revision
-    if model is None and (data / "qwen2_vl_2b").is_dir():
-        model = str(data / "qwen2_vl_2b")
-    elif model is None:
-        model, revision = named["model_name_or_path"], revision or named.get("model_revision")
-    images, captions = args.images and Path(args.images), args.captions and Path(args.captions)
-    if images is None and not args.drawn_scenes and (data / "coco_yj_images").is_dir():
-        images = data / "coco_yj_images"
-    if images is not None:
-        images = images.absolute()
-        captions = (captions or images / "captions.json").absolute()
+    model, revision, images, captions = _inputs(args, root, config)
 
     output_dir.mkdir(parents=True, exist_ok=True)
     model_dir, run_dir = output_dir / "model", output_dir / "run"
@@ -311,6 +299,25 @@ def rehearse(args, root: Path) -> dict:
     write_atomically(output_dir / "rehearsal.json", json.dumps(result, indent=2))
     print(report(result), flush=True)
     return result
+
+
+def _inputs(args, root: Path, config: Path) -> tuple[str, str | None, Path | None, Path | None]:
+    """Model, its revision, folder of pictures and file of captions: as given, else what is in the data folder, else
+    the model of the recipe's configuration and drawn scenes."""
+    named = parse_yaml(config.read_bytes())
+    data = Path(os.environ.get("VLMCAP_DATA_DIR") or root.parent / "shared/data")
+    model, revision = args.model, args.model_revision
+    if model is None and (data / "qwen2_vl_2b").is_dir():
+        model = str(data / "qwen2_vl_2b")
+    elif model is None:
+        model, revision = named["model_name_or_path"], revision or named.get("model_revision")
+    images, captions = args.images and Path(args.images), args.captions and Path(args.captions)
+    if images is None and not args.drawn_scenes and (data / "coco_yj_images").is_dir():
+        images = data / "coco_yj_images"
+    if images is not None:
+        images = images.absolute()
+        captions = (captions or images / "captions.json").absolute()
+    return model, revision, images, captions
 
 
 def summary(model: str, parameters: int, seconds: dict, measured: Measured, adapter: Path, args) -> dict:

@@ -1,7 +1,6 @@
 """Results of the raters' answers: win rates, ratings, agreement, with intervals and tests."""
 
 import itertools
-import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -9,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlmcap.human.study import QUESTIONS, given_in, questions_of, votes_of
+from vlmcap.markdown import markdown_escape, markdown_table
 
 LEVEL = 0.95
-NORMAL_QUANTILE = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 
 def report(key: dict, answers: dict[str, dict[str, dict]], resamples: int = 10_000, seed: int = 0) -> dict:
@@ -61,37 +60,28 @@ def krippendorff_alpha(units: Sequence[Sequence], metric: str) -> float | None:
     Returns:
         None where alpha is not defined: no unit with two values, or all values the same.
     """
+    import krippendorff
+
     units = [unit for unit in units if len(unit) > 1]
     kinds = sorted({value for unit in units for value in unit})
     if len(kinds) < 2:
         return None
-    place = {value: number for number, value in enumerate(kinds)}
-    coincidences = np.zeros((len(kinds), len(kinds)))
-    for unit in units:
-        count = np.bincount([place[value] for value in unit], minlength=len(kinds))
-        coincidences += (np.outer(count, count) - np.diag(count)) / (len(unit) - 1)
-    totals = coincidences.sum(0)
-    if metric == "nominal":
-        distance = 1.0 - np.eye(len(kinds))
-    else:
-        middles = np.cumsum(totals) - totals / 2  # the sum from c to k less half of both ends is a difference of these
-        distance = np.subtract.outer(middles, middles) ** 2
-    observed = (coincidences * distance).sum()
-    expected = (np.outer(totals, totals) * distance).sum() / (totals.sum() - 1)
-    return float(1 - observed / expected)
+    counts = [[unit.count(kind) for kind in kinds] for unit in map(list, units)]
+    return float(krippendorff.alpha(value_counts=counts, level_of_measurement=metric))
 
 
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact p-value of the sign test: the binomial with 1/2, ties left out."""
-    n = wins + losses
-    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def sign_flip_test(differences: Sequence[float], resamples: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of a mean of paired differences against zero, by random exchange of the two sides.
 
-    Fisher's randomisation test as in Noreen 1989, p = (1 + at least as far) / (1 + resamples).
+    Fisher's randomisation test as in Noreen 1989, p = (1 + at least as far) / (1 + resamples). Not SciPy's
+    `permutation_test`, which refuses a single difference.
     """
     differences = np.asarray(differences, dtype=np.float64)
     flips = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, len(differences)))
@@ -102,11 +92,9 @@ def sign_flip_test(differences: Sequence[float], resamples: int = 10_000, seed: 
 
 def wilson_interval(successes: int, trials: int) -> list[float]:
     """95 % interval of a share (Wilson 1927)."""
-    z2 = NORMAL_QUANTILE**2
-    share = successes / trials
-    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = NORMAL_QUANTILE * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    return [middle - half, middle + half]
+    from scipy.stats import binomtest
+
+    return [*map(float, binomtest(successes, trials).proportion_ci(LEVEL, method="wilson"))]
 
 
 def markdown(report: dict) -> str:
@@ -114,13 +102,18 @@ def markdown(report: dict) -> str:
     blocks = []
     systems, ratings = report["preferences"]["systems"], report["ratings"]["systems"]
     rows = [
-        [system, _cell(systems[system], "{:.1%}"), *(_cell(ratings[system][q], _shape(q)) for q in QUESTIONS)]
+        [
+            markdown_escape(system),
+            _cell(systems[system], "{:.1%}"),
+            *(_cell(ratings[system][q], _shape(q)) for q in QUESTIONS),
+        ]
         for system in systems
     ]
-    blocks.append(_table(["system", "win rate", "fluency (1-5)", "adequacy (1-5)", "hallucination"], rows))
+    header = ["system", "win rate", "fluency (1-5)", "adequacy (1-5)", "hallucination"]
+    blocks.append(markdown_table([header, *rows]))
     rows = [
         [
-            " against ".join(pair["systems"]),
+            markdown_escape(" against ".join(pair["systems"])),
             _cell(pair, "{:.1%}"),
             "{wins} / {ties} / {losses}".format(**pair["answers"]),
             str(pair["identical_images"]),
@@ -130,20 +123,26 @@ def markdown(report: dict) -> str:
         for pair in report["preferences"]["pairs"]
     ]
     header = ["pair", "win rate of the first", "answers: win / tie / loss", "same caption", "images won : lost", "p"]
-    blocks += [_table(header, rows)] if rows else []
+    blocks += [markdown_table([header, *rows])] if rows else []
     rows = [
-        [" - ".join(row["systems"]), row["question"], _cell(row, "{:+.3f}"), _number(row["p_value"], "{:.2g}")]
+        [
+            markdown_escape(" - ".join(row["systems"])),
+            row["question"],
+            _cell(row, "{:+.3f}"),
+            _number(row["p_value"], "{:.2g}"),
+        ]
         for row in report["ratings"]["differences"]
     ]
-    blocks += [_table(["difference", "question", "mean", "p"], rows)] if rows else []
+    blocks += [markdown_table([["difference", "question", "mean", "p"], *rows], 2)] if rows else []
     rows = [
         [name, entry["metric"], _number(entry["alpha"], "{:.3f}"), str(entry["units"])]
         for name, entry in report["agreement"].items()
     ]
-    blocks.append(_table(["agreement", "metric", "Krippendorff's alpha", "items with two or more answers"], rows))
+    header = ["agreement", "metric", "Krippendorff's alpha", "items with two or more answers"]
+    blocks.append(markdown_table([header, *rows], 2))
     rows = [
         [
-            rater,
+            markdown_escape(rater),
             f"{entry['complete']} of {entry['items']}",
             _number(entry["seconds_per_preference"], "{:.1f}"),
             _number(entry["seconds_per_rating"], "{:.1f}"),
@@ -153,7 +152,7 @@ def markdown(report: dict) -> str:
         for rater, entry in report["raters"].items()
     ]
     header = ["rater", "complete items", "s / preference", "s / rating", "left, of the decided", "ties"]
-    blocks.append(_table(header, rows))
+    blocks.append(markdown_table([header, *rows]))
     counts = report["counts"]
     blocks.append(
         f"{counts['images']} images, {counts['preferences']} preferences, {counts['ratings']} ratings,"
@@ -162,7 +161,7 @@ def markdown(report: dict) -> str:
         " are the same, and count as ties. p of pairs: sign test over images; of differences: random exchange of the"
         " two systems. No p is corrected for the number of comparisons."
     )
-    return "\n\n".join(blocks)
+    return "\n".join(blocks)
 
 
 class _Bootstrap:
@@ -332,9 +331,3 @@ def _cell(entry: dict, shape: str) -> str:
         return "-"
     low, high = entry["interval"]
     return f"{shape.format(value)} [{shape.format(low)}, {shape.format(high)}]"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in [header, *rows]]
-    lines = ["| " + " | ".join(row) + " |" for row in escaped]
-    return "\n".join([lines[0], "|" + " --- |" * len(header), *lines[1:]])

@@ -68,59 +68,89 @@ def draw(
     """
     systems = list(captions)
     pairs = list(itertools.combinations(systems, 2))
-    limits = {
-        "images": (images, 1, None),
-        "raters": (raters, 1, None),
-        "shared_images": (shared_images, 0, images),
-        "pairs_per_image": (pairs_per_image, 0, len(pairs)),
-        "ratings_per_image": (ratings_per_image, 0, len(systems)),
-    }
-    for name, (value, least, most) in limits.items():
-        if value is not None and (value < least or (most is not None and value > most)):
-            raise HumanError(
-                f"--{name} {value} must be at least {least}{f' and at most {most}' if most is not None else ''}"
-            )
+    settings = {"images": images, "raters": raters, "shared_images": shared_images}
+    settings |= {"pairs_per_image": pairs_per_image, "ratings_per_image": ratings_per_image}
+    _check_settings(settings, len(pairs), len(systems))
     if "tie" in captions:
         raise HumanError("no system can be called 'tie': give it another name")
-    common = [image_id for image_id in image_ids if all(image_id in captions[system] for system in systems)]
-    if len(common) < images:
-        found = ", ".join(f"{name} {sum(i in captions[name] for i in image_ids):,}" for name in systems)
-        raise HumanError(
-            f"--images {images}: only {len(common):,} of the {len(image_ids):,} images have a caption of every system"
-            f" ({found}). Ask for fewer, or caption the same images with every system."
-        )
+    common = _common_images(captions, image_ids, images)
 
     rng = random.Random(seed)
     drawn = rng.sample(common, images)
     rng.shuffle(pairs)
-    items, identical = [], []
-    for place, image_id in enumerate(drawn):
-        texts = {system: captions[system][image_id].strip() for system in systems}
-        for pair in _in_turn(pairs, pairs_per_image, place):
-            if texts[pair[0]] == texts[pair[1]]:
-                identical.append({"image_id": image_id, "systems": list(pair)})
-            else:
-                items.append(_item("preference", image_id, pair, [texts[system] for system in pair]))
-        authors = defaultdict(list)
-        for system in _in_turn(systems, ratings_per_image, place):
-            authors[texts[system]].append(system)
-        items += [_item("rating", image_id, names, [text]) for text, names in authors.items()]
-    if not items:
-        raise HumanError("nothing to ask: give two systems with different captions, or --ratings_per_image 1 or more")
+    items, identical = _draw_items(captions, drawn, pairs, pairs_per_image, ratings_per_image)
     rng.shuffle(items)  # so that neither the number of an item nor its neighbours tell who wrote it
 
     key = {
         "format": KEY_FORMAT,
         "systems": {system: {} for system in systems},
         "seed": seed,
-        "settings": {name: value for name, (value, _, _) in limits.items()},
+        "settings": settings,
         "images": drawn,
         "items": {f"i{number:05d}": item for number, item in enumerate(items, 1)},
         "identical": identical,
         "raters": {},
     }
-    shared_count = images if shared_images is None else shared_images
-    shared, others = set(drawn[:shared_count]), drawn[shared_count:]
+    _give_to_raters(key, raters, images if shared_images is None else shared_images, rng)
+    return key
+
+
+def _check_settings(settings: dict[str, int | None], pairs: int, systems: int) -> None:
+    bounds = {
+        "images": (1, None),
+        "raters": (1, None),
+        "shared_images": (0, settings["images"]),
+        "pairs_per_image": (0, pairs),
+        "ratings_per_image": (0, systems),
+    }
+    for name, (least, most) in bounds.items():
+        value = settings[name]
+        if value is not None and (value < least or (most is not None and value > most)):
+            raise HumanError(
+                f"--{name} {value} must be at least {least}{f' and at most {most}' if most is not None else ''}"
+            )
+
+
+def _common_images(captions: dict[str, dict[str, str]], image_ids: Sequence[str], images: int) -> list[str]:
+    """Those of `image_ids` that every system captioned, at least `images`."""
+    common = [image_id for image_id in image_ids if all(image_id in of_system for of_system in captions.values())]
+    if len(common) < images:
+        found = ", ".join(f"{name} {sum(i in captions[name] for i in image_ids):,}" for name in captions)
+        raise HumanError(
+            f"--images {images}: only {len(common):,} of the {len(image_ids):,} images have a caption of every system"
+            f" ({found}). Ask for fewer, or caption the same images with every system."
+        )
+    return common
+
+
+def _draw_items(
+    captions: dict[str, dict[str, str]],
+    drawn: list[str],
+    pairs: list[tuple[str, str]],
+    pairs_per_image: int | None,
+    ratings_per_image: int | None,
+) -> tuple[list[dict], list[dict]]:
+    """What is asked about the drawn images, and the pairs that are not because their captions are the same."""
+    items, identical = [], []
+    for place, image_id in enumerate(drawn):
+        texts = {system: of_system[image_id].strip() for system, of_system in captions.items()}
+        for pair in _in_turn(pairs, pairs_per_image, place):
+            if texts[pair[0]] == texts[pair[1]]:
+                identical.append({"image_id": image_id, "systems": list(pair)})
+            else:
+                items.append(_item("preference", image_id, pair, [texts[system] for system in pair]))
+        authors = defaultdict(list)
+        for system in _in_turn(list(captions), ratings_per_image, place):
+            authors[texts[system]].append(system)
+        items += [_item("rating", image_id, names, [text]) for text, names in authors.items()]
+    if not items:
+        raise HumanError("nothing to ask: give two systems with different captions, or --ratings_per_image 1 or more")
+    return items, identical
+
+
+def _give_to_raters(key: dict, raters: int, shared_images: int, rng: random.Random) -> None:
+    """Fills `key["raters"]`: the order and the sides of each page, then its fingerprint."""
+    shared, others = set(key["images"][:shared_images]), key["images"][shared_images:]
     sides = {}
     for rater in range(raters):
         # Neighbours in the drawn order, so that everybody's own images hold every pair equally often.
@@ -138,7 +168,6 @@ def draw(
         key["raters"][str(rater + 1)] = {"fingerprint": "", "order": order, "left": {i: left[i] for i in sorted(left)}}
     for rater, entry in key["raters"].items():
         entry["fingerprint"] = _fingerprint(key, rater)
-    return key
 
 
 def _fingerprint(key: dict, rater: str) -> str:

@@ -59,7 +59,7 @@ def write_comparison_page(
     Args:
         path: where the page goes; its folder exists.
         title: heading and title of the page.
-        tables: scores and systems (vlmcap.reporting.compare.Table).
+        tables: scores and systems (vlmcap.reporting.tables.Table).
         notes, signatures: the legend of the tables; signatures by label of their score.
         plots: SVG files of vlmcap.reporting.plots.
         systems: their names.

@@ -7,15 +7,8 @@ from huggingface_hub import hf_hub_download
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.models.weights import PICKLES
-from vlmcap.reporting.cards import (
-    LLAMA,
-    built_with_llama,
-    is_hub_id,
-    model_parts,
-    read_metrics,
-    recipe_of,
-    write_adapter_card,
-)
+from vlmcap.reporting.card_facts import LLAMA, built_with_llama, is_hub_id, model_parts, recipe_of
+from vlmcap.reporting.cards import read_metrics, write_adapter_card
 from vlmcap.upload import FAILURES, PushError, patiently, push_folder, reason
 
 WEIGHTS = {

@@ -55,17 +55,10 @@ def plot_quality_against_memory(runs: dict[str, dict], path: str | Path) -> Path
 
     Peak memory is measured on GPUs alone. As soon as one run lacks it, all are drawn against the number of their
     parameters instead, and the axis says so: two measures do not share an axis. Runs without a run record, of which
-    neither is known, are left out (`has_size`). Points have the gid `point-<number>`.
+    neither is known, are left out. Points have the gid `point-<number>`.
     """
-    sized = {number: run for number, run in enumerate(runs.values()) if has_size(run)}
-    peaks = {number: run.get("peak_memory_bytes") for number, run in sized.items()}
-    unmeasured = list(peaks.values()).count(None)
-    if unmeasured:
-        sizes = {number: run["model"]["parameters"] / 1e6 for number, run in sized.items()}
-        label = f"parameters, millions (peak memory not measured for {unmeasured} of {len(sized)} runs)"
-    else:
-        sizes = {number: peak / 2**30 for number, peak in peaks.items()}
-        label = "peak memory while captioning, GiB"
+    sizes, label = _sizes(runs)
+    sized = {number: run for number, run in enumerate(runs.values()) if number in sizes}
     with _house_style(path) as save:
         figure = Figure(figsize=(WIDTH * 0.75, _height(runs)), layout="constrained")
         axes, points = figure.subplots(), []
@@ -137,9 +130,10 @@ def plot_training_curves(runs: dict[str, dict], path: str | Path) -> Path:
         return save(figure)
 
 
-def has_size(run: dict) -> bool:
-    """Whether a run's record says how large its model is."""
-    return "parameters" in (run.get("model") or {})
+def sizes_differ(runs: dict[str, dict]) -> bool:
+    """Whether quality can be seen against memory: the largest run is at least a twentieth larger than the smallest."""
+    sizes = _sizes(runs)[0].values()
+    return bool(sizes) and max(sizes) >= 1.05 * min(sizes)
 
 
 def training_log(run: dict) -> list[dict]:
@@ -150,6 +144,16 @@ def training_log(run: dict) -> list[dict]:
 def has_curve(run: dict) -> bool:
     """Whether a run has a curve to draw: two steps whose loss was logged."""
     return sum("loss" in line for line in training_log(run)) > 1
+
+
+def _sizes(runs: dict[str, dict]) -> tuple[dict[int, float], str]:
+    """Number of a run -> its size, of the runs whose record has one, and what that size is, as a label of an axis."""
+    sized = {number: run for number, run in enumerate(runs.values()) if "parameters" in (run.get("model") or {})}
+    peaks = {number: run.get("peak_memory_bytes") for number, run in sized.items()}
+    if unmeasured := list(peaks.values()).count(None):
+        label = f"parameters, millions (peak memory not measured for {unmeasured} of {len(sized)} runs)"
+        return {number: run["model"]["parameters"] / 1e6 for number, run in sized.items()}, label
+    return {number: peak / 2**30 for number, peak in peaks.items()}, "peak memory while captioning, GiB"
 
 
 def _panels(runs: dict[str, dict], scores: Sequence[str]) -> dict[str, tuple[str, list]]:

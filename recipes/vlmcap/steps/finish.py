@@ -17,7 +17,8 @@ from vlmcap.captioning.predictions import model_record
 from vlmcap.data.images import open_image, references_of
 from vlmcap.evaluation.caption_files import read_predictions
 from vlmcap.evaluation.scoring import ScoreOptions, write_metrics
-from vlmcap.reporting.cards import is_miniature, score_rows, write_adapter_card
+from vlmcap.reporting.card_facts import is_miniature
+from vlmcap.reporting.cards import score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
 from vlmcap.reporting.hub import push_adapter
 from vlmcap.steps.begin import Run

@@ -1,0 +1,1 @@
+from tests.captioning.conftest import environments  # noqa: F401
