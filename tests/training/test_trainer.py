@@ -17,7 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 from tests.invariants import tiny
 from vlmcap.arguments import run_main
-from vlmcap.data.images import DatasetError, load_captions
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import load_captions
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import (
     ModelArguments,
@@ -339,9 +340,7 @@ def test_unreadable_picture_is_replaced_listed_and_counted(folder, processor, tm
     entry = json.loads(bad_images.path.read_text().splitlines()[0])
     assert (entry["image_id"], entry["file_name"]) == (4, "4.png") and "truncated" in entry["reason"]
     (copy / "6.png").unlink()
-    with pytest.raises(
-        DatasetError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"
-    ):
+    with pytest.raises(DataError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"):
         collate([{"row": 6, "captions": [""]}])
 
 
@@ -368,7 +367,7 @@ def test_missing_files_are_dropped_and_listed_before_training(folder, tmp_path):
 
 
 def test_dataset_without_images_names_the_mend(folder):
-    with pytest.raises(DatasetError, match=r"holds captions but no images.*fetch_images.py.*--image_dir"):
+    with pytest.raises(DataError, match=r"holds captions but no images.*fetch_images.py.*--image_dir"):
         load_captions(str(folder / "data"), "train")
 
 

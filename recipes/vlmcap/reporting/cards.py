@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.credentials import redact
+from vlmcap.data.corpora import SEEN_CORPORA
 from vlmcap.errors import UserError
 from vlmcap.evaluation.audit import audit_rates, rate_text, read_audit
 from vlmcap.evaluation.scoring import SCORE_LABELS
@@ -106,7 +107,7 @@ model = AutoModelForImageTextToText.from_pretrained(
 ){unpacked}
 model = PeftModel.from_pretrained(model, adapter).eval()""",
         pipeline_tag="image-text-to-text",
-        saw=("STAIR", "YJ", "COCO"),
+        saw=SEEN_CORPORA,
     ),
     "sft_blip_vi": Recipe(
         base="BLIP",

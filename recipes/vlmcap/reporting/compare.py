@@ -19,9 +19,10 @@ import datasets
 from PIL import Image
 
 from vlmcap.atomic_write import write_atomically
+from vlmcap.data.corpora import SEEN_CORPORA
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import (
     BadImageError,
-    DatasetError,
     dataset_record,
     dataset_references,
     load_captions,
@@ -36,7 +37,6 @@ from vlmcap.reporting.plots import has_curve, has_size, plot_quality_against_mem
 from vlmcap.strict_parsing import shown
 
 SIGNIFICANT = 0.05
-CORPORA = ("STAIR", "YJ", "COCO")
 NEEDED = ("scores", "signatures", "intervals", "bootstrap", "counts", "per_image")
 PLAIN = "register_normalised"
 OVERVIEW = ("bleu_1", "bleu_2", "bleu_4", "meteor", "rouge_l", "cider_d")
@@ -130,7 +130,7 @@ def write_comparison(
     Raises:
         ScoreError: runs that cannot be in one table, no run named `reference`, references that lack images, no such
             score, or one that no run has and no other beside it.
-        DatasetError: `dataset` cannot be read or is not the build that was scored.
+        DataError: `dataset` cannot be read or is not the build that was scored.
     """
     reference = reference or runs[0].name
     if reference not in [run.name for run in runs]:
@@ -310,7 +310,7 @@ def score_table(runs: Sequence[Run], tests: dict[str, dict[str, dict]], scores: 
 
 def system_table(runs: Sequence[Run]) -> Table:
     """What each system is, what it saw in training, and what it costs."""
-    columns = ["System", "Model", "Trained weights", *(f"Saw {corpus}" for corpus in CORPORA)]
+    columns = ["System", "Model", "Trained weights", *(f"Saw {corpus}" for corpus in SEEN_CORPORA)]
     columns += ["Parameters", "Peak memory", "Captions/s"]
     rows = []
     for run in runs:
@@ -318,7 +318,7 @@ def system_table(runs: Sequence[Run]) -> Table:
         parts = (model.get("parts") or {"whole": model}).values()
         texts = [run.name, " + ".join(_at(part.get("id"), part.get("revision")) for part in parts)]
         texts += [_at(model.get("adapter"), model.get("adapter_revision"))]
-        texts += [saw.get(corpus) or "-" for corpus in CORPORA]
+        texts += [saw.get(corpus) or "-" for corpus in SEEN_CORPORA]
         peak, rate = run.metrics.get("peak_memory_bytes"), run.metrics.get("images_per_second")
         texts += [
             _count(model.get("parameters")),
@@ -514,7 +514,7 @@ def _write_csv(path: Path, runs: Sequence[Run], tests: dict[str, dict[str, dict]
         row |= {key: model.get(key) for key in ("adapter", "adapter_revision", "dtype", "quantization", "parameters")}
         row |= {key: metrics.get(key) for key in ("peak_memory_bytes", "images_per_second", "seconds")}
         row |= {"device": (metrics.get("hardware") or {}).get("device")}
-        row |= {f"saw_{corpus}": (metrics.get("saw") or {}).get(corpus) for corpus in (*CORPORA, "note")}
+        row |= {f"saw_{corpus}": (metrics.get("saw") or {}).get(corpus) for corpus in (*SEEN_CORPORA, "note")}
         row |= {"dataset": dataset.get("id"), "dataset_revision": dataset.get("revision")}
         row |= {"split": dataset.get("split")} | metrics["counts"]
         for part, prefix in ((metrics, ""), (metrics.get(PLAIN) or {}, f"{PLAIN}_")):
@@ -548,7 +548,7 @@ def _markdown(scores: Table, systems: Table, notes: list[str], signatures: dict[
         rows = [[markdown_escape(column) for column in t.columns], rule, *([cell(c) for c in row] for row in t.rows)]
         return ["| " + " | ".join(row) + " |" for row in rows]
 
-    lines = [*table(scores, 1), "", *table(systems, 3 + len(CORPORA)), ""]
+    lines = [*table(scores, 1), "", *table(systems, 3 + len(SEEN_CORPORA)), ""]
     lines += [f"- {markdown_escape(note)}" for note in notes]
     lines += ["- Signatures:", *(f"  - {label}: {code_span(signature)}" for label, signature in signatures.items())]
     return "\n".join(lines) + "\n"
@@ -582,7 +582,7 @@ def _latex(scores: Table, systems: Table, notes: list[str], signatures: dict[str
             *table(scores, 1),
             "",
             r"\medskip",
-            *table(systems, 3 + len(CORPORA)),
+            *table(systems, 3 + len(SEEN_CORPORA)),
             r"\medskip",
             rf"{{\footnotesize\raggedright {' '.join(map(latex_escape, notes))} Signatures: {signed}.\par}}",
             r"\end{table*}",
@@ -599,7 +599,7 @@ def _references_and_pictures(
     if dataset is None and scored and Path(scored["id"]).is_dir():
         dataset = scored["id"]
     if dataset is None and image_dir is not None:
-        raise DatasetError("--image_dir needs --dataset: its rows say which file shows which image")
+        raise DataError("--image_dir needs --dataset: its rows say which file shows which image")
     captions, rows = {}, None
     if dataset is not None:
         captions, rows = _read_dataset(dataset, split or scored.get("split", "test"), image_dir, scored)
@@ -641,14 +641,14 @@ def _read_dataset(
     """
     revision = scored["revision"] if dataset == scored.get("id") else None
     if revision and Path(dataset).exists() and dataset_record(dataset, split)["revision"] != revision:
-        raise DatasetError(
+        raise DataError(
             f"{dataset} has changed since the runs were scored on its {revision}: score the predictions again, or "
             "name another folder with --dataset"
         )
     revision = None if Path(dataset).exists() else revision
     try:
         rows = load_captions(dataset, split, image_dir, revision)
-    except DatasetError:
+    except DataError:
         if image_dir is not None:
             raise
         return dataset_references(dataset, split, revision), None

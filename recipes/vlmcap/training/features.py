@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from vlmcap.atomic_write import write_atomically
-from vlmcap.data.images import READING, BadImageError, DatasetError, image_size, open_image
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import READING, BadImageError, image_size, open_image
 from vlmcap.training.collator import BadImages
 
 BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels
@@ -93,7 +94,7 @@ def cache_features(
         rows: as `load_captions` returns them.
 
     Raises:
-        DatasetError: the disk is too small, or too many pictures cannot be read.
+        DataError: the disk is too small, or too many pictures cannot be read.
     """
     tower, image_processor, state = model.model.visual.eval(), processor.image_processor, PartialState()
     width = len(projector_blocks(tower)) * tower.blocks[0].norm1.weight.numel()
@@ -136,7 +137,7 @@ def cache_features(
                 flush=True,
             )
         if need > free:
-            raise DatasetError(
+            raise DataError(
                 f"the features of {len(new):,} pictures need {need / 2**30:,.2f} GiB, and {folder} has"
                 f" {free / 2**30:,.2f} GiB free. Name a folder on a larger disk, lower max_pixels, or train without"
                 " cached features (cache_image_features)."
@@ -193,7 +194,7 @@ def append(path: Path, content: bytes | memoryview) -> None:
     """Adds to the end of a file and waits until the disk has it.
 
     Raises:
-        DatasetError: the disk is full, or fails.
+        DataError: the disk is full, or fails.
     """
     try:
         with path.open("ab") as file:
@@ -201,7 +202,7 @@ def append(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise DatasetError(
+        raise DataError(
             f"{path} cannot be written ({error.strerror}); {shutil.disk_usage(path.parent).free:,} bytes are free. The"
             " features that are there are kept: free space and start again, or name a folder on a larger disk"
             " (cache_image_features)."
