@@ -49,6 +49,7 @@ def main(
 
     from vlmcap.captioning.generate import check_predictions
     from vlmcap.captioning.predictions import model_record
+    from vlmcap.data.corpora import SEEN_CORPORA
     from vlmcap.evaluation.scoring import ScoreOptions
     from vlmcap.models.blip import add_lora, learn_vietnamese, load_blip, load_blip_adapter
     from vlmcap.models.load import resolve_revision
@@ -73,7 +74,7 @@ def main(
     names = (name, model_args.model_revision)
     set_seed(run.seed)
     model, processor = load_blip(*names)
-    saw, trained_saw = saw_records(dict(zip(("STAIR", "YJ", "COCO"), data_args.base_saw, strict=True)), splits)
+    saw, trained_saw = saw_records(dict(zip(SEEN_CORPORA, data_args.base_saw, strict=True)), splits)
     base_record = {"model": model_record(model, *names), "dataset": splits.test_record, "saw": saw}
     base_dir = run.output_dir / "base"
     check_predictions(processor, base_dir / "predictions.jsonl", beam_args, base_record)

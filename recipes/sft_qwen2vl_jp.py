@@ -111,6 +111,7 @@ def main(
 
     from vlmcap.captioning.generate import check_predictions, decoding_record, image_size_record
     from vlmcap.captioning.predictions import model_record
+    from vlmcap.data.corpora import SEEN_CORPORA
     from vlmcap.data.images import references_of
     from vlmcap.evaluation.audit import write_audit
     from vlmcap.evaluation.audit_checks import read_instances
@@ -163,7 +164,7 @@ def main(
     model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
 
     # The base's captions, of another run perhaps, must be such that they can be taken or continued after training.
-    saw, trained_saw = saw_records(dict.fromkeys(("STAIR", "YJ", "COCO"), data_args.base_saw), splits)
+    saw, trained_saw = saw_records(dict.fromkeys(SEEN_CORPORA, data_args.base_saw), splits)
     base_record = {"model": model_record(model, *names), "dataset": splits.test_record, "saw": saw}
     asked = {"prompt": generation_args.prompt, "images": len(splits.test)}
     asked |= decoding_record(generation_args) | image_size_record(processor)

@@ -48,6 +48,7 @@ def main(
     from accelerate import PartialState
 
     from vlmcap.captioning.generate import check_predictions
+    from vlmcap.data.corpora import SEEN_CORPORA
     from vlmcap.evaluation.scoring import ScoreOptions
     from vlmcap.models.vit_gpt2 import build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
     from vlmcap.steps.begin import begin
@@ -76,7 +77,7 @@ def main(
     # Model: a pretrained ViT and a pretrained GPT-2 with new cross-attention; what is not studied is frozen.
     model_args = resolve_parts(model_args)
     model, processor = build_vit_gpt2(model_args, run.seed)
-    saw, trained_saw = saw_records(dict(zip(("STAIR", "YJ", "COCO"), data_args.base_saw, strict=True)), splits)
+    saw, trained_saw = saw_records(dict(zip(SEEN_CORPORA, data_args.base_saw, strict=True)), splits)
     base_record = {"model": two_part_record(model, model_args), "dataset": splits.test_record, "saw": saw}
     base_dir = run.output_dir / "base"
     check_predictions(processor, base_dir / "predictions.jsonl", beam_args, base_record)

@@ -52,6 +52,7 @@ def main(
     from transformers import set_seed
 
     from vlmcap.captioning.generate import check_predictions
+    from vlmcap.data.corpora import SEEN_CORPORA
     from vlmcap.evaluation.scoring import ScoreOptions
     from vlmcap.models.vit_llama import add_lora, build_vit_llama, load_vit_llama
     from vlmcap.reporting.hub import check_llama_name
@@ -81,7 +82,7 @@ def main(
     # Model: frozen ViT, frozen Llama with LoRA, and between them a projection that is trained in full.
     model_args = resolve_parts(model_args)
     model, processor = build_vit_llama(model_args, run.seed)
-    saw, trained_saw = saw_records(dict(zip(("STAIR", "YJ", "COCO"), data_args.base_saw, strict=True)), splits)
+    saw, trained_saw = saw_records(dict(zip(SEEN_CORPORA, data_args.base_saw, strict=True)), splits)
     base_record = {"model": two_part_record(model, model_args), "dataset": splits.test_record, "saw": saw}
     base_dir = run.output_dir / "base"
     check_predictions(processor, base_dir / "predictions.jsonl", beam_args, base_record)

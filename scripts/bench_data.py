@@ -79,7 +79,7 @@ def generate_corpus(data_dir: Path, folder: Path, seed: int) -> list[Path]:
     Every YJ image is a train2014 image and every Karpathy validation and test image a val2014 image, as in COCO.
     """
     from vlmcap.data import splits
-    from vlmcap.data.corpora import RELEASE
+    from vlmcap.data.corpora import CORPORA
     from vlmcap.data.sources import read_rows
 
     rng = random.Random(seed)
@@ -93,7 +93,7 @@ def generate_corpus(data_dir: Path, folder: Path, seed: int) -> list[Path]:
 
     clauses = [re.split("(?<=、)", caption) for row in yj_rows for caption in row["captions"]]
     paths = []
-    with tqdm(total=RELEASE["stair"]["captions"], desc="generating captions", unit="caption") as progress:
+    with tqdm(total=CORPORA["stair"].captions, desc="generating captions", unit="caption") as progress:
         for part, ids in (("train", sorted(train_ids)), ("val", sorted(val_ids))):
             images = [_image(id, f"{part}2014", rng) for id in ids]
             annotations = []

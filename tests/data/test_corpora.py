@@ -1,18 +1,26 @@
 """UIT-ViIC and the dish titles from files to a dataset that load_dataset reads, and every way they must stop."""
 
 import json
+import shutil
+from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import get_args, get_type_hints
 
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from vlmcap.data.corpora import PublishArguments
-from vlmcap.data.images import dataset_record, load_captions, open_image
+from vlmcap.data import publish as publish_module
+from vlmcap.data.arguments import PublishArguments
+from vlmcap.data.corpora import CORPORA, SEEN_CORPORA, Corpus, card_names
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import dataset_record, load_captions, load_rows, open_image
 from vlmcap.data.publish import build, publish
-from vlmcap.data.sources import DataError
 from vlmcap.miniature.scenes import write_title_scenes, write_vietnamese_scenes
+from vlmcap.steps.finish import saw_records
+from vlmcap.steps.splits import Splits
 
 
 @pytest.fixture
@@ -188,8 +196,14 @@ def test_a_pushed_card_has_its_word_cloud(scene_titles, hub, tmp_path):
         ({"source": "yj"}, "--source yj needs --tokenizer"),
         ({"annotations": None}, "needs --annotations: the CSV"),
         ({"source": "uit_viic", "annotations": None}, "needs --annotations: the three files"),
-        ({"karpathy": "dataset_coco.json"}, "have no meaning with --source food_titles"),
-        ({"yj_annotations": ["yj.json"]}, "goes with --source stair or uit_viic"),
+        (
+            {"karpathy": "dataset_coco.json"},
+            "--karpathy has no meaning with --source food_titles: .* stair and yj",
+        ),
+        (
+            {"yj_annotations": ["yj.json"]},
+            "--yj_annotations has no meaning .* stair and uit_viic",
+        ),
         ({"holdout": 0.5}, "--holdout 0.5: expected a share"),
         ({"annotations": ["a.csv", "b.csv"]}, "2 files; the titles are one CSV"),
     ],
@@ -198,6 +212,84 @@ def test_arguments_that_do_not_fit(tmp_path, changed, message):
     arguments = {"source": "food_titles", "annotations": ["a.csv"], "output_dir": str(tmp_path / "out")}
     with pytest.raises(DataError, match=message):
         build(PublishArguments(**(arguments | changed)))
+
+
+TOY_READER = """
+import hashlib
+from pathlib import Path
+
+from vlmcap.data.readers import CorpusRows
+from vlmcap.data.sources import SourceFile, read_source
+
+
+def read_toy(args):
+    data = read_source(args.annotations[0])
+    lines = enumerate(data.decode().splitlines(), start=1)
+    rows = [
+        {"image_id": number, "file_name": f"{number}.png", "coco_url": "", "license": ""}
+        | {"captions": [text], "caption_ids": [number], "in_yj": None}
+        for number, text in lines
+    ]
+    file = SourceFile("toy.txt", hashlib.sha256(data).hexdigest(), len(rows), len(rows), "", "")
+    by_split = {"train": rows[1:], "test": rows[:1]}
+    return CorpusRows(by_split, "the first line is the test split", lambda by_split: "None", [file])
+"""
+
+
+def test_a_new_corpus(tmp_path, monkeypatch):
+    """The steps of "Add a corpus" in recipes/README.md, and nothing else: entry, reader, card."""
+    (tmp_path / "toy_reader.py").write_text(TOY_READER)
+    monkeypatch.syspath_prepend(tmp_path)
+    toy = Corpus(
+        title="Toy",
+        language="ja",
+        images=3,
+        captions=3,
+        license="cc0-1.0",
+        reader="toy_reader:read_toy",
+        rules="vlmcap.data.clean:TEXT_RULES",
+        annotations="the text file",
+        seen={"COCO": "train images"},
+    )
+    monkeypatch.setitem(CORPORA, "toy", toy)
+    cards = Path(shutil.copytree(publish_module.CARDS, tmp_path / "cards"))
+    (cards / "toy_captions.md.j2").write_text(
+        '{% extends "captions.md.j2" %}{% block introduction %}Toys.{% endblock %}'
+    )
+    monkeypatch.setattr(publish_module, "CARDS", cards)
+
+    asked = {"source": "toy", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(DataError, match="--source toy needs --annotations: the text file"):
+        build(PublishArguments(**asked))
+    (tmp_path / "toy.txt").write_text("犬　が走る\n猫が寝る\n鳥が飛ぶ\n", encoding="utf-8")
+    asked["annotations"] = [str(tmp_path / "toy.txt")]
+    with pytest.raises(DataError, match="--karpathy has no meaning with --source toy"):
+        build(PublishArguments(**asked, karpathy="dataset_coco.json"))
+    summary = build(PublishArguments(**asked))
+    assert (summary["license"], summary["splits"]["train"]["captions"]) == ("cc0-1.0", 2)
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pretty_name == "Toy, cleaned" and "Toys." in card.text and "toy-captions" in card.data.tags
+
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "1.png")
+    (row,) = load_captions(str(tmp_path / "out"), "test", image_dir=str(tmp_path / "pictures"))
+    assert row["captions"] == ["犬が走る"] and open_image(row).size == (8, 8)
+    record = dataset_record(str(tmp_path / "out"), "train")
+    assert record["corpus"] == "toy"
+    rows = load_rows(str(tmp_path / "out"), "train")
+    splits = Splits(rows, None, rows, record, record, None, bad_images=None)
+    base, trained = saw_records(dict.fromkeys(SEEN_CORPORA, "no"), splits)
+    assert (base["COCO"], trained["COCO"], trained["STAIR"]) == ("no", "train images", "no")
+
+
+def test_entries_name_what_there_is():
+    """Readers and rules can be resolved, options are settings, cards are there, and --source takes them all."""
+    settings = {setting.name for setting in fields(PublishArguments)}
+    assert get_args(get_type_hints(PublishArguments)["source"]) == tuple(CORPORA)
+    for corpus in CORPORA.values():
+        assert callable(resolve_name(corpus.reader)) and resolve_name(corpus.rules)
+        assert {*corpus.options, *corpus.needs} <= settings and corpus.seen.keys() <= set(SEEN_CORPORA)
+    assert all((publish_module.CARDS / f"{name}_captions.md.j2").is_file() for name in card_names())
 
 
 def test_scripts_draw_and_publish(run_script, tmp_path):

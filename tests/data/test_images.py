@@ -6,9 +6,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import (
     BadImageError,
-    DatasetError,
     check_images,
     check_no_overlap,
     dataset_record,
@@ -57,16 +57,14 @@ def test_embedded_pictures_need_no_folder(folder):
 def test_unreadable_pictures_are_all_named(folder):
     (folder / "images/a.jpg").write_bytes((folder / "images/a.jpg").read_bytes()[:300])
     rows = load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "images"))
-    with pytest.raises(
-        DatasetError, match=r"2 of 3 pictures of the test split(.|\n)*a.jpg: (.|\n)*c.jpg: no such file"
-    ):
+    with pytest.raises(DataError, match=r"2 of 3 pictures of the test split(.|\n)*a.jpg: (.|\n)*c.jpg: no such file"):
         check_images(rows, "test")
 
 
 def test_wrong_split_and_folder_are_named(folder):
-    with pytest.raises(DatasetError, match="no split 'tset'; it has test"):
+    with pytest.raises(DataError, match="no split 'tset'; it has test"):
         load_captions(str(folder / "dataset"), "tset")
-    with pytest.raises(DatasetError, match="--image_dir .*nowhere is not a folder"):
+    with pytest.raises(DataError, match="--image_dir .*nowhere is not a folder"):
         load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "nowhere"))
 
 
@@ -82,7 +80,7 @@ def test_rows_without_a_name_or_a_picture_are_refused(tmp_path):
         columns = {name: values for name, values in (full | changed).items() if values}
         rows = datasets.Dataset.from_dict(columns, datasets.Features({name: features[name] for name in columns}))
         rows.to_parquet(tmp_path / "x/data/test-00000-of-00001.parquet")
-        with pytest.raises(DatasetError, match=message):
+        with pytest.raises(DataError, match=message):
             load_captions(str(tmp_path / "x"), "test")
 
 
@@ -127,10 +125,10 @@ def test_rows_of_one_image_that_disagree_are_refused(tmp_path):
     both = "rows 0 and 2 both have the image_id 7 and differ in file_name"
     dataset = row_per_caption(tmp_path, file_name=names)
     for read in (load_captions, dataset_references):
-        with pytest.raises(DatasetError, match=rf"rows \(test\): {both}\. Give every image an id"):
+        with pytest.raises(DataError, match=rf"rows \(test\): {both}\. Give every image an id"):
             read(dataset, "test")
     pictures = [{"bytes": png(colour), "path": None} for colour in ("red", "blue", "red", "white", "red")]
-    with pytest.raises(DatasetError, match="rows 1 and 3 both have the image_id 3 and differ in image"):
+    with pytest.raises(DataError, match="rows 1 and 3 both have the image_id 3 and differ in image"):
         load_captions(row_per_caption(tmp_path, image=pictures), "test")
 
 
@@ -148,7 +146,7 @@ def test_empty_captions_are_left_out_and_counted(tmp_path):
 def test_overlap_is_refused(folder):
     rows = load_captions(str(folder / "dataset"), "test", image_dir=str(folder / "images"))
     check_no_overlap(rows.select([0]), rows.select([1, 2]))
-    with pytest.raises(DatasetError, match=r"1 images are in the training and in the test split \(image_id 2"):
+    with pytest.raises(DataError, match=r"1 images are in the training and in the test split \(image_id 2"):
         check_no_overlap(rows.select([0, 1]), rows.select([1, 2]))
 
 
@@ -159,7 +157,7 @@ def test_record_of_a_folder_and_of_nothing(folder, hub):
     (folder / "dataset/cleaning_report.json").write_text('{"fingerprint": "0123abcd"}')
     assert dataset_record(path, "test")["revision"] == "build 0123abcd"
     assert len(load_captions(path, "test", str(folder / "images"), revision="build 0123abcd")) == 3
-    with pytest.raises(DatasetError, match="data/stair is not a folder, and the Hub .*publish_datasets.py.*stair"):
+    with pytest.raises(DataError, match="data/stair is not a folder, and the Hub .*publish_datasets.py.*stair"):
         dataset_record("data/stair", "train")
 
 

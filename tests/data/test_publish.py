@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vlmcap.data import publish as build_module
+from vlmcap.data.errors import DataError
 from vlmcap.data.publish import PublishArguments, build, publish, push
-from vlmcap.data.sources import DataError
 from vlmcap.upload import PushError
 
 CAPTIONS = ("白い犬が浜辺を走る", "波打ち際に犬が一匹いる。")
@@ -238,7 +238,7 @@ def test_yj_images_in_a_held_out_split_stop_the_build(world):
         ({"karpathy": "dataset_coco.json"}, "not both"),
         ({"images": "no/such/folder"}, "no/such/folder: no such folder"),
         ({"tokenizer": "no/such/folder"}, "--tokenizer no/such/folder"),
-        ({"source": "yj", "yj_annotations": ["a.json"]}, "goes with --source stair"),
+        ({"source": "yj", "yj_annotations": ["a.json"]}, "it goes with stair and uit_viic"),
         ({"push_to_hub": True}, "needs --repo_id"),
     ],
 )

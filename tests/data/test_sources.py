@@ -12,8 +12,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from vlmcap.data import sources
-from vlmcap.data.sources import Archive, DataError, download_archive, read_rows
+from vlmcap.data.corpora import CORPORA, Archive
+from vlmcap.data.errors import DataError
+from vlmcap.data.sources import download_archive, read_rows
 
 
 def coco(images: list[dict], captions: list[tuple[int, int, str]], **rest) -> dict:
@@ -247,20 +248,21 @@ def test_official_archives_are_downloaded_once_and_compared(tmp_path, file_serve
         ["git", "hash-object", "--no-filters", folder / "c0ffee/yj.zip"], capture_output=True, text=True, check=True
     ).stdout.strip()
     archive = Archive(f"{address}/{{commit}}/yj.zip", "c0ffee", known)
-    monkeypatch.setitem(sources.ARCHIVES, "yj", archive)
+    monkeypatch.setitem(CORPORA, "yj", replace(CORPORA["yj"], archive=archive))
     for latest, captions in ((False, ["空"]), (False, ["空"]), (True, ["海"])):
         path, url = download_archive("yj", latest, cache_dir=tmp_path / "cache")
         assert [row["captions"] for row in read_rows([path], "yj")[0]] == [captions]
         assert url == f"{address}/{'master' if latest else 'c0ffee'}/yj.zip"
     assert CountingHandler.gets == ["/c0ffee/yj.zip", "/master/yj.zip"]
 
-    monkeypatch.setitem(sources.ARCHIVES, "yj", replace(archive, blob="0" * 40))
+    monkeypatch.setitem(CORPORA, "yj", replace(CORPORA["yj"], archive=replace(archive, blob="0" * 40)))
     with pytest.raises(DataError, match=rf"git blob id {known}, the official archive 0{{40}}\..*--latest_archives"):
         download_archive("yj", cache_dir=tmp_path / "cache")
 
 
 def test_a_download_that_fails_says_what_else_to_do(tmp_path, file_server, monkeypatch):
-    monkeypatch.setitem(sources.ARCHIVES, "stair", Archive(f"{file_server[1]}/{{commit}}/gone.tar.gz", "c0ffee", ""))
+    archive = Archive(f"{file_server[1]}/{{commit}}/gone.tar.gz", "c0ffee", "")
+    monkeypatch.setitem(CORPORA, "stair", replace(CORPORA["stair"], archive=archive))
     with pytest.raises(DataError, match=r"c0ffee/gone.tar.gz: the download failed .*--annotations FILE"):
         download_archive("stair", cache_dir=tmp_path / "cache")
 

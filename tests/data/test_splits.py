@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vlmcap.data import splits
-from vlmcap.data.sources import DataError
+from vlmcap.data.errors import DataError
 
 
 def rows_of(train: range, val: range, in_yj: tuple = ()) -> list[dict]:

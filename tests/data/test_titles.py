@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vlmcap.data.clean import clean_text
-from vlmcap.data.sources import DataError
+from vlmcap.data.errors import DataError
 from vlmcap.data.titles import TEXT_RULES, read_titles, word_counts, write_word_cloud
 
 CSV = """Unnamed,Title,Image_Name

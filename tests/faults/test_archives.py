@@ -11,7 +11,8 @@ import zipfile
 import pytest
 
 from vlmcap.data import sources
-from vlmcap.data.sources import DataError, read_rows
+from vlmcap.data.errors import DataError
+from vlmcap.data.sources import read_rows
 
 GOOD = json.dumps({"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1, "caption": "空"}]}).encode()
 

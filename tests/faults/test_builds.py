@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import HfApi
 from markdown_it import MarkdownIt
 
-from vlmcap.data.corpora import PublishArguments
+from vlmcap.data.arguments import PublishArguments
+from vlmcap.data.errors import DataError
 from vlmcap.data.publish import _changed_files, _visible, build, publish, summary_text
-from vlmcap.data.sources import DataError, SourceFile
+from vlmcap.data.sources import SourceFile
 
 IMAGES = range(1, 41)
 
@@ -49,7 +50,7 @@ KILLS = {
 PROGRAM = """
 import importlib, json, os, signal, sys
 from vlmcap.data.publish import build
-from vlmcap.data.corpora import PublishArguments
+from vlmcap.data.arguments import PublishArguments
 
 def build_and_die(place, name, number, arguments):
     module, _, attribute = place.rpartition(".")

@@ -32,7 +32,7 @@ from tests.local_hub.clock import Clock
 from tests.reporting.documents import adapter_document, family_document
 from vlmcap import upload
 from vlmcap.data import publish as build
-from vlmcap.data.sources import DataError
+from vlmcap.data.errors import DataError
 from vlmcap.reporting.hub import PRIVATE, push_adapter
 from vlmcap.reporting.metric_space import push_metric_space, write_metric_space
 from vlmcap.upload import PushError, check_push_rights

@@ -16,10 +16,10 @@ from transformers import AutoImageProcessor, AutoProcessor
 from tests.reporting.documents import PARTS, adapter_document, family_document
 from vlmcap.captioning.isolated_runners.loading import open_png
 from vlmcap.data import images
+from vlmcap.data.errors import DataError
 from vlmcap.data.fetch import _flaw
 from vlmcap.data.images import (
     BadImageError,
-    DatasetError,
     check_images,
     dataset_record,
     image_size,
@@ -273,7 +273,7 @@ def test_publishing_fetching_training_and_checking_agree(fault, folder, miniatur
         found = {number: identify(rows, processor, number)[0] for number in range(len(names))}
         by_header = [says for *_, says in REFUSED.values()]
         assert {number for number in found if found[number] is None} == {n for n in bad if by_header[n - len(READ)]}
-    with fault("bad pictures before a score"), pytest.raises(DatasetError, match=rf"^{len(bad)} of {len(names)} pict"):
+    with fault("bad pictures before a score"), pytest.raises(DataError, match=rf"^{len(bad)} of {len(names)} pict"):
         check_images(rows, "test")
 
 
@@ -323,7 +323,7 @@ STRANGE = {
 @pytest.mark.parametrize("name", STRANGE)
 def test_datasets_that_are_not_what_they_should_be(fault, tmp_path, name):
     columns, message = STRANGE[name]
-    with fault(name), pytest.raises(DatasetError, match=message):
+    with fault(name), pytest.raises(DataError, match=message):
         load_captions(write(tmp_path, **columns), "test", image_dir=str(tmp_path))
 
 
@@ -351,7 +351,7 @@ def test_a_damaged_dataset_is_named_with_the_reason(fault, tmp_path, content):
     (tmp_path / "dataset/data/test-00000-of-00001.parquet").write_bytes(content)
     with (
         fault("damaged parquet"),
-        pytest.raises(DatasetError, match=r"dataset \(test\) cannot be loaded: .*; (OSError|ArrowI)"),
+        pytest.raises(DataError, match=r"dataset \(test\) cannot be loaded: .*; (OSError|ArrowI)"),
     ):
         load_captions(dataset, "test")
 
@@ -375,7 +375,7 @@ def test_a_report_or_card_that_cannot_be_read_is_named(fault, tmp_path, file, co
     (tmp_path / file).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / file).write_bytes(content)
-    with fault(f"{file} {content and content[:20]}"), pytest.raises(DatasetError, match=message):
+    with fault(f"{file} {content and content[:20]}"), pytest.raises(DataError, match=message):
         dataset_record(str(tmp_path), "test")
 
 

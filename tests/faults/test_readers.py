@@ -8,8 +8,8 @@ from threading import Thread
 import pytest
 
 from vlmcap.data import fetch
+from vlmcap.data.errors import DataError
 from vlmcap.data.fetch import fetch_images
-from vlmcap.data.sources import DataError
 from vlmcap.data.splits import read_ids, read_karpathy
 from vlmcap.data.titles import read_titles
 

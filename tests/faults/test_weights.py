@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pickle
 import runpy
 import shutil
@@ -30,7 +31,7 @@ from vlmcap.models.load import (
     lora_config,
     resolve_revision,
 )
-from vlmcap.models.weights import loading, read_adapter
+from vlmcap.models.weights import load_weights, loading, read_adapter
 
 MINIATURES = Path(__file__).parents[2] / "recipes/miniatures"
 BASE = str(MINIATURES / "qwen2_vl")
@@ -343,6 +344,12 @@ CONFIGS = {
     "rank of gigabytes": ({"r": 10**9}, "r must be a whole number from 1 to 512, but is 1000000000"),
     "rank in words": ({"r": "8"}, "r must be a whole number"),
     "rank true": ({"r": True}, "r must be a whole number"),
+    "rank with a fraction": ({"r": 8.0}, "r must be a whole number"),
+    "scale in words": ({"lora_alpha": "16"}, "lora_alpha must be a number, but is '16'"),
+    "scale true": ({"lora_alpha": True}, "lora_alpha must be a number, but is True"),
+    "rsLoRA in words": ({"use_rslora": "yes"}, "use_rslora must be true or false, but is 'yes'"),
+    "initialised by 1": ({"init_lora_weights": 1}, "init_lora_weights must be true, false or gaussian, but is 1"),
+    "a name with a line feed": ({"modules_to_save": ["merger\n"]}, "modules_to_save must be a list of names"),
     "rank of another module": ({"rank_pattern": {"up_proj": 3}}, "is .2, 160., but .3, 160. is needed"),
     "scale beyond bounds": ({"lora_alpha": 10**300}, "lora_alpha must be a number"),
     "dropout 7": ({"lora_dropout": 7}, "lora_dropout must be a number from 0 to 1"),
@@ -574,6 +581,30 @@ def test_a_package_that_a_model_needs_and_is_not_there_is_said_in_a_line():
     with pytest.raises(ModelError, match=r"loaded \(ImportError\): AProcessor requires the timm library$"):
         with loading("a/b"):
             raise ImportError("\nAProcessor requires the timm library\nand so on")
+
+
+def test_conversions_are_off_for_the_call_alone(monkeypatch, tmp_path):
+    """The variable is as it was after a load that worked and after one that failed; while it runs, it is set."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    seen = []
+
+    class Kind:
+        @staticmethod
+        def from_pretrained(*args, **options):
+            seen.append(os.environ[name])
+            raise OSError("stop here")
+
+    (tmp_path / "config.json").write_text("{}")
+    for before in (None, "0"):
+        monkeypatch.delenv(name, raising=False)
+        if before:
+            monkeypatch.setenv(name, before)
+        load_gpt2(str(MINIATURES / "gpt2"))
+        assert os.environ.get(name) == before
+        with pytest.raises(ModelError, match="stop here"):
+            load_weights(Kind, str(tmp_path), None)
+        assert os.environ.get(name) == before
+    assert seen == ["1", "1"]
 
 
 def test_pickles_on_the_hub(on_hub, fault, mark, tmp_path):

@@ -24,7 +24,8 @@ import torch
 
 from tests.invariants import tiny
 from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
-from vlmcap.data.images import DatasetError, load_captions
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import load_captions
 from vlmcap.models.load import ModelArguments, lora_config
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
 from vlmcap.steps.begin import find_checkpoint
@@ -256,7 +257,7 @@ def recipe(
         trainer.model.register_forward_pre_hook(slowly)
         trainer.train(resume_from_checkpoint=checkpoint)
         save_trained(trainer, folder / "run/trained", splits_of(pictures), {})
-    except (CheckpointError, DatasetError) as error:
+    except (CheckpointError, DataError) as error:
         print(f"error: {error}", flush=True)
         sys.exit(1)
     if trainer.args.should_save:

@@ -34,10 +34,11 @@ from vlmcap.captioning.baselines import BaselineError, read_prompts, read_table,
 from vlmcap.captioning.generate import read_words
 from vlmcap.captioning.predictions import PredictionsError, read_done
 from vlmcap.data import clean, titles, vietnamese
-from vlmcap.data.corpora import PublishArguments
+from vlmcap.data.arguments import PublishArguments
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, open_image
 from vlmcap.data.publish import build
-from vlmcap.data.sources import DataError, read_rows
+from vlmcap.data.sources import read_rows
 from vlmcap.data.splits import read_ids, read_karpathy
 from vlmcap.errors import UserError
 from vlmcap.evaluation.audit_checks import form_faults, read_instances

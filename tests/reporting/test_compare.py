@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from tests.reporting.documents import family_document
-from vlmcap.data.images import DatasetError
+from vlmcap.data.errors import DataError
 from vlmcap.evaluation.caption_files import ScoreError
 from vlmcap.evaluation.scoring import SCORE_LABELS, paired_comparison
 from vlmcap.reporting.compare import write_comparison
@@ -270,7 +270,7 @@ def test_references_that_lack_images_are_refused(runs, tmp_path):
     (tmp_path / "few.jsonl").write_text('{"image_id": 1, "captions": ["犬"]}\n')
     with pytest.raises(ScoreError, match=r"few.jsonl lacks 39 of the images that were scored \(2, 3, 4, 5, 6, ...\)"):
         compare(runs, tmp_path, references=tmp_path / "few.jsonl")
-    with pytest.raises(DatasetError, match="--image_dir needs --dataset"):
+    with pytest.raises(DataError, match="--image_dir needs --dataset"):
         compare(runs, tmp_path, image_dir="images")
 
 

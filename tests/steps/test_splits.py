@@ -7,7 +7,8 @@ import pytest
 from huggingface_hub import HfApi
 from PIL import Image
 
-from vlmcap.data.images import DatasetError, references_of
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import references_of
 from vlmcap.errors import UserError
 from vlmcap.evaluation.caption_files import ScoreError
 from vlmcap.evaluation.tokenise import TokenizerError
@@ -62,7 +63,7 @@ def test_captions_that_would_stop_the_run_later_stop_it_at_the_start(arguments, 
     arguments = arguments(**rows)
     for path in tmp_path.glob("*.png"):
         path.unlink()  # captions are looked at before pictures
-    with pytest.raises((ScoreError, DatasetError), match=message):
+    with pytest.raises((ScoreError, DataError), match=message):
         load_splits(arguments, tmp_path / "out", True, 0)
 
 

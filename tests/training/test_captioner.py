@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from vlmcap.captioning.arguments import BeamArguments
-from vlmcap.data.images import DatasetError
+from vlmcap.data.errors import DataError
 from vlmcap.errors import UserError
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.blip import load_blip
@@ -179,7 +179,7 @@ def test_captions_that_would_be_cut_stop_the_run(arguments, splits):
     assert f"longest {longest}; max_new_tokens {longest + 1} would cut 0 of 24" in check_caption_lengths(
         titles, processor, longest + 1
     )
-    with pytest.raises(DatasetError, match=f"Set max_new_tokens to {longest + 1} or so"):
+    with pytest.raises(DataError, match=f"Set max_new_tokens to {longest + 1} or so"):
         check_caption_lengths(titles, processor, longest)
 
 

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from tests.training.runs import PROMPT
-from vlmcap.data.images import DatasetError, load_captions
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import load_captions
 from vlmcap.models.load import chat_prompt, load_processor
 from vlmcap.training.collator import BadImages, CaptionCollator, drop_missing
 
@@ -31,9 +32,7 @@ def test_unreadable_picture_is_replaced_listed_and_counted(folder, processor, tm
     entry = json.loads(bad_images.path.read_text().splitlines()[0])
     assert (entry["image_id"], entry["file_name"]) == (4, "4.png") and "truncated" in entry["reason"]
     (copy / "6.png").unlink()
-    with pytest.raises(
-        DatasetError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"
-    ):
+    with pytest.raises(DataError, match="2 training pictures cannot be read, more than the 1 .* 6.png: no such file"):
         collate([{"row": 6, "captions": [""]}])
 
 
@@ -60,7 +59,7 @@ def test_missing_files_are_dropped_and_listed_before_training(folder, tmp_path):
 
 
 def test_dataset_without_images_names_the_fix(folder):
-    with pytest.raises(DatasetError, match=r"holds captions but no images.*fetch_images.py.*--image_dir"):
+    with pytest.raises(DataError, match=r"holds captions but no images.*fetch_images.py.*--image_dir"):
         load_captions(str(folder / "data"), "train")
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.invariants import tiny
-from vlmcap.data.images import DatasetError
+from vlmcap.data.errors import DataError
 from vlmcap.training import features as module
 from vlmcap.training.collator import BadImages
 from vlmcap.training.features import FeatureCache, cache_features
@@ -199,7 +199,7 @@ def test_too_many_bad_pictures_end_the_build_and_what_was_computed_stays(picture
     half = (pictures / "5.png").read_bytes()
     for name in ("4.png", "5.png"):
         (pictures / name).write_bytes(half[: len(half) // 2] + name.encode())
-    with pytest.raises(DatasetError, match="2 training pictures cannot be read, more than the 1 that max_bad_images"):
+    with pytest.raises(DataError, match="2 training pictures cannot be read, more than the 1 that max_bad_images"):
         build(pictures, model, limit=1)
     computed()
     assert build(pictures, model, limit=2).rows["image_id"] == [0, 1, 2, 3] and 2 <= computed() <= 4
@@ -212,7 +212,7 @@ def test_size_is_known_before_it_starts(pictures, model, monkeypatch, capsys, tm
     for free in (size - 1, size):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage(10**12, 0, free))
         if free < size:
-            with pytest.raises(DatasetError) as error:
+            with pytest.raises(DataError) as error:
                 build(pictures, model, tmp_path / "small")
             assert str(tmp_path / "small") in str(error.value) and "6 pictures need 0.00 GiB" in str(error.value)
             assert "GiB free. Name a folder on a larger disk, lower max_pixels" in str(error.value)
@@ -223,7 +223,7 @@ def test_size_is_known_before_it_starts(pictures, model, monkeypatch, capsys, tm
     monkeypatch.setattr(module, "compute", lambda *args: pytest.fail("no room, and yet it started"))
     monkeypatch.setattr(module, "identify", lambda rows, processor, row: (f"{row:064}", 10**7))
     capsys.readouterr()
-    with pytest.raises(DatasetError, match="the features of 6 pictures need 21.46 GiB, and .* has 5.00 GiB free"):
+    with pytest.raises(DataError, match="the features of 6 pictures need 21.46 GiB, and .* has 5.00 GiB free"):
         build(pictures, model, tmp_path / "large")
     assert "6 pictures, 6 of them new; 21.46 GiB to write to" in capsys.readouterr().out
 

@@ -11,12 +11,12 @@ import transformers
 from transformers.utils import cached_file
 
 from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.data.corpora import SEEN_CORPORA
 from vlmcap.errors import UserError
 from vlmcap.models.weights import COMMIT
 from vlmcap.places import own_file
 from vlmcap.strict_parsing import parse_json, parse_yaml, shown
 
-CORPORA = ("STAIR", "YJ", "COCO")
 SOURCES = ("https://", "file://")
 SEEN = ("train", "no", "unknown", "translated")
 # Where transformers looks for references to code (`auto_map`).
@@ -108,7 +108,7 @@ def _read_row(where: str, key: str, row: dict) -> Baseline:
             raise BaselineError(f"{where}: `{label}` is missing")
         if name in row and not _is_kind(row[name], name):
             raise BaselineError(f"{where}: `{label}` cannot be {shown(row[name])}")
-    for corpus in (*CORPORA, "note"):
+    for corpus in (*SEEN_CORPORA, "note"):
         value = row["saw"].get(corpus)
         if corpus == "note" and not value or corpus != "note" and value not in SEEN:
             allowed = "a text" if corpus == "note" else f'one of {", ".join(SEEN)} (quote "no" in YAML)'
@@ -158,10 +158,10 @@ def _is_kind(value, name: str) -> bool:
 
 def table_text(table: BaselineTable) -> str:
     """The table as aligned lines of text, the common prompt below it."""
-    lines = [("key", "id", "B", "licence", "runs", *CORPORA, "native prompt")]
+    lines = [("key", "id", "B", "licence", "runs", *SEEN_CORPORA, "native prompt")]
     for row in table.rows.values():
         gated = " (gated)" if row.gated else ""
-        seen = [row.saw[corpus] for corpus in CORPORA]
+        seen = [row.saw[corpus] for corpus in SEEN_CORPORA]
         marks = ["experimental"] * row.experimental + ["code"] * row.foreign_code
         runs = row.runs + (f" ({', '.join(marks)})" if marks else "")
         lines.append(
@@ -251,8 +251,8 @@ def saw_record(row: Baseline | None, given: dict[str, str | None], adapter: bool
         adapter: an adapter is on the model. It may have seen what its base has not: only "train" and "translated"
             of the row still hold.
     """
-    known = row.saw if row else dict.fromkeys(CORPORA, "unknown")
-    saw = {c: "unknown" if adapter and known[c] == "no" else known[c] for c in CORPORA}
+    known = row.saw if row else dict.fromkeys(SEEN_CORPORA, "unknown")
+    saw = {c: "unknown" if adapter and known[c] == "no" else known[c] for c in SEEN_CORPORA}
     said = {corpus: value for corpus, value in given.items() if value is not None}
     if said and not row:
         note = "As stated on the command line."

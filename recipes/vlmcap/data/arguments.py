@@ -1,35 +1,44 @@
 """Settings of a build of a dataset. Imports nothing heavy: command lines are read with it."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from vlmcap.errors import UserError
+from vlmcap.data.corpora import CORPORA, Corpus, taken_by
+from vlmcap.data.errors import DataError
 
 
-class DataError(UserError):
-    """The data cannot be built as asked; the message names the file, the value and the fix."""
+def _names(has: Callable[[Corpus], object]) -> str:
+    """The corpora of which something is true, for a help text."""
+    return " and ".join(name for name, corpus in CORPORA.items() if has(corpus))
+
+
+def _of_some(option: str, text: str) -> dict[str, str]:
+    """The help of a setting that not all corpora have."""
+    return {"help": f"{', '.join(taken_by(option))}: {text}"}
 
 
 @dataclass
 class PublishArguments:
     """What to build, from which files, and where to; `build.publish` does it."""
 
-    source: Literal["stair", "yj", "uit_viic", "food_titles"] = field(
+    source: Literal[*CORPORA] = field(
         metadata={"help": "Caption corpus; `publish_datasets.py uit_viic ...` is the same as --source uit_viic."}
     )
     output_dir: str = field(metadata={"help": "Folder to write the dataset to; load_dataset(FOLDER) reads it."})
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder of the model's tokenizer, for the length limit. uit_viic and food_titles can do "
-            "without: then lengths are counted in words and nothing is cut."
+            "help": "Hub id or folder of the model's tokenizer, for the length limit. "
+            f"{_names(lambda corpus: 'tokenizer' in corpus.needs)} need it; the others can do without: then lengths "
+            "are counted in words and nothing is cut."
         },
     )
     annotations: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Annotation files: COCO-format .json, official .tar.gz or .zip; for food_titles the CSV. Default "
-            "for stair and yj: download them."
+            "help": "Annotation files: COCO-format .json, official .tar.gz or .zip; for food_titles the CSV. "
+            f"Default for {_names(lambda corpus: corpus.archive)}: download them."
         },
     )
     images: str | None = field(
@@ -41,41 +50,47 @@ class PublishArguments:
     )
     karpathy: str | None = field(
         default=None,
-        metadata={"help": "stair, yj: Karpathy's dataset_coco.json, which names the validation and test images."},
+        metadata=_of_some("karpathy", "Karpathy's dataset_coco.json, which names the validation and test images."),
     )
     val_ids: str | None = field(
-        default=None, metadata={"help": "stair, yj: file of validation image ids, one a line."}
+        default=None, metadata=_of_some("val_ids", "file of validation image ids, one a line.")
     )
-    test_ids: str | None = field(default=None, metadata={"help": "stair, yj: file of test image ids, one a line."})
-    val_size: int = field(default=5000, metadata={"help": "stair: validation images to draw when no ids are given."})
-    test_size: int = field(default=5000, metadata={"help": "stair: test images to draw when no ids are given."})
+    test_ids: str | None = field(default=None, metadata=_of_some("test_ids", "file of test image ids, one a line."))
+    val_size: int = field(
+        default=5000, metadata=_of_some("val_size", "validation images to draw when no ids are given.")
+    )
+    test_size: int = field(default=5000, metadata=_of_some("test_size", "test images to draw when no ids are given."))
     holdout: float = field(
         default=0.1,
-        metadata={
-            "help": "uit_viic with the training file alone: share of its images drawn as the test split. food_titles: "
-            "share of validation and of test each."
-        },
+        metadata=_of_some(
+            "holdout",
+            "share of the images drawn as the test split: of uit_viic with the training file alone; of food_titles, "
+            "and as many for validation.",
+        ),
     )
     seed: int = field(default=0, metadata={"help": "Seed of whatever is drawn."})
     yj_annotations: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "stair, uit_viic: the YJ Captions files, for the in_yj column. Default for stair: download them; "
-            "for uit_viic the column then stays empty."
-        },
+        metadata=_of_some(
+            "yj_annotations",
+            "the YJ Captions files, for the in_yj column. Default for stair: download them; for uit_viic the column "
+            "then stays empty.",
+        ),
     )
     latest_archives: bool = field(
         default=False,
-        metadata={
-            "help": "stair, yj: download the archives as their repositories hold them today. Without it the known "
-            "ones are downloaded, and compared with their git blob ids."
-        },
+        metadata=_of_some(
+            "latest_archives",
+            "download the archives as their repositories hold them today. Without it the known ones are downloaded, "
+            "and compared with their git blob ids.",
+        ),
     )
     max_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Captions are cut to this many tokens of the tokenizer. Default: 64 for stair and yj; for the "
-            "others what 99.9%% of the training captions keep to, rounded up to a multiple of 8."
+            "help": "Captions are cut to this many tokens of the tokenizer. Default: 64 for "
+            f"{_names(lambda corpus: corpus.max_tokens)}; for the others what 99.9%% of the training captions keep "
+            "to, rounded up to a multiple of 8."
         },
     )
     skip_bad_images: bool = field(
@@ -87,8 +102,7 @@ class PublishArguments:
         default=None,
         metadata={
             "help": "Licence of the captions, as the Hub writes it. Default: the one that `info` of the annotation "
-            "files states, else the release's: cc-by-4.0 for stair and yj, unknown for uit_viic, cc-by-sa-3.0 for "
-            "food_titles."
+            f"files states, else the release's: {', '.join(f'{c.license} for {name}' for name, c in CORPORA.items())}."
         },
     )
     card: str | None = field(
@@ -102,27 +116,25 @@ class PublishArguments:
 
 def check_arguments(args: PublishArguments) -> None:
     """Raises DataError on arguments that the corpus needs or has no use for."""
+    corpus = CORPORA[args.source]
     if args.push_to_hub and not args.repo_id:
         raise DataError("--push_to_hub needs --repo_id USER/NAME.")
     if args.karpathy and (args.val_ids or args.test_ids):
         raise DataError("Give --karpathy or --val_ids and --test_ids, not both.")
     if bool(args.val_ids) != bool(args.test_ids):
         raise DataError("--val_ids and --test_ids go together.")
-    if args.yj_annotations and args.source not in ("stair", "uit_viic"):
+    for option in fields(args):
+        takers = taken_by(option.name)
+        if takers and args.source not in takers and getattr(args, option.name) != option.default:
+            raise DataError(
+                f"--{option.name} has no meaning with --source {args.source}: it goes with {' and '.join(takers)}."
+            )
+    for option, example in corpus.needs.items():
+        if not getattr(args, option):
+            raise DataError(f"--source {args.source} needs --{option}, e.g. --{option} {example}.")
+    if not args.annotations and not corpus.archive:
         raise DataError(
-            "--yj_annotations goes with --source stair or uit_viic; with --source yj the files are --annotations."
+            f"--source {args.source} needs --annotations: {corpus.annotations}. This script does not download them."
         )
-    if args.latest_archives and args.source not in ("stair", "yj"):
-        raise DataError("--latest_archives goes with --source stair or yj: nothing else is downloaded.")
-    if args.source in ("stair", "yj"):
-        if not args.tokenizer:
-            raise DataError(f"--source {args.source} needs --tokenizer, e.g. --tokenizer Qwen/Qwen2-VL-2B-Instruct.")
-        return
-    if args.karpathy or args.val_ids:
-        raise DataError(f"--karpathy, --val_ids and --test_ids have no meaning with --source {args.source}.")
-    if not args.annotations:
-        what = "the three files uitviic_captions_{train,val,test}2017.json, or the training file alone"
-        what = what if args.source == "uit_viic" else "the CSV with the columns Image_Name and Title"
-        raise DataError(f"--source {args.source} needs --annotations: {what}. This script does not download them.")
     if not 0 < args.holdout < 0.5:
         raise DataError(f"--holdout {args.holdout}: expected a share between 0 and 0.5.")

@@ -1,4 +1,4 @@
-"""The four caption corpora side by side: facts of each, what can be asked of a build, and how each is read and split.
+"""The caption corpora: all facts of each in one entry of `CORPORA`. Imports nothing heavy, for command lines.
 
 | source      | annotations                         | splits                                   | rules in     |
 |-------------|-------------------------------------|------------------------------------------|--------------|
@@ -7,253 +7,172 @@
 | uit_viic    | COCO format, three files or one     | of the file names, or a seeded hold-out  | `vietnamese` |
 | food_titles | CSV of image names and titles       | 80/10/10, seeded                         | `titles`     |
 
-`READ[source](args)` returns a `Corpus`; all that follows (photographs, cleaning, writing) is the same for all and is
-in `build`. A card template SOURCE_captions.md.j2 in dataset_cards/ goes with each.
+How each is read and split is in `readers`; what follows (photographs, cleaning, writing) is the same for all, and in
+`publish`. recipes/README.md says how to add one.
 """
 
-import re
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from vlmcap.data import clean, sources, splits, titles, vietnamese
-from vlmcap.data.arguments import PublishArguments
-from vlmcap.data.sources import DataError, SourceFile
+# Run records and tables say of every model what it has seen of these.
+SEEN_CORPORA = ("STAIR", "YJ", "COCO")
 
-# Images and captions of the public releases (captions.stair.center; Miyazaki and Shimizu, ACL 2016; Lam et al., ICCCI
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of a repository on GitHub: address with a place for the commit, the commit, and git's id of the file."""
+
+    url: str
+    commit: str
+    blob: str
+    branch: str = "master"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The facts of a corpus.
+
+    Attributes:
+        title: its name on cards.
+        language: of the captions, as the Hub writes it (ISO 639-1).
+        images, captions: sizes of the public release.
+        license: of the captions, as the Hub writes it, where the annotation files state none.
+        reader: "module:function" for pkgutil.resolve_name, called with PublishArguments; returns `readers.CorpusRows`.
+        rules: "module:NAME" of the cleaning rules, a sequence of `clean.TextRule`.
+        tags: of its cards, beside image-captioning and NAME-captions.
+        annotations: what --annotations must be; "" where the files can be downloaded (`archive`).
+        archive: the official one.
+        options: settings of PublishArguments that not all corpora have and this one takes.
+        needs: those of them, or others, that it cannot do without, each with an example.
+        max_tokens: longest caption in tokens; None: the lengths of the training captions set the limit.
+        image_folders: folders of COCO in which its photographs are looked for, beside --images itself.
+        coco_folder: the one that has all of them, for annotation files that name none.
+        coco_licenses: its files have COCO's licence numbers without the table that explains them.
+        in_yj: column `in_yj` until somebody compares: True, False or None (unknown).
+        seen: what a model trained on it has seen of SEEN_CORPORA: "train" (the captions) or "train images".
+        lengths: whether its card has a table of caption lengths.
+        word_cloud: whether its card shows the most frequent words.
+        drawn_cards: cards of drawn scenes that have its form (`--card`).
+    """
+
+    title: str
+    language: str
+    images: int
+    captions: int
+    license: str
+    reader: str
+    rules: str
+    tags: tuple[str, ...] = ()
+    annotations: str = ""
+    archive: Archive | None = None
+    options: tuple[str, ...] = ()
+    needs: dict[str, str] = field(default_factory=dict)
+    max_tokens: int | None = None
+    image_folders: tuple[str, ...] = ()
+    coco_folder: str | None = None
+    coco_licenses: bool = False
+    in_yj: bool | None = None
+    seen: dict[str, str] = field(default_factory=dict)
+    lengths: bool = False
+    word_cloud: bool = False
+    drawn_cards: tuple[str, ...] = ()
+
+
+# Sizes and licences of the public releases: captions.stair.center; Miyazaki and Shimizu, ACL 2016; Lam et al., ICCCI
 # 2020, whose paper says 19,250 captions, six fewer than its files hold; Kaggle, Food Ingredients and Recipes Dataset
-# with Images). `max_tokens` None: the lengths of the training captions set the limit.
-RELEASE = {
-    "stair": {
-        "name": "STAIR Captions v1.2",
-        "images": 123_287,
-        "captions": 616_435,
-        "language": "ja",
-        "tags": ["coco", "japanese"],
-        "license": "cc-by-4.0",
-        "rules": clean.TEXT_RULES,
-        "max_tokens": 64,
-        "image_folders": ("train2014", "val2014"),
-    },
-    "yj": {
-        "name": "YJ Captions 26k",
-        "images": 26_500,
-        "captions": 131_730,
-        "language": "ja",
-        "tags": ["coco", "japanese"],
-        "license": "cc-by-4.0",
-        "rules": clean.TEXT_RULES,
-        "max_tokens": 64,
-        "image_folders": ("train2014", "val2014"),
-    },
-    "uit_viic": {
-        "name": "UIT-ViIC",
-        "images": 3_850,
-        "captions": 19_256,
-        "language": "vi",
-        "tags": ["coco", "vietnamese"],
-        "license": "unknown",
-        "rules": vietnamese.TEXT_RULES,
-        "max_tokens": None,
-        "image_folders": ("train2017", "val2017"),
-    },
-    "food_titles": {
-        "name": "Dish titles of Food Ingredients and Recipes with Images",
-        "images": 13_501,
-        "captions": 13_501,
-        "language": "en",
-        "tags": ["food", "english"],
-        "license": "cc-by-sa-3.0",
-        "rules": titles.TEXT_RULES,
-        "max_tokens": None,
-        "image_folders": (),
-    },
+# with Images.
+CORPORA = {
+    "stair": Corpus(
+        title="STAIR Captions v1.2",
+        language="ja",
+        images=123_287,
+        captions=616_435,
+        license="cc-by-4.0",
+        reader="vlmcap.data.readers:read_stair",
+        rules="vlmcap.data.clean:TEXT_RULES",
+        tags=("coco", "japanese"),
+        archive=Archive(
+            "https://github.com/STAIR-Lab-CIT/STAIR-captions/raw/{commit}/stair_captions_v1.2.tar.gz",
+            "6ac656e65d80cbe2c914d93626a1d5454e35a5d6",
+            "25aaad5f686580b6aaddabd0c741f60bb73c0f49",
+        ),
+        options=(
+            "karpathy",
+            "val_ids",
+            "test_ids",
+            "val_size",
+            "test_size",
+            "yj_annotations",
+            "latest_archives",
+        ),
+        needs={"tokenizer": "Qwen/Qwen2-VL-2B-Instruct"},
+        max_tokens=64,
+        image_folders=("train2014", "val2014"),
+        in_yj=False,
+        seen={"STAIR": "train", "COCO": "train images"},
+        drawn_cards=("scenes",),
+    ),
+    "yj": Corpus(
+        title="YJ Captions 26k",
+        language="ja",
+        images=26_500,
+        captions=131_730,
+        license="cc-by-4.0",
+        reader="vlmcap.data.readers:read_yj",
+        rules="vlmcap.data.clean:TEXT_RULES",
+        tags=("coco", "japanese"),
+        archive=Archive(
+            "https://github.com/yahoojapan/YJCaptions/raw/{commit}/yjcaptions26k.zip",
+            "2f2d6de87ce90b7ff1fd318efef17b1ce0e127db",
+            "17d1fd8056e4ef43bc5e7a9420f950ee956573c9",
+        ),
+        options=("karpathy", "val_ids", "test_ids", "latest_archives"),
+        needs={"tokenizer": "Qwen/Qwen2-VL-2B-Instruct"},
+        max_tokens=64,
+        image_folders=("train2014", "val2014"),
+        coco_folder="train2014",
+        in_yj=True,
+        seen={"YJ": "train", "COCO": "train images"},
+    ),
+    "uit_viic": Corpus(
+        title="UIT-ViIC",
+        language="vi",
+        images=3_850,
+        captions=19_256,
+        license="unknown",
+        reader="vlmcap.data.readers:read_uit_viic",
+        rules="vlmcap.data.vietnamese:TEXT_RULES",
+        tags=("coco", "vietnamese"),
+        annotations="the three files uitviic_captions_{train,val,test}2017.json, or the training file alone",
+        options=("holdout", "yj_annotations"),
+        image_folders=("train2017", "val2017"),
+        coco_licenses=True,
+        seen={"COCO": "train images"},
+        lengths=True,
+        drawn_cards=("scenes_vi",),
+    ),
+    "food_titles": Corpus(
+        title="Dish titles of Food Ingredients and Recipes with Images",
+        language="en",
+        images=13_501,
+        captions=13_501,
+        license="cc-by-sa-3.0",
+        reader="vlmcap.data.readers:read_food_titles",
+        rules="vlmcap.data.titles:TEXT_RULES",
+        tags=("food", "english"),
+        annotations="the CSV with the columns Image_Name and Title",
+        options=("holdout",),
+        lengths=True,
+        word_cloud=True,
+        drawn_cards=("scene_titles",),
+    ),
 }
 
 
-@dataclass
-class Corpus:
-    """A corpus as read: rows not yet cleaned, by split, and where they come from.
-
-    `overlap` says, of the splits as they are published, what is known of images that YJ Captions has too. `more` goes
-    into the report as it is.
-    """
-
-    by_split: dict[str, list[dict]]
-    split_origin: str
-    overlap: Callable[[dict[str, list[dict]]], str]
-    files: list[SourceFile]
-    yj_files: list[SourceFile] = field(default_factory=list)
-    more: dict = field(default_factory=dict)
+def card_names() -> list[str]:
+    """What a dataset's tag NAME-captions may name, and the template of its card, NAME_captions.md.j2."""
+    return [name for corpus, facts in CORPORA.items() for name in (corpus, *facts.drawn_cards)]
 
 
-def find_license(args: PublishArguments, files: list[SourceFile]) -> str:
-    """--license, else the Creative Commons licence that the annotation files state, else the release's.
-
-    Raises DataError when the files state several.
-    """
-    if args.license:
-        return args.license
-    stated = {
-        "-".join(re.split("[ -]", found[0].lower())): file.name
-        for file in files
-        if (found := re.search(r"CC[ -]BY(-(NC|ND|SA))*[ -]\d\.\d", file.license))
-    }
-    if len(stated) > 1:
-        raise DataError(f"The annotation files state different licences ({stated}). Say which it is with --license.")
-    return next(iter(stated), RELEASE[args.source]["license"])
-
-
-# STAIR Captions ----------------------------------------------------------------------------------------------------
-def read_stair(args: PublishArguments) -> Corpus:
-    rows, files = _read_or_download("stair", args.annotations, args.latest_archives)
-    yj_rows, yj_files = _read_or_download("yj", args.yj_annotations, args.latest_archives)
-    yj_ids = {row["image_id"] for row in yj_rows}
-    splits.flag_yj(rows, yj_ids)
-    held_out, origin = _held_out_ids(args)
-    if not held_out:
-        held_out = splits.draw_ids(rows, args.val_size, args.test_size, args.seed)
-        origin = (
-            f"a Karpathy-style partition drawn by this build (seed {args.seed}), not Karpathy's own: scores on it do "
-            "not compare with scores on the Karpathy splits"
-        )
-    splits.check_yj_overlap(yj_ids, *held_out)
-
-    def overlap(by_split: dict[str, list[dict]]) -> str:
-        flagged = sum(row["in_yj"] for row in by_split["train"])
-        text = (
-            f"{flagged:,} of the {len(by_split['train']):,} training images are also in YJ Captions (in_yj is true); "
-            "no validation or test image is."
-        )
-        return text + _incomplete_yj(len(yj_rows))
-
-    return Corpus(splits.split_rows(rows, *held_out), origin, overlap, files, yj_files)
-
-
-# YJ Captions -------------------------------------------------------------------------------------------------------
-def read_yj(args: PublishArguments) -> Corpus:
-    rows, files = _read_or_download("yj", args.annotations, args.latest_archives)
-    held_out, origin = _held_out_ids(args)
-    text = "Not compared with the validation and test images of STAIR Captions in this build."
-    if held_out:
-        splits.check_yj_overlap({row["image_id"] for row in rows}, *held_out)
-        text = (
-            f"None of the {len(rows):,} images is among the {len(held_out[0]):,} validation and {len(held_out[1]):,} "
-            f"test images of {origin}."
-        )
-    return Corpus({"test": rows}, "one held-out test split", lambda by_split: text, files)
-
-
-# UIT-ViIC ----------------------------------------------------------------------------------------------------------
-def read_uit_viic(args: PublishArguments) -> Corpus:
-    """The official files, by train, val or test in their names; of a training file alone, a seeded share is test."""
-    names = {"train": "train", "val": "validation", "test": "test"}
-    by_split, files, place = {}, [], {}
-    for path in args.annotations:
-        found = [split for part, split in names.items() if part in Path(path).name]
-        if len(found) != 1 or found[0] in by_split:
-            raise DataError(
-                f"{path}: the name of the file must say which split it is, by one of train, val and test, and each "
-                "split has one file."
-            )
-        rows, read = sources.read_rows([path], "uit_viic")
-        for caption_id in (id for row in rows for id in row["caption_ids"]):
-            if caption_id in place:
-                raise DataError(f"{path}: annotation id {caption_id} is also in {place[caption_id]}. Ids are unique.")
-            place[caption_id] = Path(path).name
-        by_split[found[0]] = rows
-        files += read
-    if len(by_split) == len(names):
-        by_split = {split: by_split[split] for split in names.values()}
-        origin = "those of the three annotation files"
-    elif set(by_split) == {"train"}:
-        shares = {"test": args.holdout}
-        by_split = splits.draw_shares(by_split["train"], shares, args.seed, key=lambda row: row["image_id"])
-        origin = (
-            f"{args.holdout:.0%} of the images of the training file, drawn by this build (seed {args.seed}), are the "
-            "test split: scores on it do not compare with scores on the official test file"
-        )
-    else:
-        raise DataError(
-            f"--annotations: files of {', '.join(by_split)}. Give the three official files, or the training file "
-            "alone."
-        )
-    yj_rows, yj_files = sources.read_rows(args.yj_annotations, "yj") if args.yj_annotations else ([], [])
-    if yj_rows:
-        for rows in by_split.values():
-            splits.flag_yj(rows, {row["image_id"] for row in yj_rows})
-
-    def overlap(by_split: dict[str, list[dict]]) -> str:
-        if not yj_rows:
-            return "Not compared with YJ Captions in this build: `in_yj` is empty."
-        counts = ", ".join(f"{sum(row['in_yj'] for row in rows):,} of {split}" for split, rows in by_split.items())
-        return f"Also in YJ Captions (in_yj is true): {counts}.{_incomplete_yj(len(yj_rows))}"
-
-    return Corpus(by_split, origin, overlap, files, yj_files)
-
-
-# Dish titles -------------------------------------------------------------------------------------------------------
-def read_food_titles(args: PublishArguments) -> Corpus:
-    """The CSV, 80/10/10 by default; dishes of the same title stay in one split."""
-    if len(args.annotations) > 1:
-        raise DataError(f"--annotations: {len(args.annotations)} files; the titles are one CSV.")
-    rows, left_out, file = titles.read_titles(args.annotations[0], args.images)
-    shares = {"validation": args.holdout, "test": args.holdout}
-    # The key is of the clean title: what cleaning makes equal must not be separated.
-    by_split = splits.draw_shares(rows, shares, args.seed, key=_title_key)
-    counts = Counter(row["rule"] for row in left_out)
-    rules = dict(titles.ROW_RULES)
-    if not args.images:
-        del rules["no_image_file"]
-    report = {
-        "rules": [{"name": name, "description": text, "count": counts[name]} for name, text in rules.items()],
-        "rows": left_out,
-    }
-    kept = 1 - 2 * args.holdout
-    origin = (
-        f"{kept:.0%} / {args.holdout:.0%} / {args.holdout:.0%} of the rows, drawn by this build (seed {args.seed}); "
-        "rows of the same title stay in one split"
-    )
-    return Corpus(
-        by_split, origin, lambda by_split: "None: the photographs are not COCO's.", [file], more={"left_out": report}
-    )
-
-
-def _title_key(row: dict) -> str:
-    return clean.duplicate_key(clean.clean_text(row["captions"][0], titles.TEXT_RULES))
-
-
-READ = {"stair": read_stair, "yj": read_yj, "uit_viic": read_uit_viic, "food_titles": read_food_titles}
-
-
-def _read_or_download(source: str, annotations: list[str] | None, latest: bool) -> tuple[list[dict], list[SourceFile]]:
-    if annotations:
-        return sources.read_rows(annotations, source)
-    path, url = sources.download_archive(source, latest)
-    rows, files = sources.read_rows([path], source)
-    return rows, [replace(file, name=url) for file in files]
-
-
-def _held_out_ids(args: PublishArguments) -> tuple[tuple[list[int], list[int]] | None, str]:
-    """((validation ids, test ids), where they come from) of the lists given, or (None, "")."""
-    if args.karpathy:
-        held_out, lists = splits.read_karpathy(args.karpathy), Path(args.karpathy).name
-    elif args.val_ids:
-        held_out = splits.read_ids(args.val_ids), splits.read_ids(args.test_ids)
-        lists = f"{Path(args.val_ids).name} and {Path(args.test_ids).name}"
-    else:
-        return None, ""
-    if splits.is_karpathy(*held_out):
-        return held_out, f"the Karpathy splits (image ids from {lists})"
-    return held_out, f"the image ids in {lists}, which are not the Karpathy splits"
-
-
-def _incomplete_yj(images: int) -> str:
-    release = RELEASE["yj"]["images"]
-    if images == release:
-        return ""
-    return (
-        f" The YJ file given to the build names {images:,} images, the release has {release:,}: in_yj covers the "
-        "images named only."
-    )
+def taken_by(option: str) -> list[str]:
+    """The corpora that take a setting that not all have; [] for one that all have."""
+    return [corpus for corpus, facts in CORPORA.items() if option in facts.options]

@@ -29,7 +29,8 @@ from tqdm.auto import tqdm
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from vlmcap.data.images import BadImageError, DatasetError, check_columns, is_plain_path, open_image, whole_reason
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import BadImageError, check_columns, is_plain_path, open_image, whole_reason
 from vlmcap.errors import UserError
 
 ATTEMPTS = 5
@@ -84,20 +85,20 @@ def fetch_dataset_images(
 ) -> FetchReport:
     """Fetches the photographs of some splits (default: all) of a dataset, a Hub id or a local folder.
 
-    Raises what `fetch_images` raises, and DatasetError when the dataset cannot be loaded or lacks a split or a column.
+    Raises what `fetch_images` raises, and DataError when the dataset cannot be loaded or lacks a split or a column.
     """
     try:
         loaded = datasets.load_dataset(dataset, revision=revision)
     except Exception as error:  # any error of the libraries under datasets, as in `load_captions`
-        raise DatasetError(f"{dataset} cannot be loaded: {whole_reason(error)}") from error
+        raise DataError(f"{dataset} cannot be loaded: {whole_reason(error)}") from error
     rows = []
     for split in splits or loaded:
         if split not in loaded:
-            raise DatasetError(f"{dataset} has no split {split!r}; it has {', '.join(loaded)}")
+            raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(loaded)}")
         columns = ["image_id", "file_name", "coco_url"]
         missing = [column for column in columns if column not in loaded[split].column_names]
         if missing:
-            raise DatasetError(
+            raise DataError(
                 f"{dataset} ({split}) has no column {', '.join(missing)}: nothing says where its images are"
             )
         check_columns(loaded[split], f"{dataset} ({split})", columns)
@@ -128,7 +129,7 @@ def fetch_images(
 
     Raises:
         FetchStopped: 18 of the last 20 photographs failed.
-        DatasetError: a file_name is not a plain image name or has two URLs.
+        DataError: a file_name is not a plain image name or has two URLs.
         UserError: another run is at work in output_dir.
         OSError: output_dir cannot be written.
     """
@@ -148,12 +149,12 @@ def _one_per_file(rows: Iterable[dict]) -> list[dict]:
         name, url = row["file_name"] or "", row["coco_url"] or ""
         # A dataset comes from anybody: a name must not lead out of the folder, nor onto this module's own files.
         if not is_plain_path(name) or re.search(r"/|^\.", name) or Path(name).suffix.lower() not in SUFFIXES:
-            raise DatasetError(
+            raise DataError(
                 f"image_id {row['image_id']}: file_name {name!r:.200} is not the plain name of an image file"
             )
         known = unique.setdefault(name, {"image_id": row["image_id"], "file_name": name, "coco_url": url})
         if known["coco_url"] != url:
-            raise DatasetError(f"file_name {name!r} has two URLs: {known['coco_url']!r} and {url!r}")
+            raise DataError(f"file_name {name!r} has two URLs: {known['coco_url']!r} and {url!r}")
     return list(unique.values())
 
 

@@ -20,13 +20,12 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from vlmcap.data.lookup import DatasetError, find_dataset, missing
+from vlmcap.data.corpora import card_names
+from vlmcap.data.errors import DataError
+from vlmcap.data.lookup import find_dataset, no_such_dataset
 from vlmcap.errors import notice
 from vlmcap.provenance import public_name
 from vlmcap.strict_parsing import parse_json
-
-# Cards of publish_datasets.py have the tag NAME-captions.
-CORPORA = ("stair", "yj", "scenes", "uit_viic", "scenes_vi", "food_titles", "scene_titles")
 
 # What Pillow may open; it knows 40 kinds more, and for EPS it would start Ghostscript. MPO is opened as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -81,25 +80,25 @@ def load_captions(
         Rows of `load_rows` with the column `image`.
 
     Raises:
-        DatasetError: as `load_rows`; the dataset has neither embedded images nor an image_dir; a file_name leads out
+        DataError: as `load_rows`; the dataset has neither embedded images nor an image_dir; a file_name leads out
             of image_dir.
     """
     rows = load_rows(dataset, split, revision)
     if "image" in rows.column_names:
         return rows
     if not image_dir:
-        raise DatasetError(
+        raise DataError(
             f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python"
             f" scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir images` and add `--image_dir"
             " images`, or build the dataset with `publish_datasets.py --images DIR`."
         )
     folder = Path(image_dir)
     if not folder.is_dir():
-        raise DatasetError(f"--image_dir {image_dir} is not a folder")
+        raise DataError(f"--image_dir {image_dir} is not a folder")
     paths = []
     for name in rows["file_name"]:
         if not is_plain_path(name):
-            raise DatasetError(f"{dataset} ({split}): the file_name {name!r} does not stay in --image_dir {image_dir}")
+            raise DataError(f"{dataset} ({split}): the file_name {name!r} does not stay in --image_dir {image_dir}")
         paths.append({"bytes": None, "path": str(folder / name)})
     return rows.add_column("image", paths, feature=datasets.Image(decode=False))
 
@@ -119,7 +118,7 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
         `open_image` reads them.
 
     Raises:
-        DatasetError: the dataset cannot be loaded or has no such split; a column is missing, of another type or has
+        DataError: the dataset cannot be loaded or has no such split; a column is missing, of another type or has
             empty places (null captions are empty ones); rows of one image disagree; a picture's path leads out of the
             dataset.
     """
@@ -130,15 +129,15 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
             rows = datasets.load_dataset(dataset, split=split, revision=revision)
     # Any error of the libraries under datasets: its own, pyarrow's, the Hub's, httpx's, those of YAML and JSON.
     except Exception as error:
-        raise DatasetError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
+        raise DataError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
     if split not in splits:
-        raise DatasetError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
+        raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
     check_columns(rows, f"{dataset} ({split})", ["image_id", "captions", "file_name"])
     if "image" in rows.column_names:
         try:
             rows = rows.cast_column("image", datasets.Image(decode=False))
         except (TypeError, ValueError, pa.ArrowException) as error:
-            raise DatasetError(f"{dataset} ({split}): the column image holds no images ({error})") from error
+            raise DataError(f"{dataset} ({split}): the column image holds no images ({error})") from error
         _check_paths(rows, dataset, split)
     return one_row_per_image(_without_nulls(rows), f"{dataset} ({split})")
 
@@ -154,12 +153,12 @@ def dataset_references(dataset: str, split: str, revision: str | None = None) ->
     Reads no picture, and takes ids that are texts too. Null captions are empty ones.
 
     Raises:
-        DatasetError: a column is missing; rows of one image have different file names.
+        DataError: a column is missing; rows of one image have different file names.
     """
     source = {"path": dataset, "split": split, "revision": revision, "streaming": True}
     there = datasets.load_dataset(**source).column_names
     if missing := [name for name in ("image_id", "captions") if name not in there]:
-        raise DatasetError(f"{dataset} ({split}) has no column {', '.join(missing)}; it has {', '.join(there)}")
+        raise DataError(f"{dataset} ({split}) has no column {', '.join(missing)}; it has {', '.join(there)}")
     # Streaming reads these columns alone: no photograph is downloaded or decoded.
     columns = [name for name in ("image_id", "captions", "file_name") if name in there]
     rows = list(datasets.load_dataset(columns=columns, **source))
@@ -175,7 +174,7 @@ def one_row_per_image(rows: datasets.Dataset, place: str) -> datasets.Dataset:
     Rows that are one per image are returned as they are. Else a line says how many rows became how many images.
 
     Raises:
-        DatasetError: naming `place`; rows of one image disagree, see `group_by_image`.
+        DataError: naming `place`; rows of one image disagree, see `group_by_image`.
     """
     if len(set(rows["image_id"])) == len(rows):
         return rows
@@ -193,7 +192,7 @@ def group_by_image(rows: Iterable[dict], place: str) -> dict[int | str, list[int
     """Image id -> numbers of its rows. Prints how many rows are of how many images, when there are more of them.
 
     Raises:
-        DatasetError: naming `place` and the image; its rows differ in one of OF_IMAGE that they have.
+        DataError: naming `place` and the image; its rows differ in one of OF_IMAGE that they have.
     """
     known, members = {}, {}
     number = -1
@@ -201,7 +200,7 @@ def group_by_image(rows: Iterable[dict], place: str) -> dict[int | str, list[int
         image_id, facts = row["image_id"], {name: _fact(row[name]) for name in OF_IMAGE if name in row}
         first = known.setdefault(image_id, facts)
         if differs := [name for name in facts if facts[name] != first[name]]:
-            raise DatasetError(
+            raise DataError(
                 f"{place}: rows {members[image_id][0]} and {number} both have the image_id {image_id} and differ in"
                 f" {', '.join(differs)}. Give every image an id of its own, and all rows of an image the same picture"
                 " and file_name."
@@ -268,15 +267,15 @@ def whole_reason(error: BaseException) -> str:
 
 
 def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
-    """Raises DatasetError when a column is missing, has another type than in `TYPES`, or holds null (captions may)."""
+    """Raises DataError when a column is missing, has another type than in `TYPES`, or holds null (captions may)."""
     for name in names:
         if name not in rows.column_names:
-            raise DatasetError(f"{place} has no column {name}; it has {', '.join(rows.column_names)}")
+            raise DataError(f"{place} has no column {name}; it has {', '.join(rows.column_names)}")
         kind, (test, wanted) = rows.features.arrow_schema.field(name).type, TYPES[name]
         if not test(kind):
-            raise DatasetError(f"{place}: the column {name} is {kind}, expected {wanted}")
+            raise DataError(f"{place}: the column {name} is {kind}, expected {wanted}")
         if name != "captions" and _has_nulls(rows, name):
-            raise DatasetError(f"{place}: the column {name} has empty places (null)")
+            raise DataError(f"{place}: the column {name} has empty places (null)")
 
 
 def _has_nulls(rows: datasets.Dataset, name: str) -> bool:
@@ -286,14 +285,14 @@ def _has_nulls(rows: datasets.Dataset, name: str) -> bool:
 
 
 def _check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
-    """Raises DatasetError when a picture is null, or neither embedded nor a file of the dataset: a path in a dataset
+    """Raises DataError when a picture is null, or neither embedded nor a file of the dataset: a path in a dataset
     may name any file of this machine."""
     if any(chunk.null_count for chunk in rows.select_columns("image").with_format("arrow")[:]["image"].chunks):
-        raise DatasetError(f"{dataset} ({split}): the column image has empty places (null)")
+        raise DataError(f"{dataset} ({split}): the column image has empty places (null)")
     roots = [folder.resolve() for folder in (Path(dataset), *map(Path, CACHES)) if folder.is_dir()]
     for _, path in _outside(rows):
         if path and ("\0" in path or not any(Path(path).resolve().is_relative_to(root) for root in roots)):
-            raise DatasetError(
+            raise DataError(
                 f"{dataset} ({split}): the picture {path!r} is not in the dataset but a path out of it. Embed the"
                 " pictures, or leave the column image out and give --image_dir."
             )
@@ -393,17 +392,17 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     """What a run record says of a dataset: id, revision, split, licence, corpus.
 
     The revision is the commit on the Hub; for a folder of publish_datasets.py, the fingerprint of its build. The
-    corpus is one of CORPORA by the tags of its card, None for a dataset of other origin.
+    corpus is one of `corpora.card_names` by the tags of its card, None for a dataset of other origin.
 
     Raises:
-        DatasetError: there is no such folder and no such dataset on the Hub, or it has no card.
+        DataError: there is no such folder and no such dataset on the Hub, or it has no card.
     """
     if Path(dataset).exists():
         card, report = Path(dataset) / "README.md", Path(dataset) / "cleaning_report.json"
         try:
             revision = f"build {parse_json(report.read_bytes())['fingerprint']}" if report.exists() else None
         except (ValueError, TypeError, KeyError) as error:
-            raise DatasetError(
+            raise DataError(
                 f"{report} is not a report of a build ({type(error).__name__}: {error}). Build the dataset again."
             ) from error
     else:
@@ -413,18 +412,18 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
         except RemoteEntryNotFoundError:
             card = Path(dataset) / "README.md"
         except (httpx2.HTTPError, OSError) as error:
-            raise missing(dataset, error) from error
+            raise no_such_dataset(dataset, error) from error
     if not card.exists():
-        raise DatasetError(
+        raise DataError(
             f"{dataset} has no README.md, the card that says its licence and corpus: build the dataset with"
             " scripts/publish_datasets.py, or write one that begins with the lines `---`, `license: NAME`, `---`"
         )
     try:
         data = DatasetCard.load(card).data
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise DatasetError(f"{card}: no dataset card with metadata that can be read ({error})") from error
+        raise DataError(f"{card}: no dataset card with metadata that can be read ({error})") from error
     tags = data.get("tags")
-    corpus = next((name for name in CORPORA if isinstance(tags, list) and f"{name}-captions" in tags), None)
+    corpus = next((name for name in card_names() if isinstance(tags, list) and f"{name}-captions" in tags), None)
     return {
         "id": public_name(dataset),
         "revision": revision,
@@ -435,10 +434,10 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
 
 
 def check_no_overlap(train: datasets.Dataset, other: datasets.Dataset, split: str = "test") -> None:
-    """Raises DatasetError when an image is trained on and is in the other split too."""
+    """Raises DataError when an image is trained on and is in the other split too."""
     both = sorted(set(train["image_id"]) & set(other["image_id"]))
     if both:
-        raise DatasetError(
+        raise DataError(
             f"{len(both)} images are in the training and in the {split} split (image_id {both[0]}, ...). Scores on"
             " them would mean nothing: publish the dataset again with disjoint splits, or name other splits."
         )
@@ -464,7 +463,7 @@ def check_images(rows: datasets.Dataset, split: str) -> None:
     """Decodes every picture of a split, with a progress bar, before a run that will need all of them.
 
     Raises:
-        DatasetError: naming the pictures that cannot be read.
+        DataError: naming the pictures that cannot be read.
     """
     bad = []
     for row in tqdm(rows.select_columns(["image", "image_id", "file_name"]), desc=f"checking images of {split}"):
@@ -473,7 +472,7 @@ def check_images(rows: datasets.Dataset, split: str) -> None:
         except BadImageError as error:
             bad.append(str(error))
     if bad:
-        raise DatasetError(
+        raise DataError(
             f"{len(bad)} of {len(rows)} pictures of the {split} split cannot be read, so it cannot be scored:\n  "
             + "\n  ".join(bad[:20])
             + ("\n  ..." if len(bad) > 20 else "")

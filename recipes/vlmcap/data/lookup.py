@@ -6,30 +6,26 @@ import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 
-from vlmcap.errors import UserError
-
-
-class DatasetError(UserError):
-    """A dataset cannot be used as asked. The message names the dataset, the value and the fix."""
+from vlmcap.data.errors import DataError
 
 
 def find_dataset(dataset: str, revision: str | None = None) -> str | None:
     """The commit of a dataset on the Hub; None for a folder.
 
     Raises:
-        DatasetError: there is no such folder and no such dataset on the Hub.
+        DataError: there is no such folder and no such dataset on the Hub.
     """
     if Path(dataset).exists():
         return None
     try:
         return HfApi().dataset_info(dataset, revision=revision).sha
     except (httpx2.HTTPError, OSError, HFValidationError) as error:
-        raise missing(dataset, error) from error
+        raise no_such_dataset(dataset, error) from error
 
 
-def missing(dataset: str, error: Exception) -> DatasetError:
+def no_such_dataset(dataset: str, error: Exception) -> DataError:
     """Says that there is no such dataset, why, and how to build one."""
-    return DatasetError(
+    return DataError(
         f"{dataset} is not a folder, and the Hub does not have it as a dataset ({str(error).splitlines()[0]})."
         " Build it with: python scripts/publish_datasets.py --source stair --tokenizer"
         f" Qwen/Qwen2-VL-2B-Instruct --output_dir {dataset}"

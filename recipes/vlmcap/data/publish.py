@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from pkgutil import resolve_name
 
 import httpx2
 import jinja2
@@ -26,10 +27,12 @@ from vlmcap import provenance
 from vlmcap.data import splits
 from vlmcap.data.arguments import PublishArguments, check_arguments
 from vlmcap.data.clean import CaptionCleaner
-from vlmcap.data.corpora import READ, RELEASE, find_license
+from vlmcap.data.corpora import CORPORA, Corpus
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, open_image
 from vlmcap.data.lengths import caption_lengths, token_limit
-from vlmcap.data.sources import DataError, SourceFile
+from vlmcap.data.readers import CorpusRows, find_license
+from vlmcap.data.sources import SourceFile
 from vlmcap.data.titles import word_counts, write_word_cloud
 from vlmcap.markdown import code_span, escape_unseen, prose
 from vlmcap.places import ROOT, check_miniature
@@ -75,8 +78,8 @@ def build(args: PublishArguments) -> dict:
     Returns {"source", "license", "files", "changed_files" (`_changed_files`), "split_origin", "overlap", "splits":
     {split: {"images", "captions", "in_yj"}}, "bad_images", "cleaning": the cleaner's report, "fingerprint",
     "built_with", "folder", "seconds": {stage: seconds}}; all except the last two are also in the folder's
-    cleaning_report.json. uit_viic and food_titles have "lengths" too (`lengths.caption_lengths`), food_titles
-    "left_out": {"rules", "rows"} and "words": {"distinct", "total", "most_common"}.
+    cleaning_report.json. By corpus, it has "lengths" too (`lengths.caption_lengths`), "left_out": {"rules", "rows"}
+    and "words": {"distinct", "total", "most_common"}.
 
     Raises DataError on whatever is wrong with the annotations, the splits, the photographs or the output folder, and
     when it cannot be written.
@@ -89,38 +92,22 @@ def build(args: PublishArguments) -> dict:
 
 def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
     _check_folders(args, output_dir)
-    release = RELEASE[args.source]
+    corpus = CORPORA[args.source]
     seconds: dict[str, float] = {}
-
-    check_miniature(args.tokenizer or "")
     with _timed(seconds, "load tokenizer"):
-        try:
-            tokenizer = (
-                AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False) if args.tokenizer else None
-            )
-        except (OSError, ValueError) as error:
-            raise DataError(f"--tokenizer {args.tokenizer}: {error}") from error
-        cleaner = CaptionCleaner(tokenizer, args.max_tokens or release["max_tokens"], rules=release["rules"])
+        cleaner = _cleaner(args, corpus)
     with _timed(seconds, "read and split"):
-        corpus = READ[args.source](args)
-        license = find_license(args, corpus.files)
-        by_split = corpus.by_split
+        read: CorpusRows = resolve_name(corpus.reader)(args)
+        license = find_license(args, read.files)
+        by_split = read.by_split
         splits.check_disjoint(by_split)
-        changed = _changed_files(corpus.files + corpus.yj_files, _earlier_files(args, output_dir))
+        changed = _changed_files(read.files + read.yj_files, _earlier_files(args, output_dir))
     image_paths, bad_images = None, []
     if args.images:
         with _timed(seconds, "check images"):
-            rows = sorted((row for rows in by_split.values() for row in rows), key=lambda row: row["image_id"])
-            image_paths, bad_images = _check_images(rows, Path(args.images), release["image_folders"])
-            if bad_images and not args.skip_bad_images:
-                raise DataError(_bad_images_text(bad_images, len(rows), args.images, release["image_folders"]))
-            by_split = {
-                split: [row for row in members if row["image_id"] in image_paths]
-                for split, members in by_split.items()
-            }
-            _check_not_empty(by_split, "photograph that can be read")
+            by_split, image_paths, bad_images = _with_images(by_split, args, corpus.image_folders)
     with _timed(seconds, "clean and tokenise"):
-        if tokenizer and not cleaner.max_tokens:
+        if cleaner.tokenizer_name and not cleaner.max_tokens:
             cleaner.max_tokens = token_limit(cleaner, by_split["train"])
         by_split = {split: cleaner.clean(members, desc=f"cleaning {split}") for split, members in by_split.items()}
         _check_not_empty(by_split, "caption after cleaning")
@@ -128,28 +115,35 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
         summary = {
             "source": args.source,
             "license": license,
-            "files": [asdict(file) for file in corpus.files + corpus.yj_files],
+            "files": [asdict(file) for file in read.files + read.yj_files],
             "changed_files": changed,
-            "split_origin": corpus.split_origin,
-            "overlap": corpus.overlap(by_split),
+            "split_origin": read.split_origin,
+            "overlap": read.overlap(by_split),
             "splits": {split: _counts(members) for split, members in by_split.items()},
             "bad_images": bad_images,
             "cleaning": cleaner.report(),
             "fingerprint": _fingerprint(by_split, image_paths),
             "built_with": {"vlmcap": provenance.versions()["vlmcap"], "commit": provenance.git_commit()},
-            **corpus.more,
+            **read.more,
         }
-        words = None
-        if args.source in ("uit_viic", "food_titles"):
+        if corpus.lengths:
             summary["lengths"] = caption_lengths(cleaner, by_split)
-        if args.source == "food_titles":
-            words = word_counts(row["captions"][0] for members in by_split.values() for row in members)
+        if corpus.word_cloud:
+            words = word_counts(caption for rows in by_split.values() for row in rows for caption in row["captions"])
             most = [{"word": word, "count": count} for word, count in words.most_common(100)]
             summary["words"] = {"distinct": len(words), "total": words.total(), "most_common": most}
-        _write_folder(folder, by_split, image_paths, summary, _card(args, summary, corpus.files))
-        if words:
             write_word_cloud(words, folder / WORD_CLOUD)
+        _write_folder(folder, by_split, image_paths, summary, _card(args, summary, read.files))
     return summary | {"folder": str(output_dir), "seconds": seconds}
+
+
+def _cleaner(args: PublishArguments, corpus: Corpus) -> CaptionCleaner:
+    check_miniature(args.tokenizer or "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False) if args.tokenizer else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"--tokenizer {args.tokenizer}: {error}") from error
+    return CaptionCleaner(tokenizer, args.max_tokens or corpus.max_tokens, rules=resolve_name(corpus.rules))
 
 
 def push(folder: str | Path, repo_id: str, private: bool = True) -> tuple[str, str]:
@@ -315,6 +309,22 @@ def _check_images(rows: list[dict], folder: Path, parts: Sequence[str]) -> tuple
     return paths, bad
 
 
+def _with_images(
+    by_split: dict[str, list[dict]], args: PublishArguments, parts: Sequence[str]
+) -> tuple[dict[str, list[dict]], dict[int, Path], list[dict]]:
+    """(rows whose photograph can be read, `_check_images` of all).
+
+    Raises DataError on a photograph that cannot, without --skip_bad_images, and on a split without any.
+    """
+    rows = sorted((row for rows in by_split.values() for row in rows), key=lambda row: row["image_id"])
+    paths, bad_images = _check_images(rows, Path(args.images), parts)
+    if bad_images and not args.skip_bad_images:
+        raise DataError(_bad_images_text(bad_images, len(rows), args.images, parts))
+    by_split = {split: [row for row in members if row["image_id"] in paths] for split, members in by_split.items()}
+    _check_not_empty(by_split, "photograph that can be read")
+    return by_split, paths, bad_images
+
+
 def _bad_images_text(bad_images: list[dict], total: int, folder: str, parts: Sequence[str]) -> str:
     if len(bad_images) == total and all(bad["reason"] == "missing" for bad in bad_images):
         name = bad_images[0]["file_name"]
@@ -390,21 +400,21 @@ def _write_parquet(path: Path, rows: list[dict], image_paths: dict[int, Path] | 
 
 
 def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str:
-    release = RELEASE[args.source]
+    corpus = CORPORA[args.source]
     images = sum(counts["images"] for counts in summary["splits"].values())
     images_read, captions_read = sum(file.images for file in files), sum(file.captions for file in files)
-    complete = (images_read, captions_read) == (release["images"], release["captions"])
-    pretty_name = args.pretty_name or f"{release['name']}, cleaned{'' if complete else ' (part of it)'}"
+    complete = (images_read, captions_read) == (corpus.images, corpus.captions)
+    pretty_name = args.pretty_name or f"{corpus.title}, cleaned{'' if complete else ' (part of it)'}"
     data_files = [
         {"split": split, "path": f"data/{split}-{summary['fingerprint']}-*.parquet"} for split in summary["splits"]
     ]
     metadata = DatasetCardData(
-        language=[release["language"]],
+        language=[corpus.language],
         license=summary["license"],
         pretty_name=pretty_name,
         task_categories=["image-to-text"],
         size_categories=[_size_category(images)],
-        tags=["image-captioning", *release["tags"], f"{args.card or args.source}-captions"],
+        tags=["image-captioning", *corpus.tags, f"{args.card or args.source}-captions"],
         configs=[{"config_name": "default", "data_files": data_files}],
     )
     # StrictUndefined: a name that the template has and the build does not give is an error, not a blank.
@@ -424,7 +434,7 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         repo_id=args.repo_id,
         images_embedded=bool(args.images),
         compared_with_yj=all(counts["in_yj"] is not None for counts in summary["splits"].values()),
-        release=release,
+        corpus=corpus,
         complete=complete,
         images_read=images_read,
         captions_read=captions_read,

@@ -20,34 +20,11 @@ from datasets import DownloadConfig, DownloadManager
 from tqdm.auto import tqdm
 
 from vlmcap.atomic_write import git_blob_id
-from vlmcap.data.arguments import DataError
+from vlmcap.data.corpora import CORPORA
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import is_plain_path
 from vlmcap.strict_parsing import parse_json, shown
 
-
-@dataclass(frozen=True)
-class Archive:
-    """A file of a repository on GitHub: address with a place for the commit, the commit, and git's id of the file."""
-
-    url: str
-    commit: str
-    blob: str
-    branch: str = "master"
-
-
-# Official releases, both CC BY 4.0.
-ARCHIVES = {
-    "stair": Archive(
-        "https://github.com/STAIR-Lab-CIT/STAIR-captions/raw/{commit}/stair_captions_v1.2.tar.gz",
-        "6ac656e65d80cbe2c914d93626a1d5454e35a5d6",
-        "25aaad5f686580b6aaddabd0c741f60bb73c0f49",
-    ),
-    "yj": Archive(
-        "https://github.com/yahoojapan/YJCaptions/raw/{commit}/yjcaptions26k.zip",
-        "2f2d6de87ce90b7ff1fd318efef17b1ce0e127db",
-        "17d1fd8056e4ef43bc5e7a9420f950ee956573c9",
-    ),
-}
 # COCO's own licence table, the same in all its annotation files; UIT-ViIC has the numbers and not the table.
 COCO_LICENSES = {
     1: "Attribution-NonCommercial-ShareAlike License (http://creativecommons.org/licenses/by-nc-sa/2.0/)",
@@ -80,7 +57,9 @@ class SourceFile:
 
 
 def download_archive(source: str, latest: bool = False, cache_dir: str | Path | None = None) -> tuple[Path, str]:
-    """The official archive of "stair" or "yj" and its address; downloaded once into the cache of the datasets library.
+    """The official archive of a corpus that has one, and its address.
+
+    It is downloaded once, into the cache of the datasets library.
 
     Args:
         latest: take the file of the repository's branch, whatever it is, and not the one whose git blob id is known.
@@ -88,7 +67,7 @@ def download_archive(source: str, latest: bool = False, cache_dir: str | Path | 
     Raises:
         DataError: the archive cannot be downloaded, or is not the one that is known.
     """
-    archive = ARCHIVES[source]
+    archive = CORPORA[source].archive
     url = archive.url.format(commit=archive.branch if latest else archive.commit)
     manager = DownloadManager(
         dataset_name=source, download_config=DownloadConfig(cache_dir=cache_dir, download_desc=f"Downloading {url}")
@@ -112,15 +91,15 @@ def read_rows(paths: Sequence[str | Path], source: str) -> tuple[list[dict], lis
     """Reads COCO-format annotation files (.json, or .tar.gz and .zip archives of them) into rows sorted by image id.
 
     A row is {"image_id": int, "file_name": str, "coco_url": str, "license": str, "captions": list[str],
-    "caption_ids": list[int], "in_yj": bool}, captions in the order of the file; `in_yj` is True for "yj" and, until
-    `splits.flag_yj`, False for "stair" and None for "uit_viic". What an annotation file leaves out is derived:
+    "caption_ids": list[int], "in_yj": bool}, captions in the order of the file; `in_yj` is the corpus's, see
+    `corpora.Corpus`, until `splits.flag_yj`. What an annotation file leaves out is derived:
 
-    - file_name: COCO_{folder}_{id:012d}.jpg. The folder is train2014 for YJ, whose images are all there; for STAIR it
-      is the one that the name of the annotation file says (train or val).
+    - file_name: COCO_{folder}_{id:012d}.jpg. The folder is the corpus's (`coco_folder`), else the one that the name of
+      the annotation file says (train or val).
     - coco_url: http://images.cocodataset.org/{folder}/{file_name} for the file names of COCO 2014, else "". It also
       replaces the http://mscoco.org/images/ID of old COCO files, where no photograph is served any more.
     - license: "name (url)" of the image's licence out of the file's `licenses` table, "" when the file does not say;
-      "uit_viic" files have COCO's licence numbers without a table, so COCO's is used.
+      where the corpus has COCO's licence numbers without a table, COCO's is used.
 
     In an archive, *_tokenized.json members are skipped: the STAIR archive holds every caption a second time there.
 
@@ -300,7 +279,8 @@ def _list(document: dict, key: str, name: str) -> list:
 
 
 def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
-    licenses = dict(COCO_LICENSES) if source == "uit_viic" else {}
+    corpus = CORPORA[source]
+    licenses = dict(COCO_LICENSES) if corpus.coco_licenses else {}
     for index, license in enumerate(_list(document, "licenses", name) if document.get("licenses") else []):
         license_id = _field(license, "id", int, name, "licenses", index)
         licenses[license_id] = f"{license.get('name', '')} ({license.get('url', '')})"
@@ -316,7 +296,7 @@ def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
                     f"{name}: images[{index}] has file_name {file_name!r:.200}, expected a path below a folder."
                 )
         else:
-            file_name = f"COCO_{_folder(source, name)}_{image_id:012d}.jpg"
+            file_name = f"COCO_{corpus.coco_folder or _folder(name)}_{image_id:012d}.jpg"
         coco_name = COCO_FILE_NAME.fullmatch(file_name)
         coco_url = _field(image, "coco_url", str, name, "images", index) if image.get("coco_url") else ""
         if coco_name and (not coco_url or "//mscoco.org/" in coco_url):
@@ -331,7 +311,7 @@ def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
             "license": licenses.get(license_id, ""),
             "captions": [],
             "caption_ids": [],
-            "in_yj": {"stair": False, "yj": True, "uit_viic": None}[source],
+            "in_yj": corpus.in_yj,
         }
     for index, annotation in enumerate(document["annotations"]):
         image_id = _field(annotation, "image_id", int, name, "annotations", index)
@@ -348,9 +328,7 @@ def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
     return rows
 
 
-def _folder(source: str, name: str) -> str:
-    if source == "yj":
-        return "train2014"
+def _folder(name: str) -> str:
     file_name = Path(name).name
     folders = [f"{part}2014" for part in ("train", "val") if part in file_name]
     if len(folders) != 1:

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Collection, Hashable, Iterable
 from pathlib import Path
 
-from vlmcap.data.sources import DataError, parse_source, read_source
+from vlmcap.data.errors import DataError
+from vlmcap.data.sources import parse_source, read_source
 
 # sha256 of the sorted ids, one a line; the lists are those of github.com/peteanderson80/bottom-up-attention.
 KARPATHY_SHA256 = (

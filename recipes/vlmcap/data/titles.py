@@ -19,8 +19,9 @@ import regex
 from wordcloud import WordCloud
 
 from vlmcap.data.clean import MARKUP, TextRule, drop_control
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import is_plain_path
-from vlmcap.data.sources import DataError, SourceFile, read_source
+from vlmcap.data.sources import SourceFile, read_source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import bitsandbytes as bnb
 import torch
@@ -26,6 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
@@ -33,11 +35,6 @@ from transformers.utils import cached_file, find_adapter_config_file
 from vlmcap.errors import UserError
 from vlmcap.models.nf4 import keep_as_quantised
 from vlmcap.strict_parsing import parse_json, shown
-
-# Else transformers asks a Space on the Hub to convert the pickles of a repository's main branch, and takes the answer
-# from a pull request whose author it does not always look at (transformers 5.23, safetensors_conversion.py). Here
-# `find_conversion` looks for it.
-os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -50,9 +47,6 @@ MAX_CONFIG_BYTES = 2**20
 MAX_ADAPTER_BYTES = 8 * 2**30  # rank 512 on every layer of a 7B model is 5 GiB in float32
 MAX_RANK = 512
 MAX_NAMES = 1024
-NAME = r"[\w-]+(\.[\w-]+)*"
-# A regular expression of a stranger can take exponential time. These are alternatives of a name with .* at its ends.
-SIMPLE = re.compile(r"(\.\*)?[\w-]+(\\?\.[\w-]+)*(\\?\.\.\*)?")
 DTYPES = ("F32", "F16", "BF16")
 DESCRIPTIVE = {"peft_type", "peft_version", "auto_mapping", "inference_mode", "megatron_core", "qalora_group_size"}
 
@@ -129,6 +123,23 @@ def find_conversion(name: str, commit: str) -> str | None:
     return None
 
 
+@contextmanager
+def without_conversion() -> Iterator[None]:
+    """Keeps transformers from loading conversions of pickles; `find_conversion` looks for them.
+
+    For a repository's main branch it would ask a Space on the Hub, and take the answer from a pull request whose
+    author it does not always look at (transformers 5.23, safetensors_conversion.py). Only this variable turns it off.
+    """
+    before = os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
+        if before is not None:
+            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = before
+
+
 def load_weights(kind: type, name: str, revision: str | None, *args, new: str = "", **options) -> PreTrainedModel:
     """`kind.from_pretrained` from safetensors alone, with a weight of its shape for every parameter.
 
@@ -149,15 +160,16 @@ def load_weights(kind: type, name: str, revision: str | None, *args, new: str = 
         refuse_adapter(name, revision)
         check_index(name, revision)
         check_stored_bits(name, revision, options.get("quantization_config") is not None)
-        model, report = kind.from_pretrained(
-            name,
-            *args,
-            revision=revision,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # else a traceback that names no weight
-            **options,
-        )
+        with without_conversion():
+            model, report = kind.from_pretrained(
+                name,
+                *args,
+                revision=revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # else a traceback that names no weight
+                **options,
+            )
     check_report(report, name, model, new)
     keep_as_quantised(model)
     return model
@@ -306,6 +318,46 @@ def hub_errors(name: str, revision: str | None, what: str) -> Iterator[None]:
         ) from error
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$")]
+Names = Annotated[list[Name], Field(max_length=MAX_NAMES)]
+# A regular expression of a stranger can take exponential time. These are alternatives of a name with .* at its ends.
+SIMPLE = r"(\.\*)?[A-Za-z0-9_-]+(\\?\.[A-Za-z0-9_-]+)*(\\?\.\.\*)?"
+SimplePattern = Annotated[str, Field(pattern=rf"^{SIMPLE}(\|{SIMPLE})*$", max_length=1000)]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Scale = Annotated[float, Field(ge=0, lt=1e6)]
+Whole = Annotated[int, Field(ge=0, le=2**31)]
+
+
+class LoraKeys(BaseModel):
+    """The keys of adapter_config.json that are understood; a description says what a value must be."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    r: Rank = Field(description=f"a whole number from 1 to {MAX_RANK}")
+    target_modules: Names = Field(min_length=1, description="a list of names, no regular expression")
+    base_model_name_or_path: str = Field(description="a text")
+    revision: str = Field("", description="a text")
+    lora_alpha: Scale = Field(0, description="a number")
+    lora_dropout: float = Field(0, ge=0, le=1, description="a number from 0 to 1")
+    use_rslora: bool = Field(False, description="true or false")
+    exclude_modules: Names | SimplePattern = Field(
+        [], description="a list of names, or names with .* at their ends joined by |"
+    )
+    modules_to_save: Names = Field([], description="a list of names")
+    layers_to_transform: Whole | Annotated[list[Whole], Field(max_length=MAX_NAMES)] = Field(
+        [], description="numbers of layers"
+    )
+    layers_pattern: Name | Names = Field([], description="names")
+    rank_pattern: dict[Name, Rank] = Field({}, max_length=MAX_NAMES, description=f"names with ranks to {MAX_RANK}")
+    alpha_pattern: dict[Name, Scale] = Field({}, max_length=MAX_NAMES, description="names with numbers")
+    trainable_token_indices: list[Whole] | Annotated[dict[Name, list[Whole]], Field(max_length=MAX_NAMES)] = Field(
+        [], description="numbers of rows, or names with those"
+    )
+    init_lora_weights: bool | Literal["gaussian"] = Field(True, description="true, false or gaussian")
+    bias: Literal["none"] = Field("none", description="none")
+    task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="CAUSAL_LM or null")
+
+
 def read_lora_config(path: Path, name: str) -> LoraConfig:
     """The LoRA configuration of an adapter, built from the keys that are understood.
 
@@ -319,71 +371,29 @@ def read_lora_config(path: Path, name: str) -> LoraConfig:
     """
     where = f"{ADAPTER_CONFIG} of {name}"
     found = _read_json(path, where)
-
-    def names(value) -> bool:
-        values = [value] if isinstance(value, str) else value
-        return _is_list(values, lambda item: isinstance(item, str) and re.fullmatch(NAME, item))
-
-    def excluded(value) -> bool:
-        is_pattern = isinstance(value, str) and len(value) <= 1000
-        return all(map(SIMPLE.fullmatch, value.split("|"))) if is_pattern else _is_list(value) and names(value)
-
-    def whole(value, low=0, high=2**31) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    def number(value) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e6
-
-    def rows(value) -> bool:
-        return isinstance(value, list) and all(map(whole, value))
-
-    def by_name(value, fits) -> bool:
-        return isinstance(value, dict) and names([*value]) and all(map(fits, value.values()))
-
-    accepted = {
-        "r": (lambda v: whole(v, 1, MAX_RANK), f"a whole number from 1 to {MAX_RANK}"),
-        "lora_alpha": (number, "a number"),
-        "lora_dropout": (lambda v: number(v) and v <= 1, "a number from 0 to 1"),
-        "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
-        "target_modules": (lambda v: _is_list(v) and v and names(v), "a list of names, no regular expression"),
-        "exclude_modules": (excluded, "a list of names, or names with .* at their ends joined by |"),
-        "modules_to_save": (lambda v: _is_list(v) and names(v), "a list of names"),
-        "layers_to_transform": (lambda v: whole(v) or _is_list(v, whole), "numbers of layers"),
-        "layers_pattern": (names, "names"),
-        "rank_pattern": (lambda v: by_name(v, lambda r: whole(r, 1, MAX_RANK)), f"names with ranks to {MAX_RANK}"),
-        "alpha_pattern": (lambda v: by_name(v, number), "names with numbers"),
-        "trainable_token_indices": (lambda v: rows(v) or by_name(v, rows), "numbers of rows, or names with those"),
-        "init_lora_weights": (lambda v: v is True or v == "gaussian", "true, false or gaussian"),
-        "bias": (lambda v: v == "none", "none"),
-        "task_type": (lambda v: v == "CAUSAL_LM", "CAUSAL_LM or null"),
-        "base_model_name_or_path": (lambda v: isinstance(v, str), "a text"),
-        "revision": (lambda v: isinstance(v, str), "a text"),
-    }
     if found.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type is {shown(found.get('peft_type'))}, and only LORA is loaded")
-    kept = {}
-    for key, value in found.items():
-        if key in DESCRIPTIVE or value is None or value is False or value in ("", {}, []):
-            continue
-        if key not in accepted:
-            raise ModelError(
-                f"{where}: {key} is {shown(value)}, which is not supported: only LoRA without it is loaded"
-            )
-        fits, wanted = accepted[key]
-        if not fits(value):
-            raise ModelError(f"{where}: {key} must be {wanted}, but is {shown(value)}")
-        kept[key] = value
-    for key in ("r", "target_modules", "base_model_name_or_path"):
-        if key not in kept:
-            raise ModelError(f"{where}: {key} is {found.get(key)!r}, but must be {accepted[key][1]}")
+    kept = {
+        key: value
+        for key, value in found.items()
+        if key not in DESCRIPTIVE and value is not None and value is not False and value not in ("", {}, [])
+    }
     try:
+        LoraKeys.model_validate(kept)  # as it is: pydantic would make 16.0 of the scale 16
         return LoraConfig(**kept, inference_mode=True)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = problem["loc"][0]
+        if problem["type"] == "extra_forbidden":
+            raise ModelError(
+                f"{where}: {key} is {shown(found[key])}, which is not supported: only LoRA without it is loaded"
+            ) from error
+        wanted = LoraKeys.model_fields[key].description
+        if problem["type"] == "missing":
+            raise ModelError(f"{where}: {key} is {shown(found.get(key))}, but must be {wanted}") from error
+        raise ModelError(f"{where}: {key} must be {wanted}, but is {shown(found[key])}") from error
     except (ValueError, TypeError) as error:
         raise ModelError(f"{where}: {_first_line(error)}") from error
-
-
-def _is_list(value, fits=lambda item: True) -> bool:
-    return isinstance(value, list) and len(value) <= MAX_NAMES and all(map(fits, value))
 
 
 def read_header(path: Path, name: str) -> dict[str, tuple[int, ...]]:

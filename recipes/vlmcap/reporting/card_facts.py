@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmcap.data.corpora import SEEN_CORPORA
 from vlmcap.errors import UserError
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.places import paths_root
@@ -59,7 +60,7 @@ model = AutoModelForImageTextToText.from_pretrained(
 ){unpacked}
 model = PeftModel.from_pretrained(model, adapter).eval()""",
         pipeline_tag="image-text-to-text",
-        saw=("STAIR", "YJ", "COCO"),
+        saw=SEEN_CORPORA,
     ),
     "sft_blip_vi": Recipe(
         base="BLIP",

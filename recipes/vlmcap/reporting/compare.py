@@ -7,9 +7,9 @@ import datasets
 from PIL import Image
 
 from vlmcap.atomic_write import write_atomically
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import (
     BadImageError,
-    DatasetError,
     dataset_record,
     dataset_references,
     load_captions,
@@ -67,7 +67,7 @@ def write_comparison(
     Raises:
         ScoreError: runs that cannot be in one table, no run named `reference`, references that lack images, no such
             score, or one that no run has and no other beside it.
-        DatasetError: `dataset` cannot be read or is not the build that was scored.
+        DataError: `dataset` cannot be read or is not the build that was scored.
     """
     reference = reference or runs[0].name
     if reference not in [run.name for run in runs]:
@@ -133,7 +133,7 @@ def _references_and_pictures(
     if dataset is None and scored and Path(scored["id"]).is_dir():
         dataset = scored["id"]
     if dataset is None and image_dir is not None:
-        raise DatasetError("--image_dir needs --dataset: its rows say which file shows which image")
+        raise DataError("--image_dir needs --dataset: its rows say which file shows which image")
     captions, rows = {}, None
     if dataset is not None:
         captions, rows = _read_dataset(dataset, split or scored.get("split", "test"), image_dir, scored)
@@ -175,14 +175,14 @@ def _read_dataset(
     """
     revision = scored["revision"] if dataset == scored.get("id") else None
     if revision and Path(dataset).exists() and dataset_record(dataset, split)["revision"] != revision:
-        raise DatasetError(
+        raise DataError(
             f"{dataset} has changed since the runs were scored on its {revision}: score the predictions again, or "
             "name another folder with --dataset"
         )
     revision = None if Path(dataset).exists() else revision
     try:
         rows = load_captions(dataset, split, image_dir, revision)
-    except DatasetError:
+    except DataError:
         if image_dir is not None:
             raise
         return dataset_references(dataset, split, revision), None

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmcap.atomic_write import write_atomically
+from vlmcap.data.corpora import SEEN_CORPORA
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.markdown import code_span, markdown_escape, markdown_table, text_table, visible
 from vlmcap.reporting.runs import ScoredRun, check_comparable, shared_signatures
 from vlmcap.reporting.significance import SIGNIFICANT
 
-CORPORA = ("STAIR", "YJ", "COCO")
 PLAIN = "register_normalised"
-SYSTEM_WORDS = 3 + len(CORPORA)  # columns of the table of systems that hold words, before those of numbers
+SYSTEM_WORDS = 3 + len(SEEN_CORPORA)  # columns of the table of systems that hold words, before those of numbers
 OVERVIEW = ("bleu_1", "bleu_2", "bleu_4", "meteor", "rouge_l", "cider_d")
 
 
@@ -69,7 +69,7 @@ def score_table(runs: Sequence[ScoredRun], tests: dict[str, dict[str, dict]], sc
 
 def system_table(runs: Sequence[ScoredRun]) -> Table:
     """What each system is, what it saw in training, and what it costs."""
-    columns = ["System", "Model", "Trained weights", *(f"Saw {corpus}" for corpus in CORPORA)]
+    columns = ["System", "Model", "Trained weights", *(f"Saw {corpus}" for corpus in SEEN_CORPORA)]
     columns += ["Parameters", "Peak memory", "Captions/s"]
     rows = []
     for run in runs:
@@ -77,7 +77,7 @@ def system_table(runs: Sequence[ScoredRun]) -> Table:
         parts = (model.get("parts") or {"whole": model}).values()
         texts = [run.name, " + ".join(_at(part.get("id"), part.get("revision")) for part in parts)]
         texts += [_at(model.get("adapter"), model.get("adapter_revision"))]
-        texts += [saw.get(corpus) or "-" for corpus in CORPORA]
+        texts += [saw.get(corpus) or "-" for corpus in SEEN_CORPORA]
         peak, rate = run.metrics.get("peak_memory_bytes"), run.metrics.get("images_per_second")
         texts += [
             _count(model.get("parameters")),
@@ -216,7 +216,7 @@ def _csv_row(run: ScoredRun, tests: dict[str, dict], scores: list[str]) -> dict:
     row |= {key: model.get(key) for key in ("adapter", "adapter_revision", "dtype", "quantization", "parameters")}
     row |= {key: metrics.get(key) for key in ("peak_memory_bytes", "images_per_second", "seconds")}
     row |= {"device": (metrics.get("hardware") or {}).get("device")}
-    row |= {f"saw_{corpus}": (metrics.get("saw") or {}).get(corpus) for corpus in (*CORPORA, "note")}
+    row |= {f"saw_{corpus}": (metrics.get("saw") or {}).get(corpus) for corpus in (*SEEN_CORPORA, "note")}
     row |= {"dataset": dataset.get("id"), "dataset_revision": dataset.get("revision")}
     row |= {"split": dataset.get("split")} | metrics["counts"]
     for part, prefix in ((metrics, ""), (metrics.get(PLAIN) or {}, f"{PLAIN}_")):

@@ -39,7 +39,7 @@ def check_early(settings: TrainerFields, data_args: SplitArguments) -> None:
 
     Raises:
         PushError: with `push_to_hub`, the Hub's token may not push to `hub_model_id`, or what is there is public.
-        DatasetError: there is no such folder and no such dataset on the Hub.
+        DataError: there is no such folder and no such dataset on the Hub.
         TokenizerError: there is no such tokenizer for the scores.
         UserError: `spice_dir` holds no SPICE, or there is no Java for it; a tracker of `report_to` is not known or not
             installed; `accelerate launch` was configured for DeepSpeed or Megatron-LM.

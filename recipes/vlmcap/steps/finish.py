@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.captioning.generate import generate
 from vlmcap.captioning.predictions import model_record
+from vlmcap.data.corpora import CORPORA
 from vlmcap.data.images import open_image, references_of
 from vlmcap.evaluation.caption_files import read_predictions
 from vlmcap.evaluation.scoring import ScoreOptions, write_metrics
@@ -32,16 +33,14 @@ def saw_records(base_saw: dict[str, str], splits: Splits) -> tuple[dict, dict]:
     """The "saw" parts of the run records of the untrained and of the trained model.
 
     Args:
-        base_saw: STAIR, YJ and COCO -> unknown, no or train, of the untrained model.
+        base_saw: SEEN_CORPORA -> unknown, no or train, of the untrained model.
     """
     note = "As stated in the configuration (base_saw)."
     trained = dict(base_saw)
-    if splits.record["corpus"] == "stair":
-        trained |= {"STAIR": "train", "COCO": "train images"}
-    if splits.record["corpus"] == "uit_viic":
-        trained |= {"COCO": "train images"}
     if any(splits.train["in_yj"]):
         trained |= {"YJ": "train images"}
+    if splits.record["corpus"] in CORPORA:
+        trained |= CORPORA[splits.record["corpus"]].seen
     return base_saw | {"note": note}, trained | {"note": f"{note} And what the training split shows."}
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import (
-    DatasetError,
     check_images,
     check_no_overlap,
     dataset_record,
@@ -56,7 +56,7 @@ def load_splits(
             column in_yj is taken as not compared with YJ Captions (null).
 
     Raises:
-        DatasetError: no such dataset or split, an image in two splits, unreadable pictures, no training caption.
+        DataError: no such dataset or split, an image in two splits, unreadable pictures, no training caption.
         ScoreError: test or validation captions without any word; the message names the images.
     """
     is_main = PartialState().is_main_process
@@ -83,7 +83,7 @@ def load_splits(
         train = train.select([i for i, in_yj in enumerate(train["in_yj"]) if not in_yj])
     train, test = _first(train, args.max_train_images), _first(test, args.max_test_images)
     if not len(train):
-        raise DatasetError(f"{args.dataset} ({args.train_split}) has no image with a caption to train on")
+        raise DataError(f"{args.dataset} ({args.train_split}) has no image with a caption to train on")
     if validates:
         validation = _first(validation.shuffle(seed=seed), args.max_validation_images)
     bad_images = BadImages(output_dir / "bad_images.jsonl", int(args.max_bad_images * len(train)))

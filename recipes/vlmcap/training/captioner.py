@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 from vlmcap import provenance
 from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.captioning.predictions import model_record
-from vlmcap.data.images import DatasetError
+from vlmcap.data.errors import DataError
 from vlmcap.models.load import count_parameters, resolve_revision
 from vlmcap.training.collator import BadImages, caption_examples, read_example
 from vlmcap.training.report import trainable_modules
@@ -196,7 +196,7 @@ def check_caption_lengths(captions: list[str], processor: ProcessorMixin, max_ne
     """A line about the lengths of training captions in tokens of the model's tokenizer.
 
     Raises:
-        DatasetError: more than one caption in a hundred is longer than what the model may write.
+        DataError: more than one caption in a hundred is longer than what the model may write.
     """
     lengths = np.array([len(ids) for ids in processor.tokenizer(captions, add_special_tokens=False)["input_ids"]])
     longer = int((lengths >= max_new_tokens).sum())  # the end of the caption is a token too
@@ -204,7 +204,7 @@ def check_caption_lengths(captions: list[str], processor: ProcessorMixin, max_ne
     line = f"Caption lengths in tokens: {quantiles}, longest {lengths.max()}; max_new_tokens {max_new_tokens}"
     line += f" would cut {longer:,} of {len(lengths):,}"
     if longer > 0.01 * len(lengths):
-        raise DatasetError(f"{line}, more than 1%. Set max_new_tokens to {lengths.max() + 1} or so.")
+        raise DataError(f"{line}, more than 1%. Set max_new_tokens to {lengths.max() + 1} or so.")
     return line
 
 

@@ -10,7 +10,8 @@ from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from vlmcap.atomic_write import write_atomically
-from vlmcap.data.images import BadImageError, DatasetError, missing_files, open_image
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import BadImageError, missing_files, open_image
 from vlmcap.errors import UserError
 from vlmcap.training.caption_tokens import CaptionEncoder, CaptionProcessor
 
@@ -19,7 +20,7 @@ from vlmcap.training.caption_tokens import CaptionEncoder, CaptionProcessor
 class BadImages:
     """The list of training pictures that could not be read: JSON lines that every worker and process appends to.
 
-    More than `limit` different pictures end the run with a DatasetError.
+    More than `limit` different pictures end the run with a DataError.
     """
 
     path: Path
@@ -38,7 +39,7 @@ class BadImages:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         count = self.count()
         if count > self.limit:
-            raise DatasetError(
+            raise DataError(
                 f"{count} training pictures cannot be read, more than the {self.limit} that max_bad_images allows;"
                 f" the last: {name}: {reason}. They are listed in {self.path}. Fetch them again"
                 " (scripts/fetch_images.py) or raise max_bad_images, then continue with --resume_from_checkpoint"
@@ -94,7 +95,7 @@ def read_example(rows: datasets.Dataset, example: dict, bad_images: BadImages) -
             bad_images.add(record["image_id"], error.name, error.reason)
             continue
         return image, record["captions"][: len(example["captions"])] if step else example["captions"]
-    raise DatasetError("none of the training pictures can be read")
+    raise DataError("none of the training pictures can be read")
 
 
 class CaptionCollator:

@@ -34,7 +34,8 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from vlmcap.atomic_write import write_atomically
-from vlmcap.data.images import READING, BadImageError, DatasetError, image_size, open_image
+from vlmcap.data.errors import DataError
+from vlmcap.data.images import READING, BadImageError, image_size, open_image
 from vlmcap.training.collator import BadImages
 from vlmcap.training.tower import projector_blocks, projector_inputs, tower_hash
 
@@ -92,7 +93,7 @@ def cache_features(
         rows: as `load_captions` returns them.
 
     Raises:
-        DatasetError: the disk is too small, or too many pictures cannot be read.
+        DataError: the disk is too small, or too many pictures cannot be read.
     """
     tower, image_processor, state = model.model.visual.eval(), processor.image_processor, PartialState()
     width = len(projector_blocks(tower)) * tower.blocks[0].norm1.weight.numel()
@@ -147,7 +148,7 @@ def check_space(folder: Path, pictures: int, new: int, need: int) -> None:
     """Prints how many bytes the features need of those of the `pictures` that are `new`.
 
     Raises:
-        DatasetError: `folder` has fewer.
+        DataError: `folder` has fewer.
     """
     free = shutil.disk_usage(folder).free
     if new or PartialState().is_main_process:
@@ -159,7 +160,7 @@ def check_space(folder: Path, pictures: int, new: int, need: int) -> None:
             flush=True,
         )
     if need > free:
-        raise DatasetError(
+        raise DataError(
             f"the features of {new:,} pictures need {need / 2**30:,.2f} GiB, and {folder} has"
             f" {free / 2**30:,.2f} GiB free. Name a folder on a larger disk, lower max_pixels, or train without"
             " cached features (cache_image_features)."
@@ -212,7 +213,7 @@ def append(path: Path, content: bytes | memoryview) -> None:
     """Adds to the end of a file and waits until the disk has it.
 
     Raises:
-        DatasetError: the disk is full, or fails.
+        DataError: the disk is full, or fails.
     """
     try:
         with path.open("ab") as file:
@@ -220,7 +221,7 @@ def append(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise DatasetError(
+        raise DataError(
             f"{path} cannot be written ({error.strerror}); {shutil.disk_usage(path.parent).free:,} bytes are free. The"
             " features that are there are kept: free space and start again, or name a folder on a larger disk"
             " (cache_image_features)."
