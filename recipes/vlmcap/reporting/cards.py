@@ -6,7 +6,9 @@ The words are in model_cards/: captioner.md.j2 is what all cards share, <recipe>
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -185,15 +187,8 @@ def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> P
     metrics = read_metrics(adapter_dir)
     audit_path = adapter_dir / "audit.json"
     audit = read_audit(audit_path) if audit_path.exists() else None
-    try:
+    with in_file(adapter_dir / "metrics.json"):
         card = render_adapter_card(metrics, repo_id, audit)
-    except ValueError as error:
-        raise CardError(f"{adapter_dir / 'metrics.json'}: {error}") from error
-    except (AttributeError, IndexError, KeyError, TypeError, jinja2.UndefinedError) as error:
-        raise CardError(
-            f"{adapter_dir / 'metrics.json'} is not as the recipe writes it ({type(error).__name__}: {error}): score"
-            " again"
-        ) from error
     readme = adapter_dir / "README.md"
     write_atomically(readme, card)
 
@@ -205,6 +200,19 @@ def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> P
     else:
         results.unlink(missing_ok=True)
     return readme
+
+
+@contextmanager
+def in_file(path: str | Path) -> Iterator[None]:
+    """Turns what printing a card from a damaged document raises into a CardError that names the document's file."""
+    try:
+        yield
+    except ValueError as error:
+        raise CardError(f"{path}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, jinja2.UndefinedError) as error:
+        raise CardError(
+            f"{path} is not as the recipe writes it ({type(error).__name__}: {error}): score again"
+        ) from error
 
 
 def read_metrics(adapter_dir: str | Path) -> dict:
@@ -221,7 +229,9 @@ def read_metrics(adapter_dir: str | Path) -> dict:
         raise CardError(f"{path} is not JSON: {error}") from error
 
 
-def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict | None = None) -> str:
+def render_adapter_card(
+    metrics: dict, repo_id: str | None = None, audit: dict | None = None, merged: dict | None = None
+) -> str:
     """The model card (YAML block and Markdown) of an adapter or a trained model, as text.
 
     Args:
@@ -242,12 +252,20 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
     parts = model_parts(metrics["model"])
     adapter_name = repo_id or local_name(metrics["model"]["adapter"] or ".")
     best = training.get("best")
+    template, recipe, start = f"{_recipe_name(metrics)}.md.j2", recipe_of(metrics), quick_start(metrics, adapter_name)
+    if merged:
+        adapter_name = merged["adapter"]["id"]
+        start = quick_start(metrics, merged["name"], MERGED)
+        recipe = replace(recipe, trained=f"{recipe.trained} before the merge")
     text = (
         _environment()
-        .get_template(f"{_recipe_name(metrics)}.md.j2")
+        .get_template("merged.md.j2" if merged else template)
         .render(
             m=metrics,
-            recipe=recipe_of(metrics),
+            merged=merged,
+            adapter_card=template,
+            adapter_link=_link(adapter_name),
+            recipe=recipe,
             base=base,
             training=training,
             title=_title(metrics),
@@ -286,11 +304,11 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
             constraints=[
                 key for key in ("japanese_only", "no_repeat_ngram_size", "avoid_words") if key in metrics["decoding"]
             ],
-            quick_start=Markup(quick_start(metrics, adapter_name)),
+            quick_start=Markup(start),
             merge=Markup(merge_snippet(metrics, adapter_name)),
         )
     )
-    metadata = _metadata(metrics, repo_id).to_yaml()
+    metadata = (_merged_metadata(metrics, repo_id, merged) if merged else _metadata(metrics, repo_id)).to_yaml()
     return redact(f"---\n{metadata}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 
 
@@ -493,9 +511,22 @@ def _loaded(metrics: dict, repo: str) -> dict[str, str]:
     return filled | {"base": _quoted(_name(model["id"])), "repo": _quoted(repo), "revision": revision, "dtype": dtype}
 
 
-def quick_start(metrics: dict, adapter: str) -> str:
-    """Python that captions one photograph with the settings of the measured run, ready to paste."""
-    load = load_snippet(metrics, adapter).splitlines()
+MERGED = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name = {repo}
+processor = AutoProcessor.from_pretrained(name)
+model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")"""
+
+
+def quick_start(metrics: dict, name: str, load: str | None = None) -> str:
+    """Python that captions one photograph with the settings of the measured run, ready to paste.
+
+    Args:
+        name: of the adapter or model, a Hub id or a folder.
+        load: Python that makes `model` and `processor` of it, with `{repo}` for the name; default the recipe's own.
+    """
+    load = (load.format(repo=_quoted(name)) if load else load_snippet(metrics, name)).splitlines()
     imports = ["from PIL import Image, ImageOps", *(line for line in load if line.startswith("from "))]
     if metrics["prompt"] is None:
         keys = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "do_sample")
@@ -614,6 +645,17 @@ def _metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
         model_name=repo_id.split("/")[1] if repo_id else _title(metrics),
         eval_results=results,
     )
+
+
+def _merged_metadata(metrics: dict, repo_id: str | None, merged: dict) -> ModelCardData:
+    """Those of a fine-tuned base, under the licence of the base's weights; without scores, which are the adapter's."""
+    data = _metadata(metrics, repo_id)
+    data.base_model_relation = "finetune" if data.base_model else None
+    data.library_name, data.eval_results, data.model_name = "transformers", None, None
+    data.tags = [tag for tag in data.tags if tag != "lora"]
+    for key, value in merged["licence"].items():
+        data[key] = value
+    return data
 
 
 def _license(metrics: dict) -> str:
