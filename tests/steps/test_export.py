@@ -17,6 +17,7 @@ from vlmcap.models import blip
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.models.merge import check_memory, needed_memory
 from vlmcap.models.weights import ModelError
+from vlmcap.reporting.cards import render_adapter_card
 from vlmcap.reporting.hub import push_adapter
 from vlmcap.steps.export import base_licence, export_model, read_source
 from vlmcap.steps.save import name_special_tokens
@@ -265,3 +266,9 @@ def test_too_little_memory_is_said_before_the_base_is_loaded(miniature_dir, monk
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**29))
     with pytest.raises(ModelError, match="about 1.0 GiB .*0.5 GiB are free: give --dtype float16, close"):
         check_memory(str(miniature_dir), None, torch.float32)
+
+
+def test_the_card_s_commands_name_the_folder_as_a_shell_takes_it(merged, adapter):
+    source, name = read_source(str(adapter), None, None), "you/my_model"
+    card = render_adapter_card(source.metrics, name, merged=record(merged) | {"name": name})
+    assert "transformers serve you/my_model\n" in card and "vllm serve you/my_model --limit-mm" in card

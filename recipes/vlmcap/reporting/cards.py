@@ -6,6 +6,7 @@ The words are in model_cards/: captioner.md.j2 is what all cards share, <recipe>
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -263,6 +264,7 @@ def render_adapter_card(
         .render(
             m=metrics,
             merged=merged,
+            served_name=Markup(escape_unseen(shlex.quote(merged["name"]))) if merged else None,
             adapter_card=template,
             adapter_link=_link(adapter_name),
             recipe=recipe,
