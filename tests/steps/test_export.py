@@ -9,6 +9,7 @@ from huggingface_hub import HfApi, ModelCard
 from peft import get_peft_model
 from transformers import AutoModelForImageTextToText
 
+from tests.local_hub.faults import Fault
 from tests.reporting.documents import family_document, miniature_document
 from vlmcap.errors import UserError
 from vlmcap.miniature import family
@@ -19,7 +20,7 @@ from vlmcap.models.merge import check_memory, needed_memory
 from vlmcap.models.weights import ModelError
 from vlmcap.reporting.cards import render_adapter_card
 from vlmcap.reporting.hub import push_adapter
-from vlmcap.steps.export import base_licence, export_model, read_source
+from vlmcap.steps.export import base_licence, export_model, merge_record, read_source
 from vlmcap.steps.save import name_special_tokens
 from vlmcap.upload import PushError
 
@@ -210,9 +211,15 @@ def test_the_script_takes_an_adapter_from_the_hub_and_pushes_privately_in_one_co
     refused = run_script(*command, *push, "user/adapter", expect=1).stderr
     assert "holds adapter_config.json, and no merge.json" in refused and not (tmp_path / "merged").exists()
 
-    done = run_script(*command, *push, "user/merged")
-    assert "Memory: about 1.0 GiB for 3,379,808 parameters in float32" in done.stdout
-    assert f"Pushed to {hub.endpoint}/user/merged" in done.stdout
+    hub.faults.append(Fault(method="POST", path="/commit/main", status=403, body={"error": "storage quota"}, times=99))
+    failed = run_script(*command, *push, "user/merged", expect=1)
+    assert "Memory: about 1.0 GiB for 3,379,808 parameters in float32" in failed.stdout
+    again = f"python scripts/export_model.py --adapter user/adapter --output_dir {tmp_path}/merged --push_to_hub"
+    assert "storage quota" in failed.stderr and f"{again} --repo_id user/merged" in failed.stderr
+
+    hub.faults.clear()
+    done = run_script(*command, *push, "user/merged")  # the command that the message gives
+    assert "holds this export already" in done.stdout and f"Pushed to {hub.endpoint}/user/merged" in done.stdout
     info = HfApi().model_info("user/merged")
     assert info.private and len(HfApi().list_repo_commits("user/merged")) == 2  # the repository's first and ours
     files = {file.rfilename for file in info.siblings}
@@ -222,18 +229,13 @@ def test_the_script_takes_an_adapter_from_the_hub_and_pushes_privately_in_one_co
     assert found["adapter"] == {"id": "user/adapter", "revision": HfApi().model_info("user/adapter").sha}
     assert '"user/merged"' in hub.file("models", "user/merged", "README.md").decode()
 
-    hub.fail(path="/api/models/user/merged/commit/main", method="POST", status=403, times=99)
-    (tmp_path / "merged/README.md").unlink()
-    again = run_script(*command, *push, "user/merged", "--dtype", "float32", "--public", expect=1).stderr
-    assert "exists and is private, but public was asked for" in again
-
 
 def test_what_cannot_be_exported(adapter, merged, tmp_path, hub):
     with pytest.raises(UserError, match="has no metrics.json"):
         export_model(arguments(tmp_path, tmp_path / "out"))
     for recipe, why in (("sft_vit_gpt2_food", "a whole model already"), ("sft_vit_llama_food", "VitLlama")):
         (tmp_path / "metrics.json").write_text(json.dumps(family_document(recipe)))
-        with pytest.raises(UserError, match=f"cannot be merged: .*{why}"):
+        with pytest.raises(UserError, match=f"metrics.json of .*: it cannot be merged: .*{why}"):
             export_model(arguments(tmp_path, tmp_path / "out"))
     with pytest.raises(UserError, match="is not empty, and holds no export of .* in bfloat16: delete it"):
         export_model(arguments(adapter, merged, dtype="bfloat16"))
@@ -250,8 +252,12 @@ def test_the_licence_is_that_of_the_base_s_weights(adapter, miniature_dir, tmp_p
     source.metrics["base"]["model"]["parameters"] = 2_208_985_600
     source = type(source)(source.adapter, source.metrics, None, str(tmp_path), None)
     assert base_licence(source) == {}
+    card = render_adapter_card(source.metrics, merged=merge_record(source, "float16") | {"name": "you/x"})
+    assert ModelCard(card).data.license is None and "It is not recorded here" in card
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: some-research\n---\nA model")
     assert base_licence(source) == {"license": "other", "license_name": "some-research"}
+    card = render_adapter_card(source.metrics, merged=merge_record(source, "float16") | {"name": "you/x"})
+    assert ModelCard(card).data.to_dict()["license_name"] == "some-research" and "`some-research`" in card
 
 
 def test_the_real_size_needs_at_most_8_gib(qwen2vl_dir):

@@ -655,6 +655,7 @@ def _merged_metadata(metrics: dict, repo_id: str | None, merged: dict) -> ModelC
     data.base_model_relation = "finetune" if data.base_model else None
     data.library_name, data.eval_results, data.model_name = "transformers", None, None
     data.tags = [tag for tag in data.tags if tag != "lora"]
+    data.license = None  # the recipe's is that of the adapter
     for key, value in merged["licence"].items():
         data[key] = value
     return data

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmcap import provenance
@@ -21,7 +21,7 @@ from vlmcap.captioning.predictions import weights_hash
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.errors import UserError
 from vlmcap.models.blip import load_blip_adapter
-from vlmcap.models.load import load_adapter, load_model, load_processor, resolve_revision
+from vlmcap.models.load import load_model, load_processor, resolve_revision
 from vlmcap.models.merge import SHARD, check_memory, merge
 from vlmcap.models.weights import Adapter, ModelError, hub_errors, read_adapter
 from vlmcap.reporting.cards import in_file, is_miniature, local_name, render_adapter_card
@@ -123,17 +123,16 @@ def read_source(adapter: str, adapter_revision: str | None, model: str | None) -
             f"{adapter} has no metrics.json, which says whether its base was in NF4: give the folder that a recipe"
             " leaves, OUTPUT_DIR/adapter, or what was pushed from it"
         )
-    if reason := REFUSED.get(metrics.get("recipe")):
-        raise ExportError(f"{adapter} cannot be merged: {reason}")
-    found = read_adapter(adapter, adapter_revision)
-    audit = read_document(adapter, found.revision, "audit.json")
     with in_file(f"metrics.json of {adapter}"):
-        render_adapter_card(metrics, audit=audit)  # hours later is too late to find out that it cannot be printed
-        base = model or found.config.base_model_name_or_path
-        revision = resolve_revision(base, metrics["model"]["revision"])
+        if why := REFUSED.get(metrics.get("recipe")):
+            raise ExportError(f"it cannot be merged: {why}")
+        render_adapter_card(metrics)  # not after the merge, that no card can be printed from it
         if metrics["model"]["dtype"] not in DTYPES:
             raise ExportError(f"dtype is {metrics['model']['dtype']!r}, and must be one of {', '.join(DTYPES)}")
-    return Source(found, metrics, audit, base, revision)
+    found = read_adapter(adapter, adapter_revision)
+    base = model or found.config.base_model_name_or_path
+    revision = resolve_revision(base, metrics["model"]["revision"])
+    return Source(found, metrics, read_document(adapter, found.revision, "audit.json"), base, revision)
 
 
 def read_document(adapter: str, revision: str | None, name: str) -> dict | None:
@@ -144,7 +143,7 @@ def read_document(adapter: str, revision: str | None, name: str) -> dict | None:
             with hub_errors(adapter, revision, "an adapter"):
                 path = Path(hf_hub_download(adapter, name, revision=revision))
         except ModelError as error:
-            if isinstance(error.__cause__, EntryNotFoundError):
+            if isinstance(error.__cause__, RemoteEntryNotFoundError):
                 return None
             raise
     if not path.is_file():
@@ -274,16 +273,10 @@ def compare_captions(source: Source, record: dict, folder: Path, rows: list[dict
     Returns:
         The "check" of merge.json: how many captions are equal, and those that are not.
     """
-    beams, dtype = source.beams, getattr(torch, record["dtype"])
-    if source.is_blip:
-        adapted = load_blip_adapter(source.adapter.name, source.adapter.revision)
-    else:
-        model = load_model(source.base, source.revision, source.quantised)
-        model = load_adapter(model, source.adapter.name, source.adapter.revision, source.revision)
-        adapted = model, load_processor(source.adapter.name, source.adapter.revision)
-    before = captions(*adapted, rows, beams)
-    del adapted, model
+    beams = source.beams
+    before = captions(*load_measured(source), rows, beams)
     gc.collect()
+    dtype = getattr(torch, record["dtype"])
     merged = load_model(str(folder), load_in_4bit=False, attn_implementation=None, dtype=dtype)
     after = captions(merged, load_processor(str(folder)), rows, beams)
     different = [
@@ -298,6 +291,16 @@ def compare_captions(source: Source, record: dict, folder: Path, rows: list[dict
         "equal": len(rows) - len(different),
         "different": different,
     }
+
+
+def load_measured(source: Source) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The base with the adapter on it, as it was scored."""
+    adapter = source.adapter
+    if source.is_blip:
+        return load_blip_adapter(adapter.name, adapter.revision)
+    model = load_model(source.base, source.revision, source.quantised)
+    model = load_adapter(model, adapter.name, adapter.revision, source.revision)
+    return model, load_processor(adapter.name, adapter.revision)
 
 
 def captions(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict], args: BeamArguments) -> list[str]:
