@@ -21,7 +21,7 @@ from vlmcap.captioning.predictions import weights_hash
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.errors import UserError
 from vlmcap.models.blip import load_blip_adapter
-from vlmcap.models.load import load_model, load_processor, resolve_revision
+from vlmcap.models.load import load_adapter, load_model, load_processor, resolve_revision
 from vlmcap.models.merge import SHARD, check_memory, merge
 from vlmcap.models.weights import Adapter, ModelError, hub_errors, read_adapter
 from vlmcap.reporting.cards import in_file, is_miniature, local_name, render_adapter_card
