@@ -20,9 +20,10 @@ export TOKENIZERS_PARALLELISM = false
 export GOMP_SPINCOUNT = 20000
 # A second thread saves a fifth of a miniature's step on a quiet machine. Beside two busy processes one thread is at most
 # 2.0 times slower, two are up to 7.5 times (scripts/bench_threads.py, 2 cores, AVX2, one round): one thread is never bad.
-demo demo-family demo-smollm2 ablation test test-all: export OMP_NUM_THREADS = 1
+demo demo-family demo-smollm2 ablation serve-check test test-all: export OMP_NUM_THREADS = 1
 
-.PHONY: setup setup-test test test-all lint fuzz demo demo-family demo-smollm2 rehearsal ablation miniature clean
+.PHONY: setup setup-test test test-all lint fuzz demo demo-family demo-smollm2 rehearsal ablation serve-check miniature \
+	clean
 
 setup: $(VENV)/.ready
 
@@ -126,10 +127,18 @@ ablation: export HF_HUB_OFFLINE = 1
 ablation: setup $(DEMO)/dataset/README.md
 	$(VENV_PYTHON) scripts/run_ablation.py --config recipes/configs/sft_qwen2vl_jp/ablation_demo.yaml
 
+# The demo's adapter as one model, on a real vLLM and on transformers' server: their captions against transformers' own.
+# Not part of `make test-all`: the servers' environments take 10 GB and minutes to build.
+serve-check: export HF_HUB_OFFLINE = 1
+serve-check: setup
+	test -f $(DEMO)/adapter/README.md || $(MAKE) demo
+	$(VENV_PYTHON) scripts/export_model.py --adapter $(DEMO)/adapter --output_dir $(DEMO)/merged --check_images 200
+	$(VENV_PYTHON) scripts/serve_check.py --model $(DEMO)/merged
+
 # The committed checkpoints of the miniatures, pretrained again from their seeds.
 miniature: setup
 	for model in qwen2_vl blip vit gpt2 llama; do \
 		$(VENV_PYTHON) scripts/pretrain_miniature.py --model $$model --output_dir recipes/miniatures/$$model || exit 1; done
 
 clean:
-	rm -rf outputs build .venv .venv-* .uv
+	rm -rf outputs build .venv .venv-* .uv .serve

@@ -27,6 +27,7 @@ RUN_BY = {
     "scripts/bench_training.py": "tests/experiments/test_bench.py",
     "scripts/compare_runs.py": "tests/reporting/test_compare.py",
     "scripts/eval_captioning.py": "tests/evaluation/test_eval_script.py",
+    "scripts/export_model.py": "tests/steps/test_export.py",
     "scripts/fetch_images.py": "tests/data/test_fetch.py",
     "scripts/hold_out_captions.py": "tests/evaluation/test_eval_script.py",
     "scripts/human_eval.py": "tests/human/test_human.py",
@@ -37,8 +38,10 @@ RUN_BY = {
     "scripts/push_dataset.py": "tests/data/test_publish.py",
     "scripts/rehearse.py": "tests/recipes/test_rehearsal.py",
     "scripts/run_ablation.py": "tests/experiments/test_ablation_script.py",
+    "scripts/serve_check.py": "tests/experiments/test_serving.py",
 }
-OTHER_PROGRAMS = ("make", "sbatch", "sky", "source", ".venv/bin/python", "pip")
+OTHER_PROGRAMS = ("make", "sbatch", "sky", "source", ".venv/bin/python", "pip", "transformers", "vllm")
+OTHER_PROGRAMS += ("llama.cpp/convert_hf_to_gguf.py", "llama-mtmd-cli")
 
 
 def commands() -> list[tuple[str, list[str]]]:

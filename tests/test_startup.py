@@ -142,6 +142,10 @@ def test_what_scripts_miss_at_once(answers):
         "scripts/bench_training.py": (["--preset", "tiny"], "'tiny' is none of"),
         "scripts/bench_time_to_quality.py": (["--timing_rounds", "0"], "timing.json does not exist"),
         "scripts/eval_captioning.py": ([], "give the references"),
+        "scripts/export_model.py": (
+            ["--adapter", "x", "--output_dir", "x", "--push_to_hub"],
+            "--push_to_hub needs --repo_id user/name",
+        ),
         "scripts/human_eval.py": ([], "the first word must be export or import"),
         "scripts/hold_out_captions.py": (["--output_dir", "x"], "give the captions either"),
         "scripts/infer_baseline.py": ([], "--model or --baseline, --dataset and --output are needed"),
@@ -150,6 +154,7 @@ def test_what_scripts_miss_at_once(answers):
         "scripts/publish_metric.py": (["--output_dir", "x", "--push_to_hub"], "--push_to_hub needs --repo_id"),
         "scripts/push_adapter.py": ([], "the following arguments are required: "),
         "scripts/run_ablation.py": (["--config", "none.yaml"], "none.yaml"),
+        "scripts/serve_check.py": (["--model", "none"], "there is no merged model in none"),
     }
     found = answers(*([program, *words] for program, (words, _) in missing.items()))
     for (program, (_, message)), answer in zip(missing.items(), found, strict=True):

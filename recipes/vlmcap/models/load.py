@@ -119,8 +119,12 @@ def load_model(
     load_in_4bit: bool = True,
     attn_implementation: str | None = "sdpa",
     trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Loads an image-text-to-text model on this process's device, its language layers in NF4 by default.
+
+    Args:
+        dtype: of what is not quantised; None for `compute_dtype()`.
 
     Raises:
         ModelError: as `load_weights`; the model needs code of its repository without `trust_remote_code`; after a
@@ -130,7 +134,7 @@ def load_model(
         AutoModelForImageTextToText,
         name,
         revision,
-        dtype=compute_dtype(),
+        dtype=dtype or compute_dtype(),
         quantization_config=nf4_config(UNQUANTISED) if load_in_4bit else None,
         attn_implementation="sdpa" if attn_implementation == "flex_attention" else attn_implementation,
         device_map={"": local_device()},
@@ -285,10 +289,11 @@ def check_adapter_of(found: Adapter, name: str, revision: str | None = None, tru
     Raises:
         ModelError: as `check_adapter`, or there is no such base.
     """
-    check_adapter(found, _skeleton_of(name, revision, trust_remote_code), name, revision)
+    check_adapter(found, skeleton_of(name, revision, trust_remote_code), name, revision)
 
 
-def _skeleton_of(name: str, revision: str | None, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton_of(name: str, revision: str | None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a repository or folder without weights (device "meta"); ModelError when there is none."""
     with loading(name):
         refuse_adapter(name, revision)
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -305,7 +310,7 @@ def read_trained_adapter(args: ModelArguments) -> Adapter:
         ModelError: as `read_adapter` and `check_adapter`; or it was trained with other settings, which are named.
     """
     name, revision = args.model_name_or_path, args.model_revision
-    found, base = read_adapter(args.adapter, args.adapter_revision), _skeleton_of(name, revision)
+    found, base = read_adapter(args.adapter, args.adapter_revision), skeleton_of(name, revision)
     depth = base.config.get_text_config().num_hidden_layers
     wanted, stored = lora_config(base, args), found.config
     check_adapter(found, base, name, revision)
@@ -326,7 +331,7 @@ def read_trained_adapter(args: ModelArguments) -> Adapter:
             f" {' '.join(f'--{key} {value}' for key, value in words.items())}"
         )
     odd = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern") if getattr(stored, key)]
-    expected = expected_tensors(_skeleton_of(name, revision), wanted, found.name)
+    expected = expected_tensors(skeleton_of(name, revision), wanted, found.name)
     if odd or expected != found.tensors:
         raise ModelError(
             f"adapter {found.name} cannot be trained further: {odd[0] if odd else 'the weights that it has'} is not"

@@ -56,6 +56,18 @@ def card_metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
     )
 
 
+def merged_metadata(metrics: dict, repo_id: str | None, merged: dict) -> ModelCardData:
+    """Those of a fine-tuned base, under the licence of the base's weights; without scores, which are the adapter's."""
+    data = card_metadata(metrics, repo_id)
+    data.base_model_relation = "finetune" if data.base_model else None
+    data.library_name, data.eval_results, data.model_name = "transformers", None, None
+    data.tags = [tag for tag in data.tags if tag != "lora"]
+    data.license = None  # the recipe's is that of the adapter
+    for key, value in merged["licence"].items():
+        data[key] = value
+    return data
+
+
 def eval_result_entries(metrics: dict, repo_id: str | None = None) -> list[EvalResultEntry]:
     """One entry per score for `.eval_results/*.yaml` (https://huggingface.co/docs/hub/eval-results).
 

@@ -5,6 +5,10 @@ The words are in model_cards/: captioner.md.j2 is what all cards share, <recipe>
 
 import json
 import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from markupsafe import Markup
 from vlmcap.atomic_write import write_atomically
 from vlmcap.credentials import redact
 from vlmcap.evaluation.audit_document import audit_rates, rate_text, read_audit
-from vlmcap.markdown import code_span, fenced, prose, visible
+from vlmcap.markdown import code_span, escape_unseen, fenced, prose, visible
 from vlmcap.places import ROOT
 from vlmcap.reporting.card_facts import (
     SMOLLM2,
@@ -35,8 +39,8 @@ from vlmcap.reporting.card_facts import (
     recipe_of,
     score_label,
 )
-from vlmcap.reporting.card_metadata import card_metadata, eval_result_entries
-from vlmcap.reporting.snippets import merge_snippet, quick_start, quoted
+from vlmcap.reporting.card_metadata import card_metadata, eval_result_entries, merged_metadata
+from vlmcap.reporting.snippets import MERGED, merge_snippet, quick_start, quoted
 from vlmcap.versions import OLDEST
 
 TEMPLATES = ROOT / "model_cards"
@@ -88,15 +92,8 @@ def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> P
     metrics = read_metrics(adapter_dir)
     audit_path = adapter_dir / "audit.json"
     audit = read_audit(audit_path) if audit_path.exists() else None
-    try:
+    with in_file(adapter_dir / "metrics.json"):
         card = render_adapter_card(metrics, repo_id, audit)
-    except ValueError as error:
-        raise CardError(f"{adapter_dir / 'metrics.json'}: {error}") from error
-    except (AttributeError, IndexError, KeyError, TypeError, jinja2.UndefinedError) as error:
-        raise CardError(
-            f"{adapter_dir / 'metrics.json'} is not as the recipe writes it ({type(error).__name__}: {error}): score"
-            " again"
-        ) from error
     readme = adapter_dir / "README.md"
     write_atomically(readme, card)
 
@@ -108,6 +105,19 @@ def write_adapter_card(adapter_dir: str | Path, repo_id: str | None = None) -> P
     else:
         results.unlink(missing_ok=True)
     return readme
+
+
+@contextmanager
+def in_file(path: str | Path) -> Iterator[None]:
+    """Turns what printing a card from a damaged document raises into a CardError that names the document's file."""
+    try:
+        yield
+    except ValueError as error:
+        raise CardError(f"{path}: {error}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, jinja2.UndefinedError) as error:
+        raise CardError(
+            f"{path} is not as the recipe writes it ({type(error).__name__}: {error}): score again"
+        ) from error
 
 
 def read_metrics(adapter_dir: str | Path) -> dict:
@@ -124,7 +134,9 @@ def read_metrics(adapter_dir: str | Path) -> dict:
         raise CardError(f"{path} is not JSON: {error}") from error
 
 
-def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict | None = None) -> str:
+def render_adapter_card(
+    metrics: dict, repo_id: str | None = None, audit: dict | None = None, merged: dict | None = None
+) -> str:
     """The model card (YAML block and Markdown) of an adapter or a trained model, as text.
 
     Args:
@@ -145,12 +157,21 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
     parts = model_parts(metrics["model"])
     adapter_name = repo_id or local_name(metrics["model"]["adapter"] or ".")
     best = training.get("best")
+    template, recipe, start = f"{recipe_name(metrics)}.md.j2", recipe_of(metrics), quick_start(metrics, adapter_name)
+    if merged:
+        adapter_name = merged["adapter"]["id"]
+        start = quick_start(metrics, merged["name"], MERGED)
+        recipe = replace(recipe, trained=f"{recipe.trained} before the merge")
     text = (
         _environment()
-        .get_template(f"{recipe_name(metrics)}.md.j2")
+        .get_template("merged.md.j2" if merged else template)
         .render(
             m=metrics,
-            recipe=recipe_of(metrics),
+            merged=merged,
+            served_name=Markup(escape_unseen(shlex.quote(merged["name"]))) if merged else None,
+            adapter_card=template,
+            adapter_link=_link(adapter_name),
+            recipe=recipe,
             base=base,
             training=training,
             title=card_title(metrics),
@@ -189,11 +210,11 @@ def render_adapter_card(metrics: dict, repo_id: str | None = None, audit: dict |
             constraints=[
                 key for key in ("japanese_only", "no_repeat_ngram_size", "avoid_words") if key in metrics["decoding"]
             ],
-            quick_start=Markup(quick_start(metrics, adapter_name)),
+            quick_start=Markup(start),
             merge=Markup(merge_snippet(metrics, adapter_name)),
         )
     )
-    metadata = card_metadata(metrics, repo_id).to_yaml()
+    metadata = (merged_metadata(metrics, repo_id, merged) if merged else card_metadata(metrics, repo_id)).to_yaml()
     return redact(f"---\n{metadata}\n---\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 
 

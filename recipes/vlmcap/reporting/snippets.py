@@ -78,9 +78,22 @@ def merge_snippet(metrics: dict, repo: str) -> str:
     return MERGE.format(**_loaded(metrics, repo))
 
 
-def quick_start(metrics: dict, adapter: str) -> str:
-    """Python that captions one photograph with the settings of the measured run, ready to paste."""
-    load = load_snippet(metrics, adapter).splitlines()
+MERGED = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name = {repo}
+processor = AutoProcessor.from_pretrained(name)
+model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")"""
+
+
+def quick_start(metrics: dict, name: str, load: str | None = None) -> str:
+    """Python that captions one photograph with the settings of the measured run, ready to paste.
+
+    Args:
+        name: of the adapter or model, a Hub id or a folder.
+        load: Python that makes `model` and `processor` of it, with `{repo}` for the name; default the recipe's own.
+    """
+    load = (load.format(repo=quoted(name)) if load else load_snippet(metrics, name)).splitlines()
     imports = ["from PIL import Image, ImageOps", *(line for line in load if line.startswith("from "))]
     if metrics["prompt"] is None:
         keys = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "do_sample")
