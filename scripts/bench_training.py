@@ -99,9 +99,9 @@ def main(args: BenchArguments) -> None:
 
     import torch
 
+    from vlmcap.experiments import bench
     from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
     from vlmcap.models.load import base_model, load_processor
-    from vlmcap.experiments import bench
     from vlmcap.training.collator import BadImages
     from vlmcap.training.shared_prefix import SharedPrefixCollator
 
