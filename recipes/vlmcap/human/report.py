@@ -57,17 +57,29 @@ def krippendorff_alpha(units: Sequence[Sequence], metric: str) -> float | None:
         units: the values that each unit was given; units with fewer than two are skipped.
         metric: "nominal", or "ordinal" for values that can be sorted.
 
+    The package `krippendorff` gives the same values, and is under the GPL.
+
     Returns:
         None where alpha is not defined: no unit with two values, or all values the same.
     """
-    import krippendorff
-
     units = [unit for unit in units if len(unit) > 1]
     kinds = sorted({value for unit in units for value in unit})
     if len(kinds) < 2:
         return None
-    counts = [[unit.count(kind) for kind in kinds] for unit in map(list, units)]
-    return float(krippendorff.alpha(value_counts=counts, level_of_measurement=metric))
+    place = {value: number for number, value in enumerate(kinds)}
+    coincidences = np.zeros((len(kinds), len(kinds)))
+    for unit in units:
+        count = np.bincount([place[value] for value in unit], minlength=len(kinds))
+        coincidences += (np.outer(count, count) - np.diag(count)) / (len(unit) - 1)
+    totals = coincidences.sum(0)
+    if metric == "nominal":
+        distance = 1.0 - np.eye(len(kinds))
+    else:
+        middles = np.cumsum(totals) - totals / 2  # the sum from c to k less half of both ends is a difference of these
+        distance = np.subtract.outer(middles, middles) ** 2
+    observed = (coincidences * distance).sum()
+    expected = (np.outer(totals, totals) * distance).sum() / (totals.sum() - 1)
+    return float(1 - observed / expected)
 
 
 def sign_test(wins: int, losses: int) -> float:
