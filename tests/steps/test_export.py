@@ -50,7 +50,7 @@ def qwen2_vl_adapter(folder, base, load_in_4bit: bool):
     model = get_peft_model(model, lora_config(model, ModelArguments(str(base))))
     changed(model)
     model.save_pretrained(folder)
-    load_processor(str(base), 3136, 7056).save_pretrained(folder)
+    load_processor(str(base), min_pixels=3136, max_pixels=7056).save_pretrained(folder)
     metrics = miniature_document(str(base), str(folder))
     for run in (metrics, metrics["base"]):
         run["decoding"] |= DECODING
