@@ -178,7 +178,7 @@ def check_num_captions(num_captions: int, num_beams: int) -> None:
 def name_pictures(words: list[str]) -> list[str]:
     """The command line with all pictures after --pictures, wherever they were in it.
 
-    They are the words that are neither an option nor the value of one: a switch has a value only if it reads as one
+    They are the words that are neither an option nor the value of one: a switch has a value only if that reads as one
     (true, false), --hold_back has all words up to one that is not a reason, every other option has one value.
     """
     kinds = {f"--{known.name}": known.type for known in fields(CaptionArguments)}
@@ -188,12 +188,14 @@ def name_pictures(words: list[str]) -> list[str]:
             pictures += words[number + 1 :]
             break
         if word.startswith("-") and word != "-":
-            option = None if "=" in word else word
-            rest += [word] if word != "--pictures" else []
-            continue
-        kind = kinds.get(option)
-        switch = kind in (bool, bool | None) and word.lower() not in ("true", "false")
-        if option in (None, "--pictures", "--help", "-h") or switch or option == "--hold_back" and word not in FORM:
+            option = None if "=" in word or word in ("-h", "--help") else word
+            if kinds.get(word.replace("-", "_").replace("__", "--", 1)) in (bool, bool | None):
+                following = words[number + 1 : number + 2]
+                option = word if following and following[0].lower() in ("true", "false") else None
+                rest += [word] if option else [word, "true"]
+            elif word != "--pictures":
+                rest.append(word)
+        elif option in (None, "--pictures") or option == "--hold_back" and word not in FORM:
             pictures.append(word)
         else:
             rest.append(word)

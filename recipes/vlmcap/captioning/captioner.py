@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from vlmcap.captioning.arguments import CaptionArguments, GenerationArguments, check_num_captions
@@ -163,7 +163,7 @@ def _recipe_of(name: str, revision: str | None) -> str:
             )
         return "sft_blip_vi" if config.model_type == "blip" else "sft_qwen2vl_jp"
     with loading(name):
-        config, _ = AutoConfig.get_config_dict(name, revision=revision)
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
     if config.get("model_type") == "vit_llama":
         return "sft_vit_llama_food"
     parts = [config.get(part, {}).get("model_type") for part in ("encoder", "decoder")]
