@@ -69,6 +69,7 @@ SLOW = [
     ("", "fresh_python", "Python started anew"),
     ("", "grid_to_run", "launched recipes"),
     ("captioning/test_baselines_script.py", "run_script", "Python started anew"),
+    ("captioning/test_caption_script.py", "run_script", "Python started anew"),
     ("recipes/", "run_script", "launched recipes"),
     ("recipes/test_wheel.py", "python", "launched recipes"),
     ("test_startup.py", "answers", "Python started anew"),
