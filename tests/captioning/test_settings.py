@@ -87,7 +87,7 @@ def test_pictures_anywhere_on_the_command_line():
     assert args.pictures == ["a.jpg", "b", "c.jpg", "-", "d"]
     assert args.sidecar and args.overwrite and args.adapter == "x" and args.hold_back == ["empty", "repetition"]
     (args,) = parse("", CaptionArguments, command_line=name_pictures(["--adapter=x", "--", "-odd.jpg"]))
-    assert args.pictures == ["-odd.jpg"]
+    assert args.pictures == ["./-odd.jpg"]
     (args,) = parse("", CaptionArguments, command_line=name_pictures("--japanese-only a --load_in_4bit b".split()))
     assert args.pictures == ["a", "b"] and args.japanese_only and args.load_in_4bit
 

@@ -185,7 +185,8 @@ def name_pictures(words: list[str]) -> list[str]:
     pictures, rest, option = [], [], None
     for number, word in enumerate(words):
         if word == "--":
-            pictures += words[number + 1 :]
+            # argparse takes what begins with a dash for an option.
+            pictures += [f"./{name}" if name.startswith("-") else name for name in words[number + 1 :]]
             break
         if word.startswith("-") and word != "-":
             option = None if "=" in word or word in ("-h", "--help") else word

@@ -109,7 +109,7 @@ def _caption(
     file: BinaryIO | None,
 ) -> None:
     todo = [path for path in paths if shown_name(path) not in done and path not in failed]
-    write = _Printer(args) if file is None else None
+    write = None if file else _Printer(args)
     with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="captions", file=sys.stderr) as bar:
         for batch in caption(todo) if todo else ():
             said = [(path, captions) for path, captions in batch if not isinstance(captions, Exception)]
