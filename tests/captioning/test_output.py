@@ -125,9 +125,11 @@ def test_a_sidecar_is_of_one_picture(paths):
     os.rename("picture", "named.txt")
     _, failed = run(["0.png", "0.jpg", "named.txt"], Model(), sidecar=True, overwrite=True)
     assert failed.keys() == {"0.jpg", "named.txt"}
-    assert "in the .txt of 0.png" in failed["0.jpg"] and "overwrite it" in failed["named.txt"]
+    assert "its .txt would be that of 0.png" in failed["0.jpg"] and "overwrite it" in failed["named.txt"]
     assert text("0.txt") == "色 0, 0\n"
     assert Image.open("named.txt").size == (4, 4)
+    _, failed = run(["5.png", "6.png"], Model(), sidecar=True, output="6.txt")
+    assert list(failed) == ["6.png"]
 
 
 def test_a_sidecar_that_cannot_be_written_is_listed(paths):

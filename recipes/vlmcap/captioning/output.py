@@ -51,7 +51,7 @@ def caption_pictures(paths: list[str], caption: Batches, args: CaptionArguments,
         PredictionsError: the journal was started with another model, prompt or decoding, or is damaged.
         PictureError: another command writes it, or it cannot be written.
     """
-    failed = _shared_sidecars(paths) if args.sidecar else {}
+    failed = _shared_sidecars(paths, args.output) if args.sidecar else {}
     journal = journal_path(args)
     if journal is None:
         done: dict = {}
@@ -146,14 +146,14 @@ def sidecar_path(path: str) -> str:
     return os.path.splitext(path)[0] + ".txt"
 
 
-def _shared_sidecars(paths: list[str]) -> dict[str, str]:
-    """Path -> reason, of the pictures whose .txt would be another's, or the picture itself."""
-    taken, failed = {}, {}
+def _shared_sidecars(paths: list[str], output: str | None) -> dict[str, str]:
+    """Path -> reason, of the pictures whose .txt would be another's, the output, or the picture itself."""
+    taken, failed = {os.path.abspath(output): output} if output else {}, {}
     for path in paths:
         sidecar = os.path.abspath(sidecar_path(path))
         first = taken.setdefault(sidecar, path)
         if first != path:
-            failed[path] = f"its captions would be in the .txt of {shown_name(first)}: rename one of them"
+            failed[path] = f"its .txt would be that of {shown_name(first)}: rename one of them"
         elif sidecar == os.path.abspath(path):
             failed[path] = "its captions would overwrite it: rename it"
     return failed
