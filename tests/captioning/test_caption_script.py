@@ -179,6 +179,17 @@ def test_pages_and_review_queue(script, photos, adapter, tmp_path, capsys):
     assert len(lines(output.with_name("captions.html.jsonl"))) == 4
 
 
+def test_a_server_is_asked_as_the_adapter_was_trained(script, photos, adapter, chat, tmp_path):
+    output = tmp_path / "c.jsonl"
+    script(photos, "--server", f"{chat.address}/v1/", "--adapter", adapter, "--output", output)
+    assert len(lines(output)) == 4 and all(line["caption"].startswith("色 ") for line in lines(output))
+    for path, _, body in chat.requests:
+        assert path == "/v1/chat/completions" and body["model"] == "qwen" and body["max_tokens"] == 12
+        assert body["messages"][0]["content"][1]["text"] == ENGLISH.prompt
+    script(photos, "--server", chat.address, "--adapter", adapter, "--output", output)
+    assert len(chat.requests) == 4
+
+
 def test_what_cannot_be_read_is_listed_at_the_end(script, photos, adapter, tmp_path, monkeypatch, capsys):
     (tmp_path / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut off")
     words = [photos, tmp_path / "damaged.jpg", tmp_path / "none\n.png", "--adapter", adapter]

@@ -65,7 +65,8 @@ def save_trained(
             delete_predictions(folder / "predictions.jsonl")
         (folder / "training.json").unlink(missing_ok=True)
         name_special_tokens(new)
-        write_settings(new, settings_of(recipe, trainer.model, trainer.processing_class, generation_args))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        write_settings(new, settings_of(recipe, model, trainer.processing_class, generation_args))
         for path in [path for path in new.rglob("*") if path.is_file()]:
             target = folder / path.relative_to(new)
             target.parent.mkdir(exist_ok=True)
