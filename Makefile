@@ -64,7 +64,7 @@ fuzz: setup-test
 	$(UV) pip install --quiet --python $(VENV_PYTHON) "atheris==3.0.0" || echo "atheris does not install here: hypothesis alone"
 	$(VENV_PYTHON) -m tests.fuzz --seconds 600
 
-# Drawn scenes -> published dataset -> QLoRA of the miniature -> scores, audit, model card, comparison. Offline.
+# Drawn scenes -> published dataset -> QLoRA of the miniature -> scores, audit, model card, comparison, one caption. Offline.
 demo: export HF_HUB_OFFLINE = 1
 demo: setup
 	rm -rf $(DEMO)
@@ -73,6 +73,7 @@ demo: setup
 		--config recipes/configs/sft_qwen2vl_jp/demo.yaml
 	$(VENV_PYTHON) scripts/compare_runs.py base=$(DEMO)/base adapter=$(DEMO)/adapter --dataset $(DEMO)/dataset \
 		--output_dir $(DEMO)/comparison
+	$(VENV_PYTHON) scripts/caption.py $(DEMO)/scenes/images/COCO_val2014_000000002202.png --adapter $(DEMO)/adapter
 
 $(DEMO)/dataset/README.md: | setup
 	$(VENV_PYTHON) scripts/draw_scenes.py --output_dir $(DEMO)/scenes

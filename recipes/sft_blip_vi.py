@@ -98,7 +98,7 @@ def main(
 
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    save_trained(trainer, adapter_dir, splits, run.config(model_args))
+    save_trained(trainer, adapter_dir, splits, run.config(model_args), Path(__file__).stem, beam_args)
     del trainer, model
 
     # Evaluation: zero-shot BLIP and the adapter as saved on disk, on the same images with the same decoding.

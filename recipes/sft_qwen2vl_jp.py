@@ -199,7 +199,7 @@ def main(
 
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    save_trained(trainer, adapter_dir, splits, run.config(model_args))
+    save_trained(trainer, adapter_dir, splits, run.config(model_args), Path(__file__).stem, generation_args)
     del trainer, model
 
     # Evaluation: the base and the adapter as saved on disk, on the same images with the same decoding; then scores,

@@ -106,7 +106,7 @@ def main(
 
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    save_trained(trainer, model_dir, splits, run.config(model_args))
+    save_trained(trainer, model_dir, splits, run.config(model_args), Path(__file__).stem, beam_args)
     del trainer, model
 
     # Evaluation: the model before training and the trained one as saved on disk, with the same decoding.

@@ -70,6 +70,7 @@ SLOW = [
     ("", "grid_to_run", "launched recipes"),
     ("captioning/test_baselines_script.py", "run_script", "Python started anew"),
     ("steps/test_export.py", "run_script", "Python started anew"),
+    ("captioning/test_caption_script.py", "run_script", "Python started anew"),
     ("recipes/", "run_script", "launched recipes"),
     ("recipes/test_wheel.py", "python", "launched recipes"),
     ("test_startup.py", "answers", "Python started anew"),

@@ -25,6 +25,7 @@ RUN_BY = {
     "scripts/bench_metrics.py": "tests/experiments/test_bench_metrics.py",
     "scripts/bench_time_to_quality.py": None,  # a benchmark of an hour
     "scripts/bench_training.py": "tests/experiments/test_bench.py",
+    "scripts/caption.py": "tests/captioning/test_caption_script.py",
     "scripts/compare_runs.py": "tests/reporting/test_compare.py",
     "scripts/eval_captioning.py": "tests/evaluation/test_eval_script.py",
     "scripts/export_model.py": "tests/steps/test_export.py",

@@ -141,6 +141,7 @@ def test_what_scripts_miss_at_once(answers):
         "scripts/audit_captions.py": ([], "give --predictions FILE"),
         "scripts/bench_training.py": (["--preset", "tiny"], "'tiny' is none of"),
         "scripts/bench_time_to_quality.py": (["--timing_rounds", "0"], "timing.json does not exist"),
+        "scripts/caption.py": (["photo.jpg"], "--adapter, --model or --server are needed"),
         "scripts/eval_captioning.py": ([], "give the references"),
         "scripts/export_model.py": (
             ["--adapter", "x", "--output_dir", "x", "--push_to_hub"],

@@ -40,6 +40,7 @@ from vlmcap.training.trainer_arguments import CaptionerTrainingArguments, Captio
 from vlmcap.training.validation import CaptionValidation
 
 MINIATURES = tiny.MINIATURE.parent
+CAPTIONING = ("sft_qwen2vl_jp", GenerationArguments())  # what captioning.json is written from
 # Four steps an epoch, the last of one micro-batch: 14 examples in batches of 2, two of them a step.
 SETTINGS = {
     "max_steps": 10,
@@ -256,7 +257,7 @@ def recipe(
 
         trainer.model.register_forward_pre_hook(slowly)
         trainer.train(resume_from_checkpoint=checkpoint)
-        save_trained(trainer, folder / "run/trained", splits_of(pictures), {})
+        save_trained(trainer, folder / "run/trained", splits_of(pictures), {}, *CAPTIONING)
     except (CheckpointError, DataError) as error:
         print(f"error: {error}", flush=True)
         sys.exit(1)
@@ -300,7 +301,7 @@ def kill_in_every_write(pictures: Path, folder: Path, base: Path, first: int, st
         if kill_at is not None:
             Kill(kill_at, folder / "told")
         trainer.train(resume_from_checkpoint=checkpoint)
-        save_trained(trainer, folder / "run/trained", splits, {})
+        save_trained(trainer, folder / "run/trained", splits, {}, *CAPTIONING)
         if kill_at is None:
             (folder / "result.json").write_text(json.dumps(record(trainer)), encoding="utf-8")
 

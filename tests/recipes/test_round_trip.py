@@ -90,6 +90,10 @@ def test_publish_train_push_load(hub, run_script, scenes, miniature_dir, repo_ro
     code = code.replace('"recipes/miniatures/qwen2_vl"', repr(str(miniature_dir)))
     pasted = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert pasted.stdout.strip() == captions(again)[rows[0]["image_id"]], pasted.stderr
+    # So does scripts/caption.py, with nothing but the adapter's name: the rest is in captioning.json beside it.
+    assert "captioning.json" in files
+    captioned = run_script("caption.py", tmp_path / "photo.jpg", "--adapter", "user/miniature-ja")
+    assert captioned.stdout == f"{tmp_path / 'photo.jpg'}\t{pasted.stdout}"
 
     # A run on other data begins where the pushed adapter ended: with a learning rate of zero it says the same.
     further = tmp_path / "further"

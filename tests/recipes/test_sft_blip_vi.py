@@ -55,6 +55,7 @@ def test_drawn_scenes_are_described_in_vietnamese_and_the_adapter_goes_to_the_hu
     done = run_script(*command, "--push_to_hub", "--hub_model_id", "user/miniature-vi")
     assert "crossattention" in done.stdout and "240 images, 1,200 captions" in done.stdout
     metrics = read(run / "adapter/metrics.json")
+    assert read(run / "adapter/captioning.json")["recipe"] == "sft_blip_vi"
     assert metrics["recipe"] == "sft_blip_vi" and metrics["prompt"] is None
     assert metrics["model"]["id"] == metrics["base"]["model"]["id"] == "recipes/miniatures/blip"
     assert metrics["training"]["best"] == {

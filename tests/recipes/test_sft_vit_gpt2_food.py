@@ -100,6 +100,7 @@ def test_drawn_scenes_are_named_and_the_model_goes_to_the_hub_and_back(hub, run_
     assert f"{len(table) + 1} rows of {len(table)} images" in done.stderr
     assert "Left out of train: 1 empty captions, and 0 images" in done.stdout
     metrics = read(run / "model/metrics.json")
+    assert read(run / "model/captioning.json")["recipe"] == "sft_vit_gpt2_food"
     assert metrics["recipe"] == "sft_vit_gpt2_food" and metrics["prompt"] is None
     assert metrics["model"]["id"] == "recipes/miniatures/vit + recipes/miniatures/gpt2"
     assert metrics["model"]["parts"]["decoder"]["id"] == "recipes/miniatures/gpt2"

@@ -68,6 +68,7 @@ def test_drawn_scenes_get_titles_and_the_adapter_goes_to_the_hub_and_back(hub, r
     done = run_script(*command, "--push_to_hub", "--hub_model_id", "user/miniature-titles")
     assert "image_projection" in done.stdout and "encoder.layers" not in done.stdout
     metrics = read(run / "adapter/metrics.json")
+    assert read(run / "adapter/captioning.json")["recipe"] == "sft_vit_llama_food"
     assert metrics["recipe"] == "sft_vit_llama_food" and metrics["prompt"] is None
     parts = {"encoder": "recipes/miniatures/vit", "decoder": "recipes/miniatures/llama"}
     assert {part: found["id"] for part, found in metrics["model"]["parts"].items()} == parts

@@ -63,7 +63,7 @@ def image_size_record(processor: ProcessorMixin) -> dict:
 
 
 def search_config(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: BeamArguments
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, args: BeamArguments, num_captions: int = 1
 ) -> GenerationConfig:
     """Beam search as `args` asks for it, the same for every model.
 
@@ -75,6 +75,7 @@ def search_config(
     tokens = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return GenerationConfig(
         num_beams=args.num_beams,
+        num_return_sequences=num_captions,
         do_sample=False,
         max_new_tokens=args.max_new_tokens,
         min_length=0,
@@ -115,8 +116,9 @@ def caption_with_prompt(
     images: list,
     args: GenerationArguments,
     features: dict[str, torch.Tensor] | None = None,
+    num_captions: int = 1,
 ) -> list[str]:
-    """Captions of a list of PIL images, by one beam search over the batch.
+    """Captions of a list of PIL images, by one beam search over the batch; `num_captions` of each, the best first.
 
     `features` stands in for what the processor makes of the pictures, for a model that takes cached features
     (vlmcap.training.features).
@@ -135,7 +137,7 @@ def caption_with_prompt(
     inputs.pop("labels", None)  # PaliGemma's processor makes them, also without a text to learn
     prompt_length = inputs["input_ids"].shape[1]
     check_beams(model, inputs.get("pixel_values"), len(images), args.num_beams)
-    config = search_config(model, processor.tokenizer, args)
+    config = search_config(model, processor.tokenizer, args, num_captions)
     limits = constraints(
         processor.tokenizer,
         prompt_length,
@@ -152,15 +154,40 @@ def caption_with_prompt(
 
 @torch.inference_mode()
 def caption_without_prompt(
-    model: PreTrainedModel | PeftModel, processor: ProcessorMixin, images: list, args: BeamArguments
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    images: list,
+    args: BeamArguments,
+    num_captions: int = 1,
 ) -> list[str]:
-    """Captions of a list of PIL images by a model that takes no prompt (BLIP, ViT + GPT-2 and the like)."""
+    """Captions of a list of PIL images by a model that takes no prompt (BLIP, ViT + GPT-2 and the like).
+
+    `num_captions` of each picture, the best first.
+    """
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    config = search_config(model, processor.tokenizer, args)
+    config = search_config(model, processor.tokenizer, args, num_captions)
     config.no_repeat_ngram_size = args.no_repeat_ngram_size
     dtype = base_model(model).dtype
     ids = model.generate(pixel_values=pixels.to(model.device, dtype), generation_config=config)
     return [" ".join(text.split()) for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def caption_images(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    images: list,
+    args: BeamArguments,
+    num_captions: int = 1,
+) -> list[list[str]]:
+    """`num_captions` captions of each PIL image, the best first: a batch of pictures becomes captions here alone.
+
+    Args:
+        args: GenerationArguments for a model that takes a prompt.
+        num_captions: `args.num_beams` at most.
+    """
+    ask = caption_with_prompt if takes_prompt(processor) else caption_without_prompt
+    said = ask(model, processor, images, args, num_captions=num_captions)
+    return [said[first : first + num_captions] for first in range(0, len(said), num_captions)]
 
 
 def generate(
@@ -181,14 +208,13 @@ def generate(
         record: "model", "dataset" and "saw" of the run record.
     """
     record = record | _asked_of(processor, args)
-    prompted = takes_prompt(processor)
     model.eval()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
     def caption(batch: datasets.Dataset) -> list[str]:
         images = [open_image(row) for row in batch]
-        return (caption_with_prompt if prompted else caption_without_prompt)(model, processor, images, args)
+        return [captions[0] for captions in caption_images(model, processor, images, args)]
 
     def peak_memory() -> int | None:
         return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None

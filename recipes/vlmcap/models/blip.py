@@ -46,8 +46,11 @@ VOWELS = "".join(unicodedata.normalize("NFC", vowel + tone) for vowel in "aăâe
 CHARACTERS = VOWELS + VOWELS.upper() + "đĐ" + string.ascii_letters + string.digits + string.punctuation
 
 
-def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
-    """BLIP as published, on this process's device, in `compute_dtype()`; its tokenizer completed by [DEC] and [ENC].
+def load_blip(
+    name: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[BlipForConditionalGeneration, BlipProcessor]:
+    """BLIP as published, on this process's device, in `dtype` or else `compute_dtype()`; its tokenizer completed by
+    [DEC] and [ENC].
 
     Safetensors alone are loaded. The main branch of Salesforce/blip-image-captioning-base may have none:
     `resolve_revision` finds the conversion that the Hub's bot keeps in a pull request.
@@ -58,7 +61,7 @@ def load_blip(name: str, revision: str | None = None) -> tuple[BlipForConditiona
     _blip_config(name, revision)
     with loading(name):
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=False)
-    options = {"dtype": compute_dtype(), "device_map": {"": local_device()}}
+    options = {"dtype": dtype or compute_dtype(), "device_map": {"": local_device()}}
     model = load_weights(BlipForConditionalGeneration, name, revision, **options)
     tokenizer, config = processor.tokenizer, model.config.text_config
     tokenizer.add_special_tokens({"bos_token": START})
@@ -182,8 +185,11 @@ def add_lora(model: BlipForConditionalGeneration, processor: BlipProcessor, args
     return _keep_head_bias(get_peft_model(model, config))
 
 
-def load_blip_adapter(adapter: str, revision: str | None = None) -> tuple[PeftModel, BlipProcessor]:
-    """A trained model and its processor, for inference, from an adapter's folder or Hub id alone.
+def load_blip_adapter(
+    adapter: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[PeftModel, BlipProcessor]:
+    """A trained model and its processor, for inference, from an adapter's folder or Hub id alone; `dtype` as in
+    `load_blip`.
 
     Raises:
         ModelError: as `load_blip`, `read_adapter` and `check_adapter`.
@@ -197,7 +203,7 @@ def load_blip_adapter(adapter: str, revision: str | None = None) -> tuple[PeftMo
         skeleton = BlipForConditionalGeneration(config)
         _resize(skeleton, processor.tokenizer)
     check_adapter(found, skeleton, *base)
-    model, _ = load_blip(*base)
+    model, _ = load_blip(*base, dtype)
     _resize(model, processor.tokenizer)
     model = PeftModel.from_pretrained(model, str(found.folder), config=found.config)
     return _keep_head_bias(model).eval(), processor

@@ -65,10 +65,10 @@ def local_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def nf4_config(unquantised: list[str] | None = None) -> BitsAndBytesConfig:
+def nf4_config(unquantised: list[str] | None = None, dtype: torch.dtype | None = None) -> BitsAndBytesConfig:
     """NF4 with double quantisation (Dettmers et al. 2023) of all linear layers but those of the modules named; None
-    leaves the choice to transformers, which spares the output layer."""
-    dtype = compute_dtype()
+    leaves the choice to transformers, which spares the output layer. `dtype` is what is computed in."""
+    dtype = dtype or compute_dtype()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -135,7 +135,7 @@ def load_model(
         name,
         revision,
         dtype=dtype or compute_dtype(),
-        quantization_config=nf4_config(UNQUANTISED) if load_in_4bit else None,
+        quantization_config=nf4_config(UNQUANTISED, dtype) if load_in_4bit else None,
         attn_implementation="sdpa" if attn_implementation == "flex_attention" else attn_implementation,
         device_map={"": local_device()},
         trust_remote_code=trust_remote_code,  # left out, transformers would ask at the terminal
@@ -381,6 +381,11 @@ def lora_config(model: PreTrainedModel, args: ModelArguments) -> LoraConfig:
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def is_quantised(model: nn.Module) -> bool:
+    """Whether layers of a model are in 4 bits."""
+    return any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
 
 
 def count_parameters(model: nn.Module) -> int:

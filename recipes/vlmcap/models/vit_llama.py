@@ -235,8 +235,12 @@ def add_lora(model: VitLlama, args: VitLlamaArguments) -> VitLlamaAdapter:
     return adapted
 
 
-def load_vit_llama(adapter: str, revision: str | None = None) -> tuple[VitLlamaAdapter, ProcessorMixin]:
+def load_vit_llama(
+    adapter: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[VitLlamaAdapter, ProcessorMixin]:
     """A trained model and its processor, for inference, from an adapter's folder or Hub id alone.
+
+    `dtype` is `compute_dtype()` where it is left out.
 
     Raises:
         ModelError: as `build_vit_llama`, `read_adapter` and `check_adapter`, or `adapter` is none of a VitLlama.
@@ -255,13 +259,13 @@ def load_vit_llama(adapter: str, revision: str | None = None) -> tuple[VitLlamaA
         vit = ViTModel(part_config("vit", *encoder), add_pooling_layer=False)
         skeleton = VitLlama(config, vit, LlamaForCausalLM(part_config("llama", *decoder)))
     check_adapter(found, skeleton, *decoder)
-    model = _load_parts(config, processor)
+    model = _load_parts(config, processor, dtype)
     return VitLlamaAdapter.from_pretrained(model, str(found.folder), config=found.config).eval(), processor
 
 
-def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin) -> VitLlama:
+def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin, dtype: torch.dtype | None = None) -> VitLlama:
     """The ViT and the Llama that a configuration names, on this process's device, with an undrawn projection."""
-    shared = {"dtype": compute_dtype(), "device_map": {"": local_device()}}
+    shared = {"dtype": dtype or compute_dtype(), "device_map": {"": local_device()}}
     encoder = load_part(
         ViTModel, "vit", config.encoder_name_or_path, config.encoder_revision, add_pooling_layer=False, **shared
     )
@@ -270,7 +274,7 @@ def _load_parts(config: VitLlamaConfig, processor: ProcessorMixin) -> VitLlama:
         "llama",
         config.decoder_name_or_path,
         config.decoder_revision,
-        quantization_config=nf4_config() if config.load_in_4bit else None,
+        quantization_config=nf4_config(dtype=dtype) if config.load_in_4bit else None,
         **shared,
     )
     if config.load_in_4bit:

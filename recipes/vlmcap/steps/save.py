@@ -1,4 +1,4 @@
-"""What a run leaves of training: the weights, and training.json beside them."""
+"""What a run leaves of training: the weights, and beside them captioning.json and training.json."""
 
 import json
 import shutil
@@ -9,13 +9,18 @@ from transformers import Trainer
 
 from vlmcap import provenance
 from vlmcap.atomic_write import write_atomically
+from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.captioning.predictions import delete_predictions, weights_hash
+from vlmcap.captioning.settings import settings_of, write_settings
 from vlmcap.steps.splits import Splits
 from vlmcap.training import checkpoints
 
 
-def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -> None:
-    """Saves what was trained and, beside it, training.json: what was trained on, with which settings, and the results.
+def save_trained(
+    trainer: Trainer, folder: Path, splits: Splits, config: dict, recipe: str, generation_args: BeamArguments
+) -> None:
+    """Saves what was trained and, beside it, captioning.json: how it captions, and training.json: what was trained on,
+    with which settings, and the results.
 
     The files are written beside `folder` and renamed into it, training.json last: without it the folder is not
     whole. Captions that are there are deleted before different weights come.
@@ -23,6 +28,8 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
     Args:
         trainer: a ResumableTrainer.
         config: the settings that the model card prints.
+        recipe: its name, e.g. "sft_blip_vi".
+        generation_args: how the trained model is asked for captions.
 
     Raises:
         CheckpointError: the disk is full; what was in `folder` is unchanged.
@@ -58,6 +65,8 @@ def save_trained(trainer: Trainer, folder: Path, splits: Splits, config: dict) -
             delete_predictions(folder / "predictions.jsonl")
         (folder / "training.json").unlink(missing_ok=True)
         name_special_tokens(new)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        write_settings(new, settings_of(recipe, model, trainer.processing_class, generation_args))
         for path in [path for path in new.rglob("*") if path.is_file()]:
             target = folder / path.relative_to(new)
             target.parent.mkdir(exist_ok=True)
