@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from vlmcap.atomic_write import write_atomically
-from vlmcap.data.images import READING, BadImageError, DatasetError, image_size, open_image
+from vlmcap.data.images import BadImageError, DatasetError, image_size, open_image
+from vlmcap.data.pictures import READING
 from vlmcap.training.collator import BadImages
 
 BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels
