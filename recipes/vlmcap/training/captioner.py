@@ -25,6 +25,7 @@ from vlmcap.training.arguments import CaptionerFields, FoodFields
 from vlmcap.training.collator import BadImages, caption_examples, read_example
 from vlmcap.training.measured import MeasuredTrainer, check_optimizer, choose_by_device
 from vlmcap.training.report import trainable_modules
+from vlmcap.training.trackers import trackers
 from vlmcap.training.validation import CaptionValidation
 
 # The trainer's settings that the model card prints.
@@ -162,6 +163,7 @@ class CaptionerTrainer(MeasuredTrainer, Trainer):
             eval_dataset=validation_rows,
             processing_class=processing_class,
             optimizers=optimizers,
+            callbacks=trackers(args, self.validation),
         )
         self.model_accepts_loss_kwargs = True  # `compute_loss` takes the number of caption tokens of the whole step
         self.start_measuring()

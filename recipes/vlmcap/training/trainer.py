@@ -22,6 +22,7 @@ from vlmcap.training.features import FeatureCache, feed_features
 from vlmcap.training.measured import MeasuredTrainer, check_optimizer, choose_by_device
 from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
 from vlmcap.training.shared_prefix import SharedPrefixCollator
+from vlmcap.training.trackers import trackers
 from vlmcap.training.validation import CaptionValidation
 
 
@@ -100,6 +101,7 @@ class CaptionTrainer(MeasuredTrainer, SFTTrainer):
                 train_dataset=examples,
                 eval_dataset=validation and validation.rows,
                 processing_class=processing_class,
+                callbacks=trackers(args, validation),
             )
         # `compute_loss` takes the number of caption tokens of the whole step. transformers counts them for Qwen2-VL
         # alone of the family; for the others accumulated batches would each weigh the same, however few their tokens.
