@@ -7,11 +7,13 @@ environment is set here, before any of them is. Child processes inherit it and s
 import atexit
 import multiprocessing.forkserver
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.faults import ranks
 from tests.local_hub import Hub
+from vlmcap.errors import UserError
+from vlmcap.places import find_uv
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 WORLD = Path(tempfile.mkdtemp(prefix="vlmcap-tests-"))
@@ -66,6 +70,7 @@ SLOW = [
     ("", "compiler", "a C++ compiler"),
     ("", "environments", "a package index"),
     ("", "data_dir", "real data"),
+    ("", "overlay", "a package index"),
     ("", "fresh_python", "Python started anew"),
     ("", "grid_to_run", "launched recipes"),
     ("captioning/test_baselines_script.py", "run_script", "Python started anew"),
@@ -73,10 +78,13 @@ SLOW = [
     ("captioning/test_caption_script.py", "run_script", "Python started anew"),
     ("recipes/", "run_script", "launched recipes"),
     ("recipes/test_wheel.py", "python", "launched recipes"),
+    ("recipes/test_notebook.py", "", "launched recipes"),
     ("test_startup.py", "answers", "Python started anew"),
     ("reporting/test_snippets.py", "adapter", "models that cards load"),
+    ("reporting/test_caption_space.py", "adapter", "models that cards load"),
     ("experiments/test_bench.py", "run_script", "a benchmark"),
     ("training/test_validation.py", "", "whole training runs"),
+    ("training/test_trackers.py", "make", "whole training runs"),
     ("invariants/test_precision.py", "", "whole training runs"),
     ("data/test_fetch.py", "", "processes killed or stopped"),
     ("invariants/test_processes.py", "", "training in several processes"),
@@ -217,6 +225,33 @@ def repacking_processor(request, monkeypatch) -> None:
 
         monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
         monkeypatch.setenv("PYTHONPATH", str(REPO_ROOT / "tests/avx512_bf16"))
+
+
+@pytest.fixture(scope="session")
+def overlay(repo_root, tmp_path_factory):
+    """overlay("gradio==6.31.0"): a folder for PYTHONPATH with packages that are not in our environment.
+
+    gradio and trackio need an older Pillow than constraints.txt has, wandb is large. What they need beside it has the
+    versions of our environment.
+    """
+    constraints = tmp_path_factory.mktemp("overlays") / "constraints.txt"
+    pins = (repo_root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints.write_text("\n".join(pin for pin in pins if not pin.startswith("pillow==")))
+
+    @cache
+    def overlay(*packages: str) -> str:
+        folder = constraints.with_name(re.sub(r"\W+", "-", "-".join(packages)))
+        try:
+            command = [find_uv(), "pip", "install", "--quiet", "--target", folder, "--constraint", constraints]
+        except UserError as error:
+            pytest.skip(str(error))
+        command += ["--python", sys.executable, *packages]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"uv cannot install {packages[0]} here: {done.stderr.strip()[-300:]}")
+        return str(folder)
+
+    return overlay
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-"""The READMEs: every link resolves, and every command in them exists, takes its options, and is run by a test."""
+"""READMEs and the notebook: links resolve; every command exists, takes its options, and is run by a test."""
 
+import json
 import re
 import shlex
 from functools import cache
@@ -13,6 +14,7 @@ READMES = sorted(
     for path in ROOT.rglob("README.md")
     if not any(part.startswith(".") or part in ("outputs", "build") for part in path.relative_to(ROOT).parts)
 )
+NOTEBOOK = ROOT / "recipes/colab_t4.ipynb"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What runs each program that a README shows: a test, or the make target that CI's demo tests stand for.
 RUN_BY = {
@@ -35,21 +37,31 @@ RUN_BY = {
     "scripts/infer_baseline.py": "tests/captioning/test_baselines_script.py",
     "scripts/publish_datasets.py": "tests/recipes/test_round_trip.py",
     "scripts/publish_metric.py": "tests/evaluation/test_metric_space.py",
+    "scripts/publish_space.py": "tests/reporting/test_caption_space.py",
     "scripts/push_adapter.py": "tests/reporting/test_push.py",
     "scripts/push_dataset.py": "tests/data/test_publish.py",
     "scripts/rehearse.py": "tests/recipes/test_rehearsal.py",
     "scripts/run_ablation.py": "tests/experiments/test_ablation_script.py",
     "scripts/serve_check.py": "tests/experiments/test_serving.py",
 }
-OTHER_PROGRAMS = ("make", "sbatch", "sky", "source", ".venv/bin/python", "pip", "transformers", "vllm")
+OTHER_PROGRAMS = ("make", "sbatch", "sky", "source", ".venv/bin/python", "pip", "git", "transformers", "vllm")
 OTHER_PROGRAMS += ("llama.cpp/convert_hf_to_gguf.py", "llama-mtmd-cli")
 
 
+def shell(path: Path) -> list[str]:
+    """The blocks of shell of a README, or the lines of a notebook that begin with `!`, in a block a cell."""
+    text = path.read_text(encoding="utf-8")
+    if path != NOTEBOOK:
+        return re.findall(r"```bash\n(.*?)```", text, re.S)
+    sources = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    return ["\n".join(re.findall(r"^ *!((?:.*\\\n)*.*)$", source, re.M)) for source in sources]
+
+
 def commands() -> list[tuple[str, list[str]]]:
-    """(README, words) of every command in a fenced block of shell; continued lines are one, comments are none."""
+    """(file, words) of every command in a block of shell; continued lines are one, comments are none."""
     found = []
-    for path in READMES:
-        for block in re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.S):
+    for path in (*READMES, NOTEBOOK):
+        for block in shell(path):
             for line in block.replace("\\\n", " ").splitlines():
                 for part in line.split("&&"):
                     if words := shlex.split(part, comments=True):
@@ -87,6 +99,7 @@ def test_every_command_exists_and_takes_its_options(run_script):
 
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert len(commands()) > 30
+    assert sum(readme == "recipes/colab_t4.ipynb" for readme, _ in commands()) == 6
     for readme, words in commands():
         name = program(words)
         if words[0] == "make":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# Not imported in our environment: by programs in environments of their own, and by a page that runs on the Hub.
-ELSEWHERE = ("recipes/vlmcap/captioning/isolated_runners", "recipes/metric_space")
+# Not imported in our environment: by programs in environments of their own, and by pages that run on the Hub.
+ELSEWHERE = ("recipes/vlmcap/captioning/isolated_runners", "recipes/caption_space", "recipes/metric_space")
 # `make fuzz` installs it where it is available, and does without where not.
 OPTIONAL = {"atheris"}
 OURS = {"vlmcap", "tests"}

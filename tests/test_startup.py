@@ -125,6 +125,7 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
             ["--report_to", "mlflow"],
             "report_to: mlflow needs the Python package mlflow, which is not installed",
         ),
+        (two, ["--report_to", "trackio"], "which is not installed: install it with `pip install trackio`, or leave"),
         (RECIPES, ["--dataset", "data/none"], "data/none is not a folder"),
         (RECIPES, ["--dataset", "data/one/more/none"], "data/one/more/none is not a folder"),
     ]
@@ -153,6 +154,7 @@ def test_what_scripts_miss_at_once(answers):
         "scripts/pretrain_miniature.py": (["--output_dir", "x", "--model", "t5"], "invalid choice: 't5'"),
         "scripts/publish_datasets.py": (["stair", "--output_dir", "x"], "--source stair needs --tokenizer"),
         "scripts/publish_metric.py": (["--output_dir", "x", "--push_to_hub"], "--push_to_hub needs --repo_id"),
+        "scripts/publish_space.py": (["--adapter", "x", "--repo_id", "demo"], "--repo_id demo: give it as USER/NAME"),
         "scripts/push_adapter.py": ([], "the following arguments are required: "),
         "scripts/run_ablation.py": (["--config", "none.yaml"], "none.yaml"),
         "scripts/serve_check.py": (["--model", "none"], "there is no merged model in none"),

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 from tests.reporting.documents import PARTS, adapter_document, family_document
 from vlmcap.captioning.isolated_runners.loading import open_png
-from vlmcap.data import images
+from vlmcap.data import pictures
 from vlmcap.data.errors import DataError
 from vlmcap.data.fetch import _flaw
 from vlmcap.data.images import (
@@ -380,4 +380,4 @@ def test_a_report_or_card_that_cannot_be_read_is_named(fault, tmp_path, file, co
 
 
 def test_the_caps_are_those_of_the_documentation():
-    assert (images.MAX_PIXELS, images.MAX_RATIO) == (Image.MAX_IMAGE_PIXELS, 200)
+    assert (pictures.MAX_PIXELS, pictures.MAX_RATIO) == (Image.MAX_IMAGE_PIXELS, 200)

@@ -14,7 +14,7 @@ from tests.recipes.files import read
 from vlmcap.miniature.scenes import write_scene_dataset
 
 # What a clone alone has.
-LEFT_OUT = ("recipes/miniatures/", "recipes/figures/")
+LEFT_OUT = ("recipes/miniatures/", "recipes/figures/", "recipes/colab_t4.ipynb")
 FOLDERS = ("accelerate_configs", "dataset_cards", "model_cards", "recipes", "scripts")
 
 

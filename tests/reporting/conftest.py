@@ -1,13 +1,14 @@
-"""A browser for the pages, and scored runs to compare."""
+"""A browser for the pages, scored runs to compare, an adapter with what it says."""
 
 import json
 import random
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageChops
 
 from tests.browser import browser, page  # noqa: F401
-from tests.reporting.documents import document
+from tests.reporting.documents import adapter_document, document
 from vlmcap.evaluation.scoring import ScoreOptions, write_metrics
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u202etxet\u202c"
@@ -69,3 +70,69 @@ def training_log() -> list[dict]:
     """Loss every ten steps, CIDEr-D of validation captions every fifty."""
     losses = [{"step": step, "epoch": step / 100, "loss": 30 / step} for step in range(10, 201, 10)]
     return [line | ({"eval_cider_d": line["step"] / 100} if line["step"] % 50 == 0 else {}) for line in losses]
+
+
+PICTURES = 8
+SETTINGS = {"num_beams": 3, "max_new_tokens": 16}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> list:
+    """Files as phones and drawing programs write them: lying on their side by EXIF, or with a transparent ground."""
+    from vlmcap.miniature.scenes import scenes
+
+    folder, paths = tmp_path_factory.mktemp("pictures"), []
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    for number, scene in enumerate(scenes(PICTURES, seed=5, held_out=True)):
+        drawn, path = scene.draw(), folder / f"{number}.png"
+        if number % 2:
+            drawn.rotate(90).save(path, exif=sideways)
+        else:
+            ground = Image.new("RGB", drawn.size, drawn.getpixel((0, 0)))
+            alpha = ImageChops.difference(drawn, ground).convert("L").point(lambda value: 255 if value else 0)
+            hidden = Image.composite(drawn, Image.new("RGB", drawn.size), alpha)  # black lies under the ground
+            hidden.putalpha(alpha)
+            hidden.save(path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory, miniature_dir):
+    """An adapter of the miniature in NF4, with a projector of its own, that changes what is said."""
+    import torch
+    from peft import get_peft_model
+
+    from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
+    from vlmcap.steps.save import name_special_tokens
+
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    model = load_model(str(miniature_dir))
+    model = get_peft_model(model, lora_config(model, ModelArguments(str(miniature_dir))))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    load_processor(str(miniature_dir)).save_pretrained(folder)
+    name_special_tokens(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def measured(adapter, miniature_dir, pictures) -> list[str]:
+    """The captions that a run scores: of the base in NF4 with the adapter on it."""
+    from vlmcap.captioning.arguments import GenerationArguments
+    from vlmcap.captioning.generate import caption_with_prompt
+    from vlmcap.data.images import open_image
+    from vlmcap.models.load import load_adapter, load_model, load_processor
+
+    prompt = adapter_document()["prompt"]
+    model, processor = load_adapter(load_model(str(miniature_dir)), str(adapter)), load_processor(str(adapter))
+    rows = ({"image": {"bytes": None, "path": str(path)}, "image_id": 0} for path in pictures)
+    arguments = GenerationArguments(prompt=prompt, **SETTINGS)
+    said = [caption_with_prompt(model, processor, [open_image(row)], arguments)[0] for row in rows]
+    assert len(set(said)) > PICTURES / 2
+    return said

@@ -7,8 +7,9 @@ import subprocess
 
 import pytest
 import yaml
-from PIL import Image, ImageChops
+from PIL import Image
 
+from tests.reporting.conftest import SETTINGS
 from tests.reporting.documents import PARTS, adapter_document, family_document, miniature_document
 from vlmcap.errors import UserError
 from vlmcap.places import find_uv
@@ -40,72 +41,6 @@ def test_vllm_and_its_way_out_are_on_the_card(projector):
     assert ".dequantize()" in blocks(card)[1] and "merge_and_unload()" in blocks(card)[1]
     metrics["model"]["quantization"] = None
     assert "dequantize" not in render_adapter_card(metrics) and "merge_and_unload()" in render_adapter_card(metrics)
-
-
-PICTURES = 8
-SETTINGS = {"num_beams": 3, "max_new_tokens": 16}
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list:
-    """Files as phones and drawing programs write them: lying on their side by EXIF, or with a transparent ground."""
-    from vlmcap.miniature.scenes import scenes
-
-    folder, paths = tmp_path_factory.mktemp("pictures"), []
-    sideways = Image.Exif()
-    sideways[0x0112] = 6
-    for number, scene in enumerate(scenes(PICTURES, seed=5, held_out=True)):
-        drawn, path = scene.draw(), folder / f"{number}.png"
-        if number % 2:
-            drawn.rotate(90).save(path, exif=sideways)
-        else:
-            ground = Image.new("RGB", drawn.size, drawn.getpixel((0, 0)))
-            alpha = ImageChops.difference(drawn, ground).convert("L").point(lambda value: 255 if value else 0)
-            hidden = Image.composite(drawn, Image.new("RGB", drawn.size), alpha)  # black is under the ground
-            hidden.putalpha(alpha)
-            hidden.save(path)
-        paths.append(path)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, miniature_dir):
-    """An adapter of the miniature in NF4, with a projector of its own, that changes what is said."""
-    import torch
-    from peft import get_peft_model
-
-    from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
-    from vlmcap.steps.save import name_special_tokens
-
-    folder = tmp_path_factory.mktemp("adapter")
-    torch.manual_seed(0)
-    model = load_model(str(miniature_dir))
-    model = get_peft_model(model, lora_config(model, ModelArguments(str(miniature_dir))))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora_A" not in name:
-                parameter += 0.02 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    load_processor(str(miniature_dir)).save_pretrained(folder)
-    name_special_tokens(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def measured(adapter, miniature_dir, pictures) -> list[str]:
-    """The captions that a run scores: of the base in NF4 with the adapter on it."""
-    from vlmcap.captioning.arguments import GenerationArguments
-    from vlmcap.captioning.generate import caption_with_prompt
-    from vlmcap.data.images import open_image
-    from vlmcap.models.load import load_adapter, load_model, load_processor
-
-    prompt = adapter_document()["prompt"]
-    model, processor = load_adapter(load_model(str(miniature_dir)), str(adapter)), load_processor(str(adapter))
-    rows = ({"image": {"bytes": None, "path": str(path)}, "image_id": 0} for path in pictures)
-    arguments = GenerationArguments(prompt=prompt, **SETTINGS)
-    said = [caption_with_prompt(model, processor, [open_image(row)], arguments)[0] for row in rows]
-    assert len(set(said)) > PICTURES / 2
-    return said
 
 
 def code_of(miniature_dir, adapter, quantization: str | None) -> list[str]:

@@ -22,6 +22,7 @@ def test_the_trackers_are_those_of_transformers():
     [
         ("clearml", "report_to: clearml needs the Python package clearml, which is not installed"),
         (["mlflow"], "report_to: mlflow needs the Python package mlflow"),
+        ("wandb", "package wandb, which is not installed: install it with `pip install wandb`, or leave"),
         ("tensorbord", "report_to: 'tensorbord' is none of none, all, kubeflow, azure_ml"),
     ],
 )
@@ -31,7 +32,8 @@ def test_a_tracker_that_is_missing_is_named(report_to, message):
 
 
 def test_a_tracker_that_is_installed_is_taken(tmp_path, monkeypatch):
-    (tmp_path / "tensorboardX.py").touch()  # either of two packages will do
+    monkeypatch.setitem(early.TRACKERS, "tensorboard", ("none", "tensorboardX"))  # either of two packages will do
+    (tmp_path / "tensorboardX.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     for report_to in ("tensorboard", ["tensorboard"], "none", "all", None, []):
         check_trackers(report_to)

@@ -6,11 +6,13 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.data.errors import DataError
 from vlmcap.errors import UserError
+from vlmcap.markdown import prose
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.blip import load_blip
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
@@ -159,6 +161,19 @@ def test_the_best_checkpoint_is_the_model_and_a_resumed_run_equals_the_uninterru
     assert same(load_vit_gpt2(tmp_path / "continued/checkpoint-4")[0], last)
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (whole, continued)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_trackers_are_given_captions(arguments, splits, tmp_path):
+    trainer = build(arguments, splits, tmp_path, report_to=["tensorboard"], max_steps=1, eval_steps=1, save_steps=1)
+    trainer.train()
+    (run,) = (tmp_path / "runs").iterdir()
+    read = EventAccumulator(str(run), {"tensors": 0}).Reload()
+    (table,) = read.Tensors("validation/captions/text_summary")
+    said = table.tensor_proto.string_val[0].decode()
+    assert all(f"| {image_id} | {prose(text)} |" in said for image_id, text in trainer.validation.latest.items())
+    assert read.Scalars("eval/loss")[0].value == pytest.approx(
+        next(e for e in trainer.state.log_history if "eval_loss" in e)["eval_loss"], rel=1e-5
+    )
 
 
 def test_what_is_not_measured_cannot_choose_the_model(tmp_path):

@@ -22,7 +22,7 @@ def test_report_says_what_trains_and_how_much(miniature_dir, processor, rows, tm
 def test_memory_that_the_loaded_model_holds_is_not_missing_for_it(
     miniature_dir, processor, rows, tmp_path, monkeypatch
 ):
-    """The report is printed when the weights lie in memory: what else a step needs must be free, and no more."""
+    """The report is printed when the weights are in memory: what else a step needs must be free, and no more."""
     trainer = caption_trainer(miniature_dir, processor, rows, config(tmp_path))
     parts = estimate_memory(trainer.model, trainer.args, 9 + 40, 16, shared_prefix=True)
     free = sum(parts.values()) - parts["weights"]

@@ -5,9 +5,8 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import httpx2
@@ -17,32 +16,16 @@ import yaml
 from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 from tqdm.auto import tqdm
 
 from vlmcap.data.corpora import card_names
 from vlmcap.data.errors import DataError
 from vlmcap.data.lookup import find_dataset, no_such_dataset
+from vlmcap.data.pictures import BadImageError, picture_size, read_picture
 from vlmcap.errors import notice
 from vlmcap.provenance import public_name
 from vlmcap.strict_parsing import parse_json
-
-# What Pillow may open; it knows 40 kinds more, and for EPS it would start Ghostscript. MPO is opened as JPEG.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb: 256 MiB as RGB
-MAX_RATIO = 200  # of the sides; more is what the Qwen2-VL image processors refuse (smart_resize in transformers)
-# What `open_image` makes of a file. It is part of the key of cached features: change it with what is returned.
-READING = "8-bit RGB, upright, on white"
-# By EXIF orientation, as in PIL.ImageOps.exif_transpose.
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 # Column: what its type must be, in pyarrow and in words.
 TYPES = {
@@ -55,14 +38,6 @@ TYPES = {
 OF_IMAGE = ("file_name", "coco_url", "license", "in_yj", "image")
 UNSEEN = ("Cc", "Cf")  # Unicode's categories of control and format characters, such as the zero-width space
 CACHES = (datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)  # where datasets from the Hub are
-
-
-class BadImageError(OSError):
-    """A picture is missing or cannot be decoded. `name` is its file name (or image id), the message says why."""
-
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
 
 
 def load_captions(
@@ -309,7 +284,7 @@ def open_image(row: dict) -> Image.Image:
         BadImageError: the file is missing, cut off or no image of `FORMATS`; it has no pixels, more than MAX_PIXELS,
             or an aspect ratio above MAX_RATIO; or its numbers have no range (32-bit and floating-point TIFF).
     """
-    return _read(row, _pixels)
+    return read_picture(*_file_of(row))
 
 
 def image_size(row: dict) -> tuple[int, int]:
@@ -318,74 +293,14 @@ def image_size(row: dict) -> tuple[int, int]:
     Raises:
         BadImageError: as `open_image`, except for damage after the header.
     """
-    return _read(row, _size)
+    return picture_size(*_file_of(row))
 
 
-def _read(row: dict, use: Callable[[Image.Image], Any]) -> Any:
+def _file_of(row: dict) -> tuple[str | io.BytesIO, str]:
+    """What Pillow opens, and the name for messages."""
     cell = row["image"]
-    name = row.get("file_name") or cell["path"] or str(row["image_id"])
-    try:
-        inside = cell["bytes"] is not None
-        with Image.open(io.BytesIO(cell["bytes"]) if inside else cell["path"], formats=FORMATS) as image:
-            _check(image)
-            return use(image)
-    except FileNotFoundError as error:
-        raise BadImageError(name, f"no such file: {cell['path']}") from error
-    except UnidentifiedImageError as error:
-        raise BadImageError(name, f"not an image of a kind that is read here ({', '.join(FORMATS)})") from error
-    # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others, by what is wrong with a file.
-    except Exception as error:
-        raise BadImageError(name, str(error) or type(error).__name__) from error
-
-
-def _check(image: Image.Image) -> None:
-    width, height = image.size
-    if not width or not height:
-        raise ValueError(f"it has no pixels ({width}x{height})")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} that are read here")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"{width}x{height} pixels: the aspect ratio is above {MAX_RATIO}")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}: 32-bit numbers have no black and white; save it with 8 or 16 bits")
-
-
-def _pixels(image: Image.Image) -> Image.Image:
-    turn = TURNS.get(_orientation(image))
-    image = _on_white(_eight_bits(image) if image.mode.startswith("I;16") else image)
-    image.info = {}  # a colour profile would go into pages with the picture, where browsers apply it
-    return image if turn is None else image.transpose(turn)
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8 bits, where Pillow would make all above 255 white; what is transparent is white already."""
-    values = np.asarray(image)
-    transparent = values == image.info.get("transparency", -1)
-    return Image.fromarray(np.where(transparent, 255, values >> 8).astype(np.uint8))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image)
-    return white
-
-
-def _size(image: Image.Image) -> tuple[int, int]:
-    turned = _orientation(image) in (5, 6, 7, 8)
-    return image.size[::-1] if turned else image.size
-
-
-def _orientation(image: Image.Image) -> int | None:
-    if image.format == "TIFF":  # Pillow turns it when it decodes it
-        return None
-    try:
-        # The class's own method: a PNG's decodes all pixels to look for EXIF after them.
-        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Exception:  # broken EXIF (SyntaxError, struct.error, ...) says nothing; the pixels may be whole
-        return None
+    file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+    return file, row.get("file_name") or cell["path"] or str(row["image_id"])
 
 
 def dataset_record(dataset: str, split: str, revision: str | None = None) -> dict:

@@ -28,6 +28,8 @@ TRACKERS = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
 }
+# Those that show captions too (vlmcap.training.trackers), which setup.cfg has as extras.
+EXTRAS = ("tensorboard", "trackio", "wandb")
 # Ways of `accelerate launch` to train that the recipes do not know, by the variable that it sets.
 UNFIT_LAUNCHES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
@@ -79,6 +81,6 @@ def check_trackers(report_to: str | list[str] | None) -> None:
             raise UserError(f"report_to: {name!r} is none of none, all, kubeflow, {', '.join(TRACKERS)}")
         if not any(map(find_spec, TRACKERS[name])):
             raise UserError(
-                f"report_to: {name} needs the Python package {TRACKERS[name][0]}, which is not installed: install it,"
-                " or leave report_to at none"
+                f"report_to: {name} needs the Python package {TRACKERS[name][0]}, which is not installed: install it"
+                f"{f' with `pip install {name}`' if name in EXTRAS else ''}, or leave report_to at none"
             )

@@ -250,7 +250,7 @@ def pictures(args, scored_on: dict) -> tuple[str, list[dict]]:
 
     Raises:
         ExportError: there is no picture in the folder.
-        DatasetError: as `load_captions`.
+        DataError: as `load_captions`.
     """
     if args.image_dir and not args.dataset:
         files = sorted(path for path in Path(args.image_dir).glob("*") if path.suffix.lower() in PICTURES)

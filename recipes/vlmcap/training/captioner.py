@@ -24,6 +24,7 @@ from vlmcap.models.load import count_parameters, resolve_revision
 from vlmcap.training.collator import BadImages, caption_examples, read_example
 from vlmcap.training.report import trainable_modules
 from vlmcap.training.resumable import ResumableTrainer
+from vlmcap.training.trackers import trackers
 from vlmcap.training.trainer_arguments import CaptionerTrainingArguments
 from vlmcap.training.validation import CaptionValidation
 
@@ -147,6 +148,7 @@ class CaptionerTrainer(ResumableTrainer, Trainer):
             eval_dataset=validation_rows,
             processing_class=processing_class,
             optimizers=optimizers,
+            callbacks=trackers(args, self.validation),
         )
         self.model_accepts_loss_kwargs = True  # `compute_loss` takes the number of caption tokens of the whole step
         self.set_up_run()

@@ -35,7 +35,8 @@ from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.data.errors import DataError
-from vlmcap.data.images import READING, BadImageError, image_size, open_image
+from vlmcap.data.images import BadImageError, image_size, open_image
+from vlmcap.data.pictures import READING
 from vlmcap.training.collator import BadImages
 from vlmcap.training.tower import projector_blocks, projector_inputs, tower_hash
 

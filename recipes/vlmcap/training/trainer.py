@@ -21,6 +21,7 @@ from vlmcap.training.resumable import ResumableTrainer
 from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
 from vlmcap.training.shared_prefix import SharedPrefixCollator
 from vlmcap.training.tower import feed_features
+from vlmcap.training.trackers import trackers
 from vlmcap.training.trainer_arguments import CaptionSFTConfig
 from vlmcap.training.validation import CaptionValidation
 
@@ -89,6 +90,7 @@ class CaptionTrainer(ResumableTrainer, SFTTrainer):
                 train_dataset=examples,
                 eval_dataset=validation and validation.rows,
                 processing_class=processing_class,
+                callbacks=trackers(args, validation),
             )
         # `compute_loss` takes the number of caption tokens of the whole step. transformers counts them for Qwen2-VL
         # alone of the family; for the others accumulated batches would each weigh the same, however few their tokens.

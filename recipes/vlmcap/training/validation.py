@@ -1,6 +1,6 @@
 """Captions of validation images during training, scored: loss does not rank captions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import datasets
 import torch
@@ -24,6 +24,7 @@ class CaptionValidation:
     rows: as `load_captions` returns them; every picture must be readable.
     tokenizer: word segmentation of the metrics.
     features: cached image features of the rows, for a model that takes them instead of pictures.
+    latest: image id -> caption of the last evaluation.
     """
 
     rows: datasets.Dataset
@@ -31,6 +32,7 @@ class CaptionValidation:
     generation: BeamArguments
     tokenizer: str = "unidic-lite"
     features: FeatureCache | None = None
+    latest: dict[str, str] = field(default_factory=dict)
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -53,4 +55,5 @@ class CaptionValidation:
                 said = caption_without_prompt(model, self.processor, images, self.generation)
             captions += zip(batch["image_id"], said, strict=True)
         predictions = {str(image_id): caption for image_id, caption in gather_object(captions)}
+        self.latest.update(predictions)
         return quick_scores(predictions, references_of(self.rows), self.tokenizer)
