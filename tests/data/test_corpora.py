@@ -287,7 +287,8 @@ def test_entries_name_what_there_is():
     settings = {setting.name for setting in fields(PublishArguments)}
     assert get_args(get_type_hints(PublishArguments)["source"]) == tuple(CORPORA)
     for corpus in CORPORA.values():
-        assert callable(resolve_name(corpus.reader)) and resolve_name(corpus.rules)
+        assert callable(resolve_name(corpus.reader))
+        assert all(map(resolve_name, corpus.languages.values() or [corpus.rules]))
         assert {*corpus.options, *corpus.needs} <= settings and corpus.seen.keys() <= set(SEEN_CORPORA)
     assert all((publish_module.CARDS / f"{name}_captions.md.j2").is_file() for name in card_names())
 

@@ -17,18 +17,28 @@ import yaml
 from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import RemoteEntryNotFoundError
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from tqdm.auto import tqdm
 
 from vlmcap.data.corpora import card_names
 from vlmcap.data.errors import DataError
 from vlmcap.data.lookup import find_dataset, no_such_dataset
+from vlmcap.data.picture_files import is_picture_file, open_picture, picture_finder
 from vlmcap.errors import notice
 from vlmcap.provenance import public_name
 from vlmcap.strict_parsing import parse_json
 
+try:
+    import pillow_heif
+except ImportError:  # the extra `heic`
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()  # turns pictures upright by itself
+
 # What Pillow may open; it knows 40 kinds more, and for EPS it would start Ghostscript. MPO is opened as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS += ("AVIF",) * features.check("avif") + ("HEIF",) * (pillow_heif is not None)
+HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.S)  # ISO/IEC 23008-12
 MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb: 256 MiB as RGB
 MAX_RATIO = 200  # of the sides; more is what the Qwen2-VL image processors refuse (smart_resize in transformers)
 # What `open_image` makes of a file. It is part of the key of cached features: change it with what is returned.
@@ -44,12 +54,21 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
 # Column: what its type must be, in pyarrow and in words.
 TYPES = {
-    "image_id": (pa.types.is_integer, "whole numbers"),
-    "file_name": (pa.types.is_string, "texts"),
-    "coco_url": (pa.types.is_string, "texts"),
-    "captions": (lambda kind: pa.types.is_list(kind) and pa.types.is_string(kind.value_type), "lists of texts"),
+    "image_id": (lambda kind: pa.types.is_integer(kind) or _is_text(kind), "whole numbers or texts"),
+    "file_name": (_is_text, "texts"),
+    "coco_url": (_is_text, "texts"),
+    "captions": (lambda kind: _is_list(kind) and _is_text(kind.value_type), "lists of texts"),
 }
 # What rows of one image must agree in.
 OF_IMAGE = ("file_name", "coco_url", "license", "in_yj", "image")
@@ -73,7 +92,8 @@ def load_captions(
     Args:
         dataset: Hub id or local folder, as `load_dataset` takes it.
         split: e.g. "train".
-        image_dir: folder that holds the `file_name`s; used when the dataset has no embedded images.
+        image_dir: folder or zip file that holds the `file_name`s, see `picture_finder`; used when the dataset has no
+            embedded images.
         revision: of a dataset on the Hub.
 
     Returns:
@@ -92,14 +112,11 @@ def load_captions(
             f" scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir images` and add `--image_dir"
             " images`, or build the dataset with `publish_datasets.py --images DIR`."
         )
-    folder = Path(image_dir)
-    if not folder.is_dir():
-        raise DataError(f"--image_dir {image_dir} is not a folder")
-    paths = []
+    find, paths = picture_finder(image_dir), []
     for name in rows["file_name"]:
         if not is_plain_path(name):
             raise DataError(f"{dataset} ({split}): the file_name {name!r} does not stay in --image_dir {image_dir}")
-        paths.append({"bytes": None, "path": str(folder / name)})
+        paths.append({"bytes": None, "path": find(name) or str(Path(image_dir) / name)})
     return rows.add_column("image", paths, feature=datasets.Image(decode=False))
 
 
@@ -131,7 +148,10 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
     except Exception as error:
         raise DataError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
     if split not in splits:
-        raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
+        raise DataError(
+            f"{dataset} has no split {split!r}; it has {', '.join(splits)}. Name another one, or publish the dataset"
+            " again with one: `publish_datasets.py own` takes --val_size and --test_size."
+        )
     check_columns(rows, f"{dataset} ({split})", ["image_id", "captions", "file_name"])
     if "image" in rows.column_names:
         try:
@@ -281,7 +301,7 @@ def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
 def _has_nulls(rows: datasets.Dataset, name: str) -> bool:
     """Whether a column, or a list in it, has empty places."""
     chunks = rows.select_columns(name).with_format("arrow")[:][name].chunks
-    return any(chunk.null_count or pa.types.is_list(chunk.type) and chunk.flatten().null_count for chunk in chunks)
+    return any(chunk.null_count or _is_list(chunk.type) and chunk.flatten().null_count for chunk in chunks)
 
 
 def _check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
@@ -326,12 +346,16 @@ def _read(row: dict, use: Callable[[Image.Image], Any]) -> Any:
     name = row.get("file_name") or cell["path"] or str(row["image_id"])
     try:
         inside = cell["bytes"] is not None
-        with Image.open(io.BytesIO(cell["bytes"]) if inside else cell["path"], formats=FORMATS) as image:
-            _check(image)
-            return use(image)
+        with io.BytesIO(cell["bytes"]) if inside else open_picture(cell["path"]) as file:
+            start = file.read(12)
+            with Image.open(file, formats=FORMATS) as image:
+                _check(image)
+                return use(image)
     except FileNotFoundError as error:
         raise BadImageError(name, f"no such file: {cell['path']}") from error
     except UnidentifiedImageError as error:
+        if HEIC.match(start) and pillow_heif is None:
+            raise BadImageError(name, 'a HEIC picture: install pillow-heif (pip install "vlmcap[heic]")') from error
         raise BadImageError(name, f"not an image of a kind that is read here ({', '.join(FORMATS)})") from error
     # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others, by what is wrong with a file.
     except Exception as error:
@@ -343,7 +367,7 @@ def _check(image: Image.Image) -> None:
     if not width or not height:
         raise ValueError(f"it has no pixels ({width}x{height})")
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} that are read here")
+        raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} that are read here: scale it down")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(f"{width}x{height} pixels: the aspect ratio is above {MAX_RATIO}")
     if image.mode in ("I", "F"):
@@ -445,7 +469,7 @@ def check_no_overlap(train: datasets.Dataset, other: datasets.Dataset, split: st
 
 def missing_files(rows: datasets.Dataset) -> list[int]:
     """Indices of the rows whose picture is neither embedded nor a file. Looks at names only."""
-    return [row for row, path in _outside(rows) if not path or not os.path.isfile(path)]
+    return [row for row, path in _outside(rows) if not path or not is_picture_file(path)]
 
 
 def _outside(rows: datasets.Dataset) -> Iterator[tuple[int, str | None]]:

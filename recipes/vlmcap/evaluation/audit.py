@@ -33,6 +33,7 @@ from vlmcap import provenance
 from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.arguments import FORM, HELD_BACK
 from vlmcap.captioning.constraints import japanese_characters
+from vlmcap.data.picture_files import is_picture_file, open_picture
 from vlmcap.errors import UserError
 from vlmcap.evaluation.bootstrap import LEVEL, interval, resampled_scores
 from vlmcap.evaluation.caption_files import read_entries, read_predictions
@@ -453,8 +454,8 @@ def _picture_hashes(rows: datasets.Dataset, desc: str) -> Iterator[tuple[str, st
         cell = row["image"]
         if cell["bytes"] is not None:
             yield str(row["image_id"]), hashlib.sha256(cell["bytes"]).hexdigest()
-        elif Path(cell["path"]).is_file():
-            with open(cell["path"], "rb") as file:
+        elif is_picture_file(cell["path"]):
+            with open_picture(cell["path"]) as file:
                 yield str(row["image_id"]), hashlib.file_digest(file, "sha256").hexdigest()
 
 

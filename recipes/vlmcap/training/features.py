@@ -38,6 +38,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 from vlmcap.atomic_write import write_atomically
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import READING, BadImageError, image_size, open_image
+from vlmcap.data.picture_files import PictureFile
 from vlmcap.training.collator import BadImages
 
 BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels
@@ -234,7 +235,7 @@ def identify(rows: datasets.Dataset, image_processor: BaseImageProcessor, row: i
     except BadImageError as error:
         return None, str(error)
     inside, path = record["image"]["bytes"], record["image"]["path"]
-    return hashlib.sha256(Path(path).read_bytes() if inside is None else inside).hexdigest(), patches
+    return hashlib.sha256(PictureFile(path).read() if inside is None else inside).hexdigest(), patches
 
 
 def read_ahead(function: Callable, items: Iterable) -> Iterator:
