@@ -141,7 +141,7 @@ def test_missing_photographs_stop_the_build(scenes_vi):
         build(uit_viic(scenes_vi, images=str(scenes_vi / "images")))
     (scenes_vi / "empty").mkdir()
     message = (
-        "none of the 19 photographs: no 000000000001.png, train2017/000000000001.png or val2017/000000000001.png,"
+        "none of the 19 photographs: no 000000000001.png, also not in train2014, val2014, train2017, val2017 or a zip"
     )
     with pytest.raises(DataError, match=message):
         build(uit_viic(scenes_vi, images=str(scenes_vi / "empty")))

@@ -45,7 +45,7 @@ class PublishArguments:
     images: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or zip file of the photographs (directly; COCO's also in its folders train2014/, val2014/, "
+            "help": "Folder or zip file of the photographs (directly; also in COCO's folders train2014/, val2014/, "
             "train2017/, val2017/, or its zip files), which are then embedded in the dataset; without it the dataset "
             "holds no pictures."
         },
@@ -138,7 +138,8 @@ def facts(args: PublishArguments) -> Corpus:
     if not corpus.languages:
         return corpus
     language = "" if args.language == "none" else args.language
-    return replace(corpus, language=language, rules=corpus.languages[args.language])
+    # Spaces separate no Japanese words: nothing to count.
+    return replace(corpus, language=language, rules=corpus.languages[args.language], lengths=language != "ja")
 
 
 def check_arguments(args: PublishArguments) -> None:
