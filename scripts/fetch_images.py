@@ -5,6 +5,9 @@
     python scripts/fetch_images.py --dataset outputs/yj --output_dir images --base_url http://mirror.example.org/coco
     accelerate launch recipes/sft_qwen2vl_jp.py --image_dir images
 
+COCO offers each of its folders as one zip file; the script recommends it where most of a folder is wanted. The recipes
+read the zip files as they are (--image_dir FOLDER that holds train2014.zip and val2014.zip).
+
 All of COCO 2014 is 123,287 files and about 19 GB. The photographs are directly in output_dir under their `file_name`.
 Ctrl-C, a crash or a broken connection lose nothing: the same command continues where the last run ended, within a file
 too, and fetches again what failed. Every file was compared with the length (and md5) that the server announces and

@@ -1,7 +1,8 @@
 """Publish a caption corpus as a cleaned Hugging Face dataset: a folder, and with --push_to_hub the Hub.
 
 The corpora: stair (STAIR Captions) and yj (YJ Captions), Japanese; uit_viic (UIT-ViIC), Vietnamese; food_titles (dish
-titles of Food Ingredients and Recipes), English. `stair` as the first word is short for `--source stair`.
+titles of Food Ingredients and Recipes), English; own (your files). `stair` as the first word is short for `--source
+stair`.
 
 STAIR Captions and YJ Captions as released, captions and image addresses only. The archives are downloaded once,
 compared with their known git blob ids and cached by the datasets library; --latest_archives takes a newer release.
@@ -28,8 +29,13 @@ Dish titles from the CSV (columns Image_Name and Title) and the folder of its im
     python scripts/publish_datasets.py food_titles --output_dir outputs/food_titles \\
         --annotations food.csv --images "Food Images"
 
-These two can do without --tokenizer. With it, lengths are counted in its tokens too, and the training captions set the
-limit that longer captions are cut to (printed, and in cleaning_report.json as cleaning.max_tokens).
+Your own pictures and captions, in any of the forms of recipes/README.md ("Your own data"):
+
+    python scripts/publish_datasets.py own --annotations pictures --images pictures --language ja \\
+        --output_dir data/own --val_size 50 --test_size 50
+
+These three can do without --tokenizer. With it, lengths are counted in its tokens too, and the training captions set
+the limit that longer captions are cut to (printed, and in cleaning_report.json as cleaning.max_tokens).
 
 With the photographs inside (coco/train2014/*.jpg and coco/val2014/*.jpg; about 20 GB for STAIR, 4 GB for YJ):
 

@@ -141,7 +141,7 @@ def test_missing_photographs_stop_the_build(scenes_vi):
         build(uit_viic(scenes_vi, images=str(scenes_vi / "images")))
     (scenes_vi / "empty").mkdir()
     message = (
-        "none of the 19 photographs: no 000000000001.png, train2017/000000000001.png or val2017/000000000001.png,"
+        "none of the 19 photographs: no 000000000001.png, also not in train2014, val2014, train2017, val2017 or a zip"
     )
     with pytest.raises(DataError, match=message):
         build(uit_viic(scenes_vi, images=str(scenes_vi / "empty")))
@@ -287,7 +287,8 @@ def test_entries_name_what_there_is():
     settings = {setting.name for setting in fields(PublishArguments)}
     assert get_args(get_type_hints(PublishArguments)["source"]) == tuple(CORPORA)
     for corpus in CORPORA.values():
-        assert callable(resolve_name(corpus.reader)) and resolve_name(corpus.rules)
+        assert callable(resolve_name(corpus.reader))
+        assert all(map(resolve_name, corpus.languages.values() or [corpus.rules]))
         assert {*corpus.options, *corpus.needs} <= settings and corpus.seen.keys() <= set(SEEN_CORPORA)
     assert all((publish_module.CARDS / f"{name}_captions.md.j2").is_file() for name in card_names())
 

@@ -29,11 +29,18 @@ def test_recipe_config_parses(repo_root, parse, name):
     assert not (training.bf16 or training.fp16)  # chosen by the device: float32 on a CPU
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_the_settings_for_own_pictures(repo_root, parse):
+    data, model, generation, training = parse(repo_root / "recipes/configs/sft_qwen2vl_jp/own.yaml")
+    assert data.dataset == "data/own" and data.image_dir is None
+    assert (model.lora_r, model.lora_alpha, model.train_projector) == (16, 16, False)
+    assert training.save_steps % training.eval_steps == 0 and training.load_best_model_at_end
+
+
+@pytest.mark.parametrize("name", [*NAMES, "own"])
 def test_every_key_says_what_it_does(repo_root, name):
     text = (repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml").read_text(encoding="utf-8")
     assert "accelerate launch" in text.split("\n\n")[0], "the exact command stands at the top"
-    if name == "base":
+    if name in ("base", "own"):
         keys = [line for line in text.splitlines() if line and not line.startswith("#")]
         plain = {"train_split", "test_split", "output_dir", "seed", "logging_steps", "save_steps", "save_total_limit"}
         plain |= {"model_name_or_path", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim", "prompt"}

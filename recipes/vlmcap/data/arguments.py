@@ -1,7 +1,7 @@
 """Settings of a build of a dataset. Imports nothing heavy: command lines are read with it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from vlmcap.data.corpora import CORPORA, Corpus, taken_by
@@ -37,15 +37,17 @@ class PublishArguments:
     annotations: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Annotation files: COCO-format .json, official .tar.gz or .zip; for food_titles the CSV. "
+            "help": "Annotation files: COCO-format .json, official .tar.gz or .zip; for food_titles the CSV; for "
+            "own a folder, a table, or the id of a dataset. "
             f"Default for {_names(lambda corpus: corpus.archive)}: download them."
         },
     )
     images: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of the photographs (directly; COCO's also in train2014/ and val2014/, for uit_viic in "
-            "train2017/), which are then embedded in the dataset; without it the dataset holds no pictures."
+            "help": "Folder or zip file of the photographs (directly; also in COCO's folders train2014/, val2014/, "
+            "train2017/, val2017/, or its zip files), which are then embedded in the dataset; without it the dataset "
+            "holds no pictures."
         },
     )
     karpathy: str | None = field(
@@ -56,10 +58,15 @@ class PublishArguments:
         default=None, metadata=_of_some("val_ids", "file of validation image ids, one a line.")
     )
     test_ids: str | None = field(default=None, metadata=_of_some("test_ids", "file of test image ids, one a line."))
-    val_size: int = field(
-        default=5000, metadata=_of_some("val_size", "validation images to draw when no ids are given.")
+    val_size: int | None = field(
+        default=None,
+        metadata=_of_some(
+            "val_size", "validation images to draw, for stair when no ids are given. Default: 5000; of own a tenth."
+        ),
     )
-    test_size: int = field(default=5000, metadata=_of_some("test_size", "test images to draw when no ids are given."))
+    test_size: int | None = field(
+        default=None, metadata=_of_some("test_size", "test images to draw, as val_size. own takes 0, no such split.")
+    )
     holdout: float = field(
         default=0.1,
         metadata=_of_some(
@@ -85,6 +92,17 @@ class PublishArguments:
             "and compared with their git blob ids.",
         ),
     )
+    language: Literal["ja", "en", "vi", "none"] | None = field(
+        default=None,
+        metadata=_of_some("language", "of the captions; it chooses the cleaning rules. none: rules for any language."),
+    )
+    image_column: str | None = field(
+        default=None, metadata=_of_some("image_column", "column of the picture. Default: one with a usual name.")
+    )
+    caption_column: list[str] | None = field(
+        default=None, metadata=_of_some("caption_column", "columns of captions. Default: one with a usual name.")
+    )
+    author: str | None = field(default=None, metadata=_of_some("author", "who made the dataset, for its card."))
     max_tokens: int | None = field(
         default=None,
         metadata={
@@ -114,6 +132,16 @@ class PublishArguments:
     public: bool = field(default=False, metadata={"help": "Create the Hub dataset as a public one."})
 
 
+def facts(args: PublishArguments) -> Corpus:
+    """The entry of the corpus, with the language and the rules that were asked for where it has several."""
+    corpus = CORPORA[args.source]
+    if not corpus.languages:
+        return corpus
+    language = "" if args.language == "none" else args.language
+    # Spaces separate no Japanese words: nothing to count.
+    return replace(corpus, language=language, rules=corpus.languages[args.language], lengths=language != "ja")
+
+
 def check_arguments(args: PublishArguments) -> None:
     """Raises DataError on arguments that the corpus needs or has no use for."""
     corpus = CORPORA[args.source]
@@ -133,8 +161,6 @@ def check_arguments(args: PublishArguments) -> None:
         if not getattr(args, option):
             raise DataError(f"--source {args.source} needs --{option}, e.g. --{option} {example}.")
     if not args.annotations and not corpus.archive:
-        raise DataError(
-            f"--source {args.source} needs --annotations: {corpus.annotations}. This script does not download them."
-        )
+        raise DataError(f"--source {args.source} needs --annotations: {corpus.annotations}.")
     if not 0 < args.holdout < 0.5:
         raise DataError(f"--holdout {args.holdout}: expected a share between 0 and 0.5.")

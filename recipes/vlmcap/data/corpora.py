@@ -6,6 +6,7 @@
 | yj          | COCO format, downloaded or given    | one held-out test split                  | `clean`      |
 | uit_viic    | COCO format, three files or one     | of the file names, or a seeded hold-out  | `vietnamese` |
 | food_titles | CSV of image names and titles       | 80/10/10, seeded                         | `titles`     |
+| own         | many forms, see `own`               | sizes, seeded                            | by language  |
 
 How each is read and split is in `readers`; what follows (photographs, cleaning, writing) is the same for all, and in
 `publish`. recipes/README.md says how to add one.
@@ -34,17 +35,17 @@ class Corpus:
     Attributes:
         title: its name on cards.
         language: of the captions, as the Hub writes it (ISO 639-1).
-        images, captions: sizes of the public release.
+        images, captions: sizes of the public release; 0 where there is none.
         license: of the captions, as the Hub writes it, where the annotation files state none.
         reader: "module:function" for pkgutil.resolve_name, called with PublishArguments; returns `readers.CorpusRows`.
         rules: "module:NAME" of the cleaning rules, a sequence of `clean.TextRule`.
+        languages: language -> rules, of a corpus whose language is a setting (--language).
         tags: of its cards, beside image-captioning and NAME-captions.
         annotations: what --annotations must be; "" where the files can be downloaded (`archive`).
         archive: the official one.
         options: settings of PublishArguments that not all corpora have and this one takes.
         needs: those of them, or others, that it cannot do without, each with an example.
         max_tokens: longest caption in tokens; None: the lengths of the training captions set the limit.
-        image_folders: folders of COCO in which its photographs are looked for, beside --images itself.
         coco_folder: the one that has all of them, for annotation files that name none.
         coco_licenses: its files have COCO's licence numbers without the table that explains them.
         in_yj: column `in_yj` until somebody compares: True, False or None (unknown).
@@ -61,13 +62,13 @@ class Corpus:
     license: str
     reader: str
     rules: str
+    languages: dict[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     annotations: str = ""
     archive: Archive | None = None
     options: tuple[str, ...] = ()
     needs: dict[str, str] = field(default_factory=dict)
     max_tokens: int | None = None
-    image_folders: tuple[str, ...] = ()
     coco_folder: str | None = None
     coco_licenses: bool = False
     in_yj: bool | None = None
@@ -106,7 +107,6 @@ CORPORA = {
         ),
         needs={"tokenizer": "Qwen/Qwen2-VL-2B-Instruct"},
         max_tokens=64,
-        image_folders=("train2014", "val2014"),
         in_yj=False,
         seen={"STAIR": "train", "COCO": "train images"},
         drawn_cards=("scenes",),
@@ -128,7 +128,6 @@ CORPORA = {
         options=("karpathy", "val_ids", "test_ids", "latest_archives"),
         needs={"tokenizer": "Qwen/Qwen2-VL-2B-Instruct"},
         max_tokens=64,
-        image_folders=("train2014", "val2014"),
         coco_folder="train2014",
         in_yj=True,
         seen={"YJ": "train", "COCO": "train images"},
@@ -142,9 +141,9 @@ CORPORA = {
         reader="vlmcap.data.readers:read_uit_viic",
         rules="vlmcap.data.vietnamese:TEXT_RULES",
         tags=("coco", "vietnamese"),
-        annotations="the three files uitviic_captions_{train,val,test}2017.json, or the training file alone",
+        annotations="the three files uitviic_captions_{train,val,test}2017.json, or the training file alone. This "
+        "script does not download them",
         options=("holdout", "yj_annotations"),
-        image_folders=("train2017", "val2017"),
         coco_licenses=True,
         seen={"COCO": "train images"},
         lengths=True,
@@ -159,11 +158,30 @@ CORPORA = {
         reader="vlmcap.data.readers:read_food_titles",
         rules="vlmcap.data.titles:TEXT_RULES",
         tags=("food", "english"),
-        annotations="the CSV with the columns Image_Name and Title",
+        annotations="the CSV with the columns Image_Name and Title. This script does not download it",
         options=("holdout",),
         lengths=True,
         word_cloud=True,
         drawn_cards=("scene_titles",),
+    ),
+    "own": Corpus(
+        title="Own captions",
+        language="",
+        images=0,
+        captions=0,
+        license="unknown",
+        reader="vlmcap.data.own:read_own",
+        rules="",
+        languages={
+            "ja": "vlmcap.data.clean:TEXT_RULES",
+            "en": "vlmcap.data.own:LATIN_RULES",
+            "vi": "vlmcap.data.own:LATIN_RULES",
+            "none": "vlmcap.data.own:OTHER_RULES",
+        },
+        annotations="a folder of pictures and captions, a .csv, .tsv, .jsonl or .json file, or the id of a dataset",
+        options=("image_column", "caption_column", "language", "author", "val_size", "test_size"),
+        needs={"language": "ja"},
+        lengths=True,
     ),
 }
 

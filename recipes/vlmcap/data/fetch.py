@@ -31,7 +31,7 @@ from urllib3.util import Retry
 
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, check_columns, is_plain_path, open_image, whole_reason
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, notice
 
 ATTEMPTS = 5
 TIMEOUT = (10, 30)  # seconds: to connect, and between two pieces of a body
@@ -42,6 +42,9 @@ CHUNK = 8 * 1024  # bytes; when a connection breaks, the chunk being read is los
 # The run stops when 90% of the last photographs could not be fetched: the server, the network or the URLs are wrong.
 RECENT, HOPELESS = 20, 18
 RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504}
+# Photographs in COCO's folders, each of which COCO offers as one zip file.
+COCO_SIZES = {"train2014": 82_783, "val2014": 40_504, "train2017": 118_287, "val2017": 5_000}
+COCO_URL = re.compile(r"https?://images\.cocodataset\.org/(train2014|val2014|train2017|val2017)/")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 USER_AGENT = f"vlmcap/{metadata.version('vlmcap')} (image captioning recipes; requests/{requests.__version__})"
 
@@ -103,7 +106,24 @@ def fetch_dataset_images(
             )
         check_columns(loaded[split], f"{dataset} ({split})", columns)
         rows += loaded[split].select_columns(columns).to_list()
+    recommend_zips(rows, Path(output_dir))
     return fetch_images(rows, output_dir, concurrency, base_url)
+
+
+def recommend_zips(rows: list[dict], folder: Path) -> None:
+    """Prints the address of COCO's zip file where most photographs of one of its folders are wanted, and not there."""
+    wanted = Counter(
+        found[1]
+        for row in rows
+        if (found := COCO_URL.match(row["coco_url"] or "")) and not (folder / row["file_name"]).exists()
+    )
+    for part, count in wanted.items():
+        if count > COCO_SIZES[part] / 2:
+            notice(
+                f"{count:,} of the {COCO_SIZES[part]:,} photographs of {part} are wanted. One download of all is"
+                f" faster: http://images.cocodataset.org/zips/{part}.zip (no need to unpack it). Put it into a"
+                " folder and give that as --image_dir."
+            )
 
 
 def fetch_images(

@@ -5,8 +5,9 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import datasets
 import httpx2
@@ -22,17 +23,27 @@ from tqdm.auto import tqdm
 from vlmcap.data.corpora import card_names
 from vlmcap.data.errors import DataError
 from vlmcap.data.lookup import find_dataset, no_such_dataset
+from vlmcap.data.picture_files import is_picture_file, open_picture, picture_finder
 from vlmcap.data.pictures import BadImageError, picture_size, read_picture
 from vlmcap.errors import notice
 from vlmcap.provenance import public_name
 from vlmcap.strict_parsing import parse_json
 
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
 # Column: what its type must be, in pyarrow and in words.
 TYPES = {
-    "image_id": (pa.types.is_integer, "whole numbers"),
-    "file_name": (pa.types.is_string, "texts"),
-    "coco_url": (pa.types.is_string, "texts"),
-    "captions": (lambda kind: pa.types.is_list(kind) and pa.types.is_string(kind.value_type), "lists of texts"),
+    "image_id": (lambda kind: pa.types.is_integer(kind) or _is_text(kind), "whole numbers or texts"),
+    "file_name": (_is_text, "texts"),
+    "coco_url": (_is_text, "texts"),
+    "captions": (lambda kind: _is_list(kind) and _is_text(kind.value_type), "lists of texts"),
 }
 # What rows of one image must agree in.
 OF_IMAGE = ("file_name", "coco_url", "license", "in_yj", "image")
@@ -48,7 +59,8 @@ def load_captions(
     Args:
         dataset: Hub id or local folder, as `load_dataset` takes it.
         split: e.g. "train".
-        image_dir: folder that holds the `file_name`s; used when the dataset has no embedded images.
+        image_dir: folder or zip file that holds the `file_name`s, see `picture_finder`; used when the dataset has no
+            embedded images.
         revision: of a dataset on the Hub.
 
     Returns:
@@ -67,14 +79,11 @@ def load_captions(
             f" scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir images` and add `--image_dir"
             " images`, or build the dataset with `publish_datasets.py --images DIR`."
         )
-    folder = Path(image_dir)
-    if not folder.is_dir():
-        raise DataError(f"--image_dir {image_dir} is not a folder")
-    paths = []
+    find, paths = picture_finder(image_dir), []
     for name in rows["file_name"]:
         if not is_plain_path(name):
             raise DataError(f"{dataset} ({split}): the file_name {name!r} does not stay in --image_dir {image_dir}")
-        paths.append({"bytes": None, "path": str(folder / name)})
+        paths.append({"bytes": None, "path": find(name) or str(Path(image_dir) / name)})
     return rows.add_column("image", paths, feature=datasets.Image(decode=False))
 
 
@@ -106,7 +115,10 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
     except Exception as error:
         raise DataError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
     if split not in splits:
-        raise DataError(f"{dataset} has no split {split!r}; it has {', '.join(splits)}")
+        raise DataError(
+            f"{dataset} has no split {split!r}; it has {', '.join(splits)}. Name another one, or publish the dataset"
+            " again with one: `publish_datasets.py own` takes --val_size and --test_size."
+        )
     check_columns(rows, f"{dataset} ({split})", ["image_id", "captions", "file_name"])
     if "image" in rows.column_names:
         try:
@@ -256,7 +268,7 @@ def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
 def _has_nulls(rows: datasets.Dataset, name: str) -> bool:
     """Whether a column, or a list in it, has empty places."""
     chunks = rows.select_columns(name).with_format("arrow")[:][name].chunks
-    return any(chunk.null_count or pa.types.is_list(chunk.type) and chunk.flatten().null_count for chunk in chunks)
+    return any(chunk.null_count or _is_list(chunk.type) and chunk.flatten().null_count for chunk in chunks)
 
 
 def _check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
@@ -284,7 +296,7 @@ def open_image(row: dict) -> Image.Image:
         BadImageError: the file is missing, cut off or no image of `FORMATS`; it has no pixels, more than MAX_PIXELS,
             or an aspect ratio above MAX_RATIO; or its numbers have no range (32-bit and floating-point TIFF).
     """
-    return read_picture(*_file_of(row))
+    return _with_file(row, read_picture)
 
 
 def image_size(row: dict) -> tuple[int, int]:
@@ -293,14 +305,23 @@ def image_size(row: dict) -> tuple[int, int]:
     Raises:
         BadImageError: as `open_image`, except for damage after the header.
     """
-    return picture_size(*_file_of(row))
+    return _with_file(row, picture_size)
 
 
-def _file_of(row: dict) -> tuple[str | io.BytesIO, str]:
-    """What Pillow opens, and the name for messages."""
+def _with_file(row: dict, use: Callable[[BinaryIO, str], Any]) -> Any:
+    """`use(file, name)`, the name for messages."""
     cell = row["image"]
-    file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
-    return file, row.get("file_name") or cell["path"] or str(row["image_id"])
+    name = row.get("file_name") or cell["path"] or str(row["image_id"])
+    if cell["bytes"] is not None:
+        return use(io.BytesIO(cell["bytes"]), name)
+    try:
+        file = open_picture(cell["path"])
+    except FileNotFoundError as error:
+        raise BadImageError(name, f"no such file: {cell['path']}") from error
+    except OSError as error:
+        raise BadImageError(name, str(error)) from error
+    with file:
+        return use(file, name)
 
 
 def dataset_record(dataset: str, split: str, revision: str | None = None) -> dict:
@@ -360,7 +381,7 @@ def check_no_overlap(train: datasets.Dataset, other: datasets.Dataset, split: st
 
 def missing_files(rows: datasets.Dataset) -> list[int]:
     """Indices of the rows whose picture is neither embedded nor a file. Looks at names only."""
-    return [row for row, path in _outside(rows) if not path or not os.path.isfile(path)]
+    return [row for row, path in _outside(rows) if not path or not is_picture_file(path)]
 
 
 def _outside(rows: datasets.Dataset) -> Iterator[tuple[int, str | None]]:

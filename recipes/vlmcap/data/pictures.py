@@ -1,13 +1,26 @@
-"""A picture of any kind as 8-bit RGB, upright, on white. Needs Pillow and numpy alone: Spaces get a copy."""
+"""A picture of any kind as 8-bit RGB, upright, on white. Needs Pillow and numpy alone: Spaces get a copy.
 
+HEIC, which telephones write, needs the package pillow-heif too.
+"""
+
+import re
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
+
+try:
+    import pillow_heif
+except ImportError:  # the extra `heic`
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()  # turns pictures upright by itself
 
 # What Pillow may open; it knows 40 kinds more, and for EPS it would start Ghostscript. MPO is opened as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS += ("AVIF",) * features.check("avif") + ("HEIF",) * (pillow_heif is not None)
+HEIC = re.compile(rb"....ftyp(heic|heix|heim|heis|hevc|hevx|mif1|msf1)", re.S)  # ISO/IEC 23008-12
 MAX_PIXELS = 89_478_485  # where Pillow warns of a decompression bomb: 256 MiB as RGB
 MAX_RATIO = 200  # of the sides; more is what the Qwen2-VL image processors refuse (smart_resize in transformers)
 # What `read_picture` makes of a file. It is part of the key of cached features: change it with what is returned.
@@ -58,10 +71,20 @@ def _read(file: str | BinaryIO, name: str, use: Callable[[Image.Image], Any]) ->
     except FileNotFoundError as error:
         raise BadImageError(name, f"no such file: {file}") from error
     except UnidentifiedImageError as error:
+        if pillow_heif is None and HEIC.match(_start(file)):
+            raise BadImageError(name, "a HEIC picture: install pillow-heif (pip install pillow-heif)") from error
         raise BadImageError(name, f"not an image of a kind that is read here ({', '.join(FORMATS)})") from error
     # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others, by what is wrong with a file.
     except Exception as error:
         raise BadImageError(name, str(error) or type(error).__name__) from error
+
+
+def _start(file: str | BinaryIO) -> bytes:
+    if isinstance(file, str):
+        with open(file, "rb") as opened:
+            return opened.read(12)
+    file.seek(0)
+    return file.read(12)
 
 
 def _check(image: Image.Image) -> None:
@@ -69,7 +92,7 @@ def _check(image: Image.Image) -> None:
     if not width or not height:
         raise ValueError(f"it has no pixels ({width}x{height})")
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} that are read here")
+        raise ValueError(f"{width}x{height} pixels are more than the {MAX_PIXELS:,} that are read here: scale it down")
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(f"{width}x{height} pixels: the aspect ratio is above {MAX_RATIO}")
     if image.mode in ("I", "F"):

@@ -6,12 +6,13 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from pkgutil import resolve_name
+from zipfile import is_zipfile
 
 import httpx2
 import jinja2
@@ -25,12 +26,13 @@ from transformers import AutoTokenizer
 
 from vlmcap import provenance
 from vlmcap.data import splits
-from vlmcap.data.arguments import PublishArguments, check_arguments
+from vlmcap.data.arguments import PublishArguments, check_arguments, facts
 from vlmcap.data.clean import CaptionCleaner
-from vlmcap.data.corpora import CORPORA, Corpus
+from vlmcap.data.corpora import Corpus
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, open_image
 from vlmcap.data.lengths import caption_lengths, token_limit
+from vlmcap.data.picture_files import COCO_FOLDERS, Picture, PictureFile, picture_finder
 from vlmcap.data.readers import CorpusRows, find_license
 from vlmcap.data.sources import SourceFile
 from vlmcap.data.titles import word_counts, write_word_cloud
@@ -92,7 +94,7 @@ def build(args: PublishArguments) -> dict:
 
 def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
     _check_folders(args, output_dir)
-    corpus = CORPORA[args.source]
+    corpus = facts(args)
     seconds: dict[str, float] = {}
     with _timed(seconds, "load tokenizer"):
         cleaner = _cleaner(args, corpus)
@@ -102,10 +104,12 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
         by_split = read.by_split
         splits.check_disjoint(by_split)
         changed = _changed_files(read.files + read.yj_files, _earlier_files(args, output_dir))
-    image_paths, bad_images = None, []
-    if args.images:
+    pictures, bad_images = None, []
+    if args.images or read.pictures is not None:
         with _timed(seconds, "check images"):
-            by_split, image_paths, bad_images = _with_images(by_split, args, corpus.image_folders)
+            by_split, pictures, bad_images = _with_images(by_split, args, read.pictures)
+    if not args.images and not read.embed:
+        pictures = None
     with _timed(seconds, "clean and tokenise"):
         if cleaner.tokenizer_name and not cleaner.max_tokens:
             cleaner.max_tokens = token_limit(cleaner, by_split["train"])
@@ -122,7 +126,7 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
             "splits": {split: _counts(members) for split, members in by_split.items()},
             "bad_images": bad_images,
             "cleaning": cleaner.report(),
-            "fingerprint": _fingerprint(by_split, image_paths),
+            "fingerprint": _fingerprint(by_split, pictures),
             "built_with": {"vlmcap": provenance.versions()["vlmcap"], "commit": provenance.git_commit()},
             **read.more,
         }
@@ -133,7 +137,7 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
             most = [{"word": word, "count": count} for word, count in words.most_common(100)]
             summary["words"] = {"distinct": len(words), "total": words.total(), "most_common": most}
             write_word_cloud(words, folder / WORD_CLOUD)
-        _write_folder(folder, by_split, image_paths, summary, _card(args, summary, read.files))
+        _write_folder(folder, by_split, pictures, summary, _card(args, summary, read.files, pictures is not None))
     return summary | {"folder": str(output_dir), "seconds": seconds}
 
 
@@ -202,6 +206,11 @@ def summary_text(summary: dict) -> str:
                 lines.append(f"{f'{split}, {unit}':<28}{figures}")
         if cleaning["max_tokens"]:
             lines.append(f"limit       {cleaning['max_tokens']} tokens of {cleaning['tokenizer']}")
+    if found := summary.get("other_language"):
+        lines.append(
+            f"language    {found['count']:,} of {found['of']:,} captions look like another one than --language"
+        )
+        lines += [f"            {text}" for text in found["examples"][:3]]
     lines += ["", f"splits      {summary['split_origin']}", f"overlap     {summary['overlap']}"]
     if summary["bad_images"]:
         names = ", ".join(bad["file_name"] for bad in summary["bad_images"][:5])
@@ -216,8 +225,8 @@ def summary_text(summary: dict) -> str:
 
 
 def _check_folders(args: PublishArguments, output_dir: Path) -> None:
-    if args.images and not Path(args.images).is_dir():
-        raise DataError(f"{args.images}: no such folder (--images).")
+    if args.images and not Path(args.images).is_dir() and not is_zipfile(args.images):
+        raise DataError(f"{args.images}: no such folder or zip file (--images).")
     if output_dir.exists() and not output_dir.is_dir():
         raise DataError(f"{output_dir}: is a file (--output_dir).")
     if output_dir.is_dir() and any(output_dir.iterdir()):
@@ -230,7 +239,7 @@ def _check_folders(args: PublishArguments, output_dir: Path) -> None:
 def _counts(rows: list[dict]) -> dict[str, int | None]:
     """Images, captions and images in YJ Captions of a split; the last is None where nobody has compared."""
     captions = sum(len(row["captions"]) for row in rows)
-    in_yj = [row["in_yj"] for row in rows]
+    in_yj = [row.get("in_yj") for row in rows]
     return {"images": len(rows), "captions": captions, "in_yj": None if None in in_yj else sum(in_yj)}
 
 
@@ -282,63 +291,65 @@ def _change_text(file: dict) -> str:
     )
 
 
-def _check_images(rows: list[dict], folder: Path, parts: Sequence[str]) -> tuple[dict[int, Path], list[dict]]:
-    """({image id: path} of photographs that `open_image` reads, the others as {"image_id", "file_name", "reason"}).
-
-    They are in `folder` or in one of its `parts`.
-    """
-
-    def check(row: dict) -> tuple[Path | None, str]:
-        candidates = [folder / part / row["file_name"] for part in ("", *parts)]
-        path = next((path for path in candidates if path.is_file()), None)
-        if path is None:
-            return None, "missing"
-        try:
-            open_image({"image": {"bytes": None, "path": str(path)}, "file_name": path.name})
-        except BadImageError as error:
-            return None, error.reason.replace(str(path), path.name)
-        return path, ""
-
-    paths, bad = {}, []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
-        for row, (path, reason) in zip(rows, tqdm(pool.map(check, rows), "checking images", len(rows)), strict=True):
-            if path:
-                paths[row["image_id"]] = path
-            else:
-                bad.append({"image_id": row["image_id"], "file_name": row["file_name"], "reason": reason})
-    return paths, bad
-
-
 def _with_images(
-    by_split: dict[str, list[dict]], args: PublishArguments, parts: Sequence[str]
-) -> tuple[dict[str, list[dict]], dict[int, Path], list[dict]]:
-    """(rows whose photograph can be read, `_check_images` of all).
+    by_split: dict[str, list[dict]], args: PublishArguments, pictures: dict[int | str, Picture] | None
+) -> tuple[dict[str, list[dict]], dict[int | str, Picture], list[dict]]:
+    """(rows whose picture can be read, {image id: picture}, the others as {"image_id", "file_name", "reason"}).
 
-    Raises DataError on a photograph that cannot, without --skip_bad_images, and on a split without any.
+    Raises DataError on a picture that cannot be read, without --skip_bad_images, and on a split without any.
     """
     rows = sorted((row for rows in by_split.values() for row in rows), key=lambda row: row["image_id"])
-    paths, bad_images = _check_images(rows, Path(args.images), parts)
+    if pictures is None:
+        find = picture_finder(args.images)
+        found = ((row["image_id"], find(row["file_name"])) for row in rows)
+        pictures = {image_id: PictureFile(path) for image_id, path in found if path}
+    bad_images = _check_images(rows, pictures)
     if bad_images and not args.skip_bad_images:
-        raise DataError(_bad_images_text(bad_images, len(rows), args.images, parts))
-    by_split = {split: [row for row in members if row["image_id"] in paths] for split, members in by_split.items()}
+        raise DataError(_bad_images_text(bad_images, len(rows), args))
+    bad = {entry["image_id"] for entry in bad_images}
+    by_split = {split: [row for row in members if row["image_id"] not in bad] for split, members in by_split.items()}
     _check_not_empty(by_split, "photograph that can be read")
-    return by_split, paths, bad_images
+    return by_split, pictures, bad_images
 
 
-def _bad_images_text(bad_images: list[dict], total: int, folder: str, parts: Sequence[str]) -> str:
+def _check_images(rows: list[dict], pictures: dict[int | str, Picture]) -> list[dict]:
+    def check(row: dict) -> str:
+        picture = pictures.get(row["image_id"])
+        if picture is None:
+            return "missing"
+        try:
+            open_image({"image": {"bytes": picture.read(), "path": None}, "file_name": row["file_name"]})
+        except BadImageError as error:
+            return error.reason
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter lock
+        reasons = tqdm(pool.map(check, rows), "checking images", len(rows))
+        return [
+            {"image_id": row["image_id"], "file_name": row["file_name"], "reason": reason}
+            for row, reason in zip(rows, reasons, strict=True)
+            if reason
+        ]
+
+
+def _bad_images_text(bad_images: list[dict], total: int, args: PublishArguments) -> str:
+    where = args.images or (args.annotations or [""])[0]
     if len(bad_images) == total and all(bad["reason"] == "missing" for bad in bad_images):
         name = bad_images[0]["file_name"]
-        places = " or ".join(
-            [", ".join([name, *(f"{part}/{name}" for part in parts[:-1])]), *(f"{p}/{name}" for p in parts[-1:])]
+        return (
+            f"{where} holds none of the {total:,} photographs: no {name}, also not in {', '.join(COCO_FOLDERS)} or a"
+            " zip file there, ... Name their folder with --images."
         )
-        return f"{folder} holds none of the {total:,} photographs: no {places}, ..."
-    lines = [f"{len(bad_images):,} of {total:,} photographs in {folder} are missing or unreadable:"]
-    lines += [f"  {bad['file_name']}: {bad['reason']}" for bad in bad_images]
+    lines = [f"{len(bad_images):,} of {total:,} photographs in {where} are missing or unreadable:"]
+    lines += [f"  {bad['file_name']}: {bad['reason']}" for bad in bad_images[:100]]
+    lines += [f"  ... and {len(bad_images) - 100:,} more"] if len(bad_images) > 100 else []
     lines.append("Fetch them again (scripts/fetch_images.py), or leave them out with --skip_bad_images.")
     return "\n".join(lines)
 
 
-def _fingerprint(by_split: dict, image_paths: dict | None) -> str:
+def _fingerprint(by_split: dict, pictures: dict | None) -> str:
     """Eight hex digits of the rows and the sizes of their photographs; they are part of the names of the shards.
 
     datasets caches a local folder by its last name and the file patterns of its card, not by what the files hold
@@ -348,31 +359,31 @@ def _fingerprint(by_split: dict, image_paths: dict | None) -> str:
     digest = hashlib.sha256()
     for split, rows in by_split.items():
         for row in rows:
-            size = image_paths[row["image_id"]].stat().st_size if image_paths else 0
+            size = pictures[row["image_id"]].size if pictures else 0
             digest.update(f"{split} {size} {row}".encode())
     return digest.hexdigest()[:8]
 
 
-def _write_folder(folder: Path, by_split: dict, image_paths: dict | None, summary: dict, card: str) -> None:
+def _write_folder(folder: Path, by_split: dict, pictures: dict | None, summary: dict, card: str) -> None:
     (folder / "data").mkdir()
     total = sum(len(rows) for rows in by_split.values())
     with tqdm(total=total, desc="writing parquet", unit="row") as progress:
         for split, rows in by_split.items():
-            shards = _shards(rows, image_paths)
+            shards = _shards(rows, pictures)
             for index, shard in enumerate(shards):
                 name = f"{split}-{summary['fingerprint']}-{index:05d}-of-{len(shards):05d}.parquet"
-                _write_parquet(folder / "data" / name, shard, image_paths, progress)
+                _write_parquet(folder / "data" / name, shard, pictures, progress)
     (folder / REPORT).write_text(json.dumps(summary, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _shards(rows: list[dict], image_paths: dict[int, Path] | None) -> list[list[dict]]:
+def _shards(rows: list[dict], pictures: dict[int | str, Picture] | None) -> list[list[dict]]:
     """Rows in order, cut so that no shard's photographs pass SHARD_BYTES; captions alone always fit into one."""
-    if image_paths is None:
+    if pictures is None:
         return [rows]
     shards, size = [[]], 0
     for row in rows:
-        row_size = image_paths[row["image_id"]].stat().st_size
+        row_size = pictures[row["image_id"]].size
         if shards[-1] and size + row_size > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -381,35 +392,37 @@ def _shards(rows: list[dict], image_paths: dict[int, Path] | None) -> list[list[
     return shards
 
 
-def _write_parquet(path: Path, rows: list[dict], image_paths: dict[int, Path] | None, progress: tqdm) -> None:
-    features = Features(COLUMNS if image_paths is None else {"image": Image()} | COLUMNS)
-    group = ROW_GROUP["captions" if image_paths is None else "images"]
+def _write_parquet(path: Path, rows: list[dict], pictures: dict[int | str, Picture] | None, progress: tqdm) -> None:
+    columns = {name: kind for name, kind in COLUMNS.items() if name in rows[0]}
+    columns["image_id"] = Value("string" if isinstance(rows[0]["image_id"], str) else "int64")
+    features = Features(columns if pictures is None else {"image": Image()} | columns)
+    group = ROW_GROUP["captions" if pictures is None else "images"]
     # Content-defined chunks: when a later push changes some rows, the Hub's Xet storage takes only those chunks.
     with pq.ParquetWriter(
         path, features.arrow_schema, use_content_defined_chunking=True, write_page_index=True
     ) as writer:
         for start in range(0, len(rows), group):
             batch = rows[start : start + group]
-            if image_paths is not None:
+            if pictures is not None:
                 batch = [
-                    row | {"image": {"bytes": image_paths[row["image_id"]].read_bytes(), "path": row["file_name"]}}
+                    row | {"image": {"bytes": pictures[row["image_id"]].read(), "path": row["file_name"]}}
                     for row in batch
                 ]
             writer.write_table(pa.Table.from_pylist(batch, schema=features.arrow_schema), row_group_size=group)
             progress.update(len(batch))
 
 
-def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str:
-    corpus = CORPORA[args.source]
+def _card(args: PublishArguments, summary: dict, files: list[SourceFile], embedded: bool) -> str:
+    corpus = facts(args)
     images = sum(counts["images"] for counts in summary["splits"].values())
     images_read, captions_read = sum(file.images for file in files), sum(file.captions for file in files)
-    complete = (images_read, captions_read) == (corpus.images, corpus.captions)
+    complete = not corpus.images or (images_read, captions_read) == (corpus.images, corpus.captions)
     pretty_name = args.pretty_name or f"{corpus.title}, cleaned{'' if complete else ' (part of it)'}"
     data_files = [
         {"split": split, "path": f"data/{split}-{summary['fingerprint']}-*.parquet"} for split in summary["splits"]
     ]
     metadata = DatasetCardData(
-        language=[corpus.language],
+        language=[corpus.language] if corpus.language else None,
         license=summary["license"],
         pretty_name=pretty_name,
         task_categories=["image-to-text"],
@@ -432,9 +445,10 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile]) -> str
         metadata=metadata.to_yaml(),
         pretty_name=pretty_name,
         repo_id=args.repo_id,
-        images_embedded=bool(args.images),
+        images_embedded=embedded,
         compared_with_yj=all(counts["in_yj"] is not None for counts in summary["splits"].values()),
         corpus=corpus,
+        author=args.author,
         complete=complete,
         images_read=images_read,
         captions_read=captions_read,

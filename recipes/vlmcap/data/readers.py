@@ -10,7 +10,10 @@ from vlmcap.data import clean, sources, splits, titles
 from vlmcap.data.arguments import PublishArguments
 from vlmcap.data.corpora import CORPORA
 from vlmcap.data.errors import DataError
+from vlmcap.data.picture_files import Picture
 from vlmcap.data.sources import SourceFile
+
+DRAWN = 5_000  # validation and test images each, as in Karpathy's splits
 
 
 @dataclass
@@ -18,7 +21,8 @@ class CorpusRows:
     """A corpus as read: rows not yet cleaned, by split, and where they come from.
 
     `overlap` says, of the splits as they are published, what is known of images that YJ Captions has too. `more` goes
-    into the report as it is.
+    into the report as it is. `pictures`: image id -> picture, where the reader knows; None: they are looked for in
+    --images, by file_name. `embed`: whether they go into the dataset without --images too.
     """
 
     by_split: dict[str, list[dict]]
@@ -27,6 +31,8 @@ class CorpusRows:
     files: list[SourceFile]
     yj_files: list[SourceFile] = field(default_factory=list)
     more: dict = field(default_factory=dict)
+    pictures: dict[int | str, Picture] | None = None
+    embed: bool = False
 
 
 def find_license(args: PublishArguments, files: list[SourceFile]) -> str:
@@ -54,7 +60,8 @@ def read_stair(args: PublishArguments) -> CorpusRows:
     splits.flag_yj(rows, yj_ids)
     held_out, origin = _held_out_ids(args)
     if not held_out:
-        held_out = splits.draw_ids(rows, args.val_size, args.test_size, args.seed)
+        sizes = [DRAWN if size is None else size for size in (args.val_size, args.test_size)]
+        held_out = splits.draw_ids(rows, *sizes, args.seed)
         origin = (
             f"a Karpathy-style partition drawn by this build (seed {args.seed}), not Karpathy's own: scores on it do "
             "not compare with scores on the Karpathy splits"

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from vlmcap.captioning.arguments import FORM
 from vlmcap.captioning.constraints import japanese_characters
+from vlmcap.data.picture_files import is_picture_file, open_picture
 from vlmcap.evaluation.audit_document import OVERLAP, AuditError, read_object
 from vlmcap.evaluation.lexicon import Lexicon, analyse
 from vlmcap.strict_parsing import shown
@@ -326,8 +327,8 @@ def _picture_hashes(rows: datasets.Dataset, desc: str) -> Iterator[tuple[str, st
         cell = row["image"]
         if cell["bytes"] is not None:
             yield str(row["image_id"]), hashlib.sha256(cell["bytes"]).hexdigest()
-        elif Path(cell["path"]).is_file():
-            with open(cell["path"], "rb") as file:
+        elif is_picture_file(cell["path"]):
+            with open_picture(cell["path"]) as file:
                 yield str(row["image_id"]), hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -7,6 +7,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.data.images import open_image
+from vlmcap.data.picture_files import PictureFile
 from vlmcap.human.study import ANSWERS_FORMAT, HumanError, blinded_items
 from vlmcap.places import as_typed_here
 from vlmcap.reporting.html import embed, template
@@ -55,7 +56,7 @@ def write_export(key: dict, rows: dict[str, dict], output_dir: str | Path) -> No
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for image_id, place in key["pictures"].items():
         cell = rows[image_id]["image"]
-        content = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        content = cell["bytes"] if cell["bytes"] is not None else PictureFile(cell["path"]).read()
         (folder / place).write_bytes(content)
     for rater in key["raters"]:
         write_atomically(folder / f"rater_{rater}.html", rater_page(key, rater, embedded))

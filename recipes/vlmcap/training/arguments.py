@@ -31,7 +31,11 @@ class SplitArguments:
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
     image_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the photographs, for a dataset published without them."}
+        default=None,
+        metadata={
+            "help": "Folder or zip file of the photographs, for a dataset published without them; COCO's may be in "
+            "its folders (train2014/, ...) or zip files."
+        },
     )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(

@@ -36,6 +36,7 @@ from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 from vlmcap.atomic_write import write_atomically
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, image_size, open_image
+from vlmcap.data.picture_files import PictureFile
 from vlmcap.data.pictures import READING
 from vlmcap.training.collator import BadImages
 from vlmcap.training.tower import projector_blocks, projector_inputs, tower_hash
@@ -254,7 +255,7 @@ def identify(rows: datasets.Dataset, image_processor: BaseImageProcessor, row: i
     except BadImageError as error:
         return None, str(error)
     inside, path = record["image"]["bytes"], record["image"]["path"]
-    return hashlib.sha256(Path(path).read_bytes() if inside is None else inside).hexdigest(), patches
+    return hashlib.sha256(PictureFile(path).read() if inside is None else inside).hexdigest(), patches
 
 
 def read_ahead(function: Callable, items: Iterable) -> Iterator:

@@ -1,0 +1,43 @@
+"""Pictures of one's own, with ids that are texts, from a folder through training to scores, audit and card."""
+
+import json
+
+from tests.recipes.files import read
+from vlmcap.miniature.scenes import write_scene_dataset
+
+SETTINGS = "--max_steps 2 --save_steps 2 --eval_steps 2 --load_best_model_at_end false --max_new_tokens 12".split()
+
+
+def test_own_pictures_through_the_recipe(run_script, repo_root, tmp_path):
+    """The demo's settings without its annotations of what is in a picture: references say it."""
+    write_scene_dataset(tmp_path, train=12, validation=2, test=2)
+    document = json.loads((tmp_path / "stair_train.json").read_text(encoding="utf-8"))
+    names = {image["id"]: image["file_name"] for image in document["images"]}
+    for image_id, name in names.items():
+        texts = [entry["caption"] for entry in document["annotations"] if entry["image_id"] == image_id]
+        (tmp_path / "images" / name).with_suffix(".txt").write_text("\n".join(texts), encoding="utf-8")
+    publish = ["own", "--annotations", tmp_path / "images", "--language", "ja", "--overwrite"]
+    publish += ["--output_dir", tmp_path / "dataset", "--val_size", 2]
+    lines = (repo_root / "recipes/configs/sft_qwen2vl_jp/demo.yaml").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "own.yaml").write_text("\n".join(line for line in lines if not line.startswith("instances")))
+    recipe = [
+        "recipes/sft_qwen2vl_jp.py",
+        "--config",
+        tmp_path / "own.yaml",
+        *SETTINGS,
+        "--dataset",
+        tmp_path / "dataset",
+    ]
+    recipe += ["--image_dir", tmp_path / "images", "--output_dir", tmp_path / "run"]
+
+    run_script("publish_datasets.py", *publish, "--test_size", 0)
+    done = run_script(*recipe, expect=1)
+    assert "has no split 'test'; it has train, validation" in done.stderr and "--test_size" in done.stderr
+
+    run_script("publish_datasets.py", *publish, "--test_size", 3)
+
+    run_script(*recipe)
+    metrics = read(tmp_path / "run/adapter/metrics.json")
+    assert set(metrics["per_image"]["image_id"]) <= set(names.values()) and metrics["dataset"]["corpus"] == "own"
+    assert metrics["saw"]["STAIR"] == "no" and read(tmp_path / "run/adapter/audit.json")["flagged"] is not None
+    assert (tmp_path / "run/samples.html").exists() and (tmp_path / "run/adapter/README.md").exists()
