@@ -1,6 +1,7 @@
 """Trackers: what they are given is read back with their own readers, and none of them can end a run."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -8,10 +9,11 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback
 
 from vlmcap.markdown import prose
 from vlmcap.miniature.scenes import write_scene_dataset
-from vlmcap.training.trackers import trackers
+from vlmcap.training.trackers import Trackers, trackers
 
 TRACKED = {"report_to": "tensorboard", "max_steps": 3, "eval_steps": 1, "save_steps": 1, "run_name": "first try"}
 
@@ -110,6 +112,21 @@ def test_the_main_process_alone_tracks():
     assert trackers(args, None) == [] and args.report_to == []
     args = SimpleNamespace(report_to=[], process_index=0)
     assert trackers(args, None) == []
+
+
+def test_trackers_get_the_name_of_the_run_and_make_private_spaces():
+    told = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            told.append(args)
+
+    args = SimpleNamespace(run_name="a/b", output_dir="x", hub_private_repo=None)
+    callback = Trackers([], args, None)
+    callback.callbacks["recorder"] = Recorder()
+    callback.on_log(args, None, None)
+    assert told[0].hub_private_repo is True and re.fullmatch("a-b-[0-9a-f]{6}", told[0].run_name)
+    assert (args.run_name, args.hub_private_repo) == ("a/b", None)
 
 
 READ_TRACKIO = """
