@@ -56,33 +56,36 @@ class TensorBoard(TensorBoardCallback):
 class Wandb(WandbCallback):
     """Begins the run with an id of ours, so that it can be resumed, and ends it; one that is open already is used."""
 
-    started = False
+    ours = None
 
     def setup(self, args, state, model, **kwargs):
-        if self._wandb.run is None:
+        import wandb
+
+        if wandb.run is None:
             project = os.getenv("WANDB_PROJECT", args.project)
-            self._wandb.init(project=project, id=args.run_name, name=args.run_name, resume="allow")
-            self.started = True
+            self.ours = wandb.init(project=project, id=args.run_name, name=args.run_name, resume="allow")
         super().setup(args, state, model, **kwargs)
 
     def on_evaluate(self, args, state, control, shown, **kwargs):
-        rows = [[i, self._wandb.Image(picture), said, "\n".join(texts)] for i, picture, said, texts in shown()]
-        self._wandb.log({KEY: self._wandb.Table(COLUMNS, rows), "train/global_step": state.global_step})
+        import wandb
+
+        rows = [[i, wandb.Image(picture), said, "\n".join(texts)] for i, picture, said, texts in shown()]
+        wandb.log({KEY: wandb.Table(COLUMNS, rows), "train/global_step": state.global_step})
 
     def on_train_end(self, args, state, control, **kwargs):
         super().on_train_end(args, state, control, **kwargs)
-        if self.started:
-            self._wandb.finish()
-            self.started = self._initialized = False
+        if self.ours:
+            self.ours.finish()
 
 
 class Trackio(TrackioCallback):
     """transformers begins the run by its name and continues one that has it."""
 
     def on_evaluate(self, args, state, control, shown, **kwargs):
-        rows = [[i, self._trackio.Image(picture), said, "\n".join(texts)] for i, picture, said, texts in shown()]
-        table = self._trackio.Table(columns=COLUMNS, data=rows)
-        self._trackio.log({KEY: table, "train/global_step": state.global_step})
+        import trackio
+
+        rows = [[i, trackio.Image(picture), said, "\n".join(texts)] for i, picture, said, texts in shown()]
+        trackio.log({KEY: trackio.Table(columns=COLUMNS, data=rows), "train/global_step": state.global_step})
 
 
 OURS = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": Wandb}
