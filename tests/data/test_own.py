@@ -376,9 +376,7 @@ def test_pictures_that_cannot_be_read_are_all_named(folder):
     (folder / "m.csv").write_text("image,caption\nhuge.png,絵\ntext.jpg,文\nnone.png,無\na 1.png,丸\nb.png,空\n")
     with pytest.raises(DataError, match="3 of 5 photographs") as error:
         build(own(folder / "m.csv"))
-    assert "huge.png: 20000x20000 pixels are more than the 89,478,485 that are read here: scale it down" in str(
-        error.value
-    )
+    assert "At most 89,478,485 pixels are read here: scale it down" in str(error.value)
     assert "none.png: missing" in str(error.value) and "text.jpg: not an image" in str(error.value)
     summary = build(own(folder / "m.csv", skip_bad_images=True, val_size=0, test_size=0))
     assert summary["splits"]["train"]["images"] == 2 and len(summary["bad_images"]) == 3
@@ -512,7 +510,16 @@ def test_text_ids_through_scoring_audit_comparison_and_people(folder, run_script
     run_script("compare_runs.py", *systems, "--dataset", args.output_dir, "--output_dir", out)
     people = tmp_path / "people"
     run_script(
-        "human_eval.py", "export", *systems, "--dataset", args.output_dir, "--images", "2", "--output_dir", people
+        "human_eval.py",
+        "export",
+        "--systems",
+        *systems,
+        "--dataset",
+        args.output_dir,
+        "--images",
+        "2",
+        "--output_dir",
+        people,
     )
     key = json.loads(next(people.glob("*key*.json")).read_text())
     assert sorted(key["images"]) == sorted(rows["image_id"][:])

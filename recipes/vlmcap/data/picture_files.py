@@ -65,8 +65,8 @@ def picture_finder(image_dir: str | Path) -> Callable[[str], str | None]:
     members: dict[str, str] = {}
     for path in zips:
         try:
-            for name in _archive(str(path), os.getpid()).namelist():
-                members.setdefault(name, f"{path}/{name}")
+            with zipfile.ZipFile(path) as archive:
+                members = {name: f"{path}/{name}" for name in archive.namelist()} | members
         except (OSError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: not a whole zip file ({error}). Download it again, or move it away.") from error
 

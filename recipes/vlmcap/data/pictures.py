@@ -74,6 +74,8 @@ def _read(file: str | BinaryIO, name: str, use: Callable[[Image.Image], Any]) ->
         if pillow_heif is None and HEIC.match(_start(file)):
             raise BadImageError(name, "a HEIC picture: install pillow-heif (pip install pillow-heif)") from error
         raise BadImageError(name, f"not an image of a kind that is read here ({', '.join(FORMATS)})") from error
+    except Image.DecompressionBombError as error:  # above twice MAX_PIXELS, from the header
+        raise BadImageError(name, f"{error} At most {MAX_PIXELS:,} pixels are read here: scale it down") from error
     # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others, by what is wrong with a file.
     except Exception as error:
         raise BadImageError(name, str(error) or type(error).__name__) from error
