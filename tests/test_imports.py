@@ -1,6 +1,7 @@
 """Imports run one way, as recipes/vlmcap/README.md says."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ PACKAGE = ROOT / "recipes/vlmcap"
 ROOMS = "data models miniature captioning evaluation training reporting human steps experiments".split()
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Modules of the package that a file imports, anywhere in it: "errors", "data.images", ..."""
     names = set()

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from vlmcap.data import images
+from vlmcap.data import pictures as reading
 from vlmcap.data.arguments import PublishArguments
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import dataset_record, load_captions, open_image
@@ -364,8 +364,8 @@ def test_heic(folder, monkeypatch):
     args = own(folder / "m.csv", images=str(folder), test_size=0, val_size=0)
     build(args)
     assert open_image(load_captions(args.output_dir, "train")[0]).size == (64, 64)
-    monkeypatch.setattr(images, "pillow_heif", None)
-    monkeypatch.setattr(images, "FORMATS", tuple(name for name in images.FORMATS if name != "HEIF"))
+    monkeypatch.setattr(reading, "pillow_heif", None)
+    monkeypatch.setattr(reading, "FORMATS", tuple(name for name in reading.FORMATS if name != "HEIF"))
     with pytest.raises(DataError, match=r'phone.heic: a HEIC picture: install pillow-heif \(pip install "vlmcap'):
         build(args)
 

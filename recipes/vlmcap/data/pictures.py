@@ -72,7 +72,7 @@ def _read(file: str | BinaryIO, name: str, use: Callable[[Image.Image], Any]) ->
         raise BadImageError(name, f"no such file: {file}") from error
     except UnidentifiedImageError as error:
         if pillow_heif is None and HEIC.match(_start(file)):
-            raise BadImageError(name, "a HEIC picture: install pillow-heif (pip install pillow-heif)") from error
+            raise BadImageError(name, 'a HEIC picture: install pillow-heif (pip install "vlmcap[heic]")') from error
         raise BadImageError(name, f"not an image of a kind that is read here ({', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:  # above twice MAX_PIXELS, from the header
         raise BadImageError(name, f"{error} At most {MAX_PIXELS:,} pixels are read here: scale it down") from error
