@@ -99,7 +99,7 @@ def test_every_command_exists_and_takes_its_options(run_script):
 
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     assert len(commands()) > 30
-    assert sum(readme == "recipes/colab_t4.ipynb" for readme, _ in commands()) == 6
+    assert sum(readme == "recipes/colab_t4.ipynb" for readme, _ in commands()) == 8
     for readme, words in commands():
         name = program(words)
         if words[0] == "make":

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from vlmcap.data.images import load_captions
 from vlmcap.miniature.scenes import write_scene_dataset
 
 
@@ -107,6 +108,20 @@ def test_every_cell_runs_and_a_second_time_resumes(hub, notebook, scenes, mirror
     metrics = json.loads((tmp_path / "drive/run/adapter/metrics.json").read_text("utf-8"))
     assert metrics["training"]["steps"] == 2 and metrics["counts"]["images"] == 2
     assert (metrics["training"]["images"], metrics["training"]["in_yj_images"]) == (20, 0)
+
+
+def test_own_pictures_become_the_dataset(notebook, scenes, repo_root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    pictures = sorted((tmp_path / "coco/train2014").iterdir())
+    for number, picture in enumerate(pictures):
+        picture.with_suffix(".txt").write_text(f"{number} 番目の絵\n", encoding="utf-8")
+    settings = {"OWN": str(pictures[0].parent), "OWN_PICTURES": str(pictures[0].parent), "NEEDS_GPU": False}
+    with_settings(notebook, WORK=str(tmp_path / "drive"), VALIDATION=2, TEST=3, **settings)
+    notebook.cells = [cell for cell in notebook.cells if cell.id in ("settings", "data")]
+    execute(notebook, repo_root)
+    splits = ("train", "validation", "test")
+    sizes = [len(load_captions(str(tmp_path / "drive/dataset"), split)) for split in splits]
+    assert sizes == [len(pictures) - 5, 2, 3]
 
 
 @pytest.mark.parametrize(
