@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import re
 from pathlib import Path
 
@@ -82,3 +83,16 @@ def test_the_readme_says_the_same_order():
     text = (PACKAGE / "README.md").read_text(encoding="utf-8")
     order = re.search(r"Imports run one way: (.*?)\.\s", text, re.S).group(1)
     assert re.findall(r"`(\w+)`", order) == list(ROOMS)
+
+
+@pytest.mark.parametrize("folder", ["recipes/vlmcap", "recipes", "scripts"])
+def test_what_functions_import_is_there(folder):
+    """Imports inside functions, which keep command lines quick, fail only when the function runs."""
+    files = (ROOT / folder).rglob("*.py") if folder.endswith("vlmcap") else (ROOT / folder).glob("*.py")
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlmcap"):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    found = hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+                    assert found, f"{path.relative_to(ROOT)}: {node.module} has no {alias.name}"

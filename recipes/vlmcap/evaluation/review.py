@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlmcap.captioning.predictions import run_record_path
-from vlmcap.evaluation.audit import form_faults, write_review_queue
+from vlmcap.evaluation.audit_checks import form_faults
+from vlmcap.evaluation.audit_document import write_review_queue
 from vlmcap.evaluation.caption_files import read_entries
 
 
