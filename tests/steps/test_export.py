@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests.local_hub.faults import Fault
 from tests.reporting.documents import family_document, miniature_document
+from vlmcap.captioning.settings import read_settings
 from vlmcap.errors import UserError
 from vlmcap.miniature import family
 from vlmcap.miniature.scenes import scenes
@@ -93,6 +94,17 @@ def test_the_merged_model_says_what_the_adapter_says(merged, adapter):
     assert not {"temperature", "top_k", "top_p"} & config.keys()
     assert load_processor(str(merged)).image_processor.size == {"shortest_edge": 3136, "longest_edge": 7056}
     assert (merged / "chat_template.jinja").read_text() == (adapter / "chat_template.jinja").read_text()
+
+
+def test_caption_script_needs_no_options_for_it(merged):
+    settings = read_settings(str(merged))
+    assert (settings.load_in_4bit, settings.dtype, settings.num_beams, settings.max_pixels) == (
+        False,
+        "float32",
+        3,
+        7056,
+    )
+    assert settings.prompt == json.loads((merged / "metrics.json").read_text(encoding="utf-8"))["prompt"]
 
 
 def test_the_card_says_what_was_merged_and_what_was_compared(merged, miniature_dir):

@@ -18,6 +18,7 @@ from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
 from vlmcap.captioning.generate import caption_with_prompt, caption_without_prompt, search_config
 from vlmcap.captioning.predictions import weights_hash
+from vlmcap.captioning.settings import settings_of, write_settings
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.errors import UserError
 from vlmcap.models.blip import load_blip_adapter
@@ -233,6 +234,8 @@ def write_merged(source: Source, record: dict, folder: Path) -> None:
     model.save_pretrained(new, max_shard_size=SHARD)
     processor.save_pretrained(new)
     name_special_tokens(new)
+    if not source.is_blip:  # scripts/caption.py --model FOLDER needs no options then
+        write_settings(new, settings_of("sft_qwen2vl_jp", model, processor, source.beams))
     metrics = {key: value for key, value in source.metrics.items() if key != "per_image"}  # larger than all the rest
     for name, document in ((METRICS, metrics), (AUDIT, source.audit), (MERGE, record)):
         if document:
