@@ -96,15 +96,11 @@ def test_the_merged_model_says_what_the_adapter_says(merged, adapter):
     assert (merged / "chat_template.jinja").read_text() == (adapter / "chat_template.jinja").read_text()
 
 
-def test_caption_script_needs_no_options_for_it(merged):
+def test_caption_script_needs_no_options_for_it(merged, adapter):
     settings = read_settings(str(merged))
-    assert (settings.load_in_4bit, settings.dtype, settings.num_beams, settings.max_pixels) == (
-        False,
-        "float32",
-        3,
-        7056,
-    )
-    assert settings.prompt == json.loads((merged / "metrics.json").read_text(encoding="utf-8"))["prompt"]
+    assert not settings.load_in_4bit and settings.dtype == "float32"
+    assert (settings.num_beams, settings.min_pixels, settings.max_pixels) == (3, 3136, 7056)
+    assert settings.prompt == json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))["prompt"]
 
 
 def test_the_card_says_what_was_merged_and_what_was_compared(merged, miniature_dir):
