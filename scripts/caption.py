@@ -37,7 +37,7 @@ from vlmcap.captioning.arguments import FORM, CaptionArguments, check_caption_ar
 def main(args: CaptionArguments) -> None:
     check_caption_arguments(args)
 
-    from vlmcap.captioning.output import caption_pictures, journal_path, read_journal, write_formatted
+    from vlmcap.captioning.output import caption_paths, journal_path, read_journal, write_formatted
     from vlmcap.captioning.pictures import (
         PictureError,
         caption_batches,
@@ -60,7 +60,7 @@ def main(args: CaptionArguments) -> None:
         captioner = load_captioner(args)
         caption = partial(caption_batches, caption=captioner, batch_size=args.batch_size, workers=args.workers)
         record, japanese = captioner.record, captioner.record["prompt"] is not None
-    failed = caption_pictures(paths, caption, args, record)
+    failed = caption_paths(paths, caption, args, record)
 
     if args.output and args.format == "html":
         from vlmcap.reporting.caption_pages import write_caption_pages

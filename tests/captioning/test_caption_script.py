@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from vlmcap.arguments import parse, run_main
 from vlmcap.captioning.arguments import BeamArguments, CaptionArguments, GenerationArguments, name_pictures
-from vlmcap.captioning.generate import caption_images
+from vlmcap.captioning.generate import caption_batch
 from vlmcap.captioning.pictures import read_picture
 from vlmcap.captioning.settings import NAME, read_settings, settings_of, write_settings
 from vlmcap.errors import UserError
@@ -110,7 +110,7 @@ def test_the_adapters_own_settings(script, photos, adapter, miniatures, tmp_path
     processor = load_processor(str(adapter))
     model = load_adapter(load_model(miniatures["qwen2_vl"]), str(adapter))
     images = [scene.draw() for scene in scenes(4, seed=9, held_out=True)]
-    expected = caption_images(model, processor, images, ENGLISH, 2)
+    expected = caption_batch(model, processor, images, ENGLISH, 2)
     said = {line["image_id"]: [line["caption"], *line["alternatives"]] for line in lines(output)}
     names = [photos / f"{'a b/' * (number % 2)}{number}.png" for number in range(4)]
     assert said == {str(name): captions for name, captions in zip(names, expected, strict=True)}
@@ -152,7 +152,7 @@ def test_the_relatives(script, photos, miniatures, tmp_path, capsys, save):
     recipe, model, processor = save(miniatures, tmp_path / "trained")
     paths = sorted(photos.rglob("*.png"))
     images = [read_picture(str(path)) for path in paths]
-    expected = caption_images(model, processor, images, BEAMS, 2)
+    expected = caption_batch(model, processor, images, BEAMS, 2)
     write_settings(tmp_path / "trained", settings_of(recipe, model, processor, BEAMS))
     output = tmp_path / "c.jsonl"
     script(*paths, "--adapter", tmp_path / "trained", "--output", output, "--num_captions", 2)

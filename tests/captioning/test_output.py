@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlmcap.captioning.arguments import CaptionArguments
-from vlmcap.captioning.output import caption_pictures, journal_path, read_journal, write_formatted
+from vlmcap.captioning.output import caption_paths, journal_path, read_journal, write_formatted
 from vlmcap.captioning.pictures import PictureError, caption_batches
 from vlmcap.captioning.predictions import PredictionsError
 from vlmcap.evaluation.caption_files import read_predictions
@@ -45,7 +45,7 @@ class Model:
 
 def run(paths, model, record=RECORD, **options):
     args = CaptionArguments(pictures=paths, num_captions=model.captions, **options)
-    return args, caption_pictures(paths, model.batches, args, record)
+    return args, caption_paths(paths, model.batches, args, record)
 
 
 def text(name: str) -> str:
@@ -194,5 +194,5 @@ def test_a_full_disk_keeps_what_is_written(paths):
 
     args = CaptionArguments(pictures=paths, output="c.jsonl")
     with pytest.raises(PictureError, match="No space left on device.*run the same command again"):
-        caption_pictures(paths, batches, args, RECORD)
+        caption_paths(paths, batches, args, RECORD)
     assert len(list(read_journal(journal_path(args)))) == 3

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmcap.captioning import server as server_module
 from vlmcap.captioning.arguments import CaptionArguments
-from vlmcap.captioning.output import caption_pictures, read_journal
+from vlmcap.captioning.output import caption_paths, read_journal
 from vlmcap.captioning.server import TRIES, AnswerError, ChatServer, ServerError, data_uri, server_batches
 
 PROMPT = "説明してください。"
@@ -99,11 +99,11 @@ def test_a_picture_that_is_refused_is_listed_and_the_others_captioned(chat, path
     chat.script = [None, 400]
     args = CaptionArguments(pictures=paths, output="c.jsonl")
     served = client(chat)
-    failed = caption_pictures(paths, lambda todo: server_batches(todo, served, 1), args, served.record())
+    failed = caption_paths(paths, lambda todo: server_batches(todo, served, 1), args, served.record())
     assert list(failed.values()) == ['the server answers 400: {"error": {"message": "injected 400"}}']
     assert len(list(read_journal(Path("c.jsonl")))) == 11
     again = client(chat)
-    assert not caption_pictures(paths, lambda todo: server_batches(todo, again, 4), args, again.record())
+    assert not caption_paths(paths, lambda todo: server_batches(todo, again, 4), args, again.record())
     assert len(chat.requests) == 13  # the eleven are not asked again
     assert dict(read_journal(Path("c.jsonl"))) == {f"{n}.png": [f"色 {n},0,0"] for n in range(12)}
 
@@ -125,7 +125,7 @@ def test_a_server_that_is_not_there(chat, paths):
     chat.server_close()
     args = CaptionArguments(pictures=paths, output="c.jsonl")
     with pytest.raises(ServerError, match="cannot be reached.*the same command continues"):
-        caption_pictures(paths, lambda todo: server_batches(todo, served, 2), args, served.record())
+        caption_paths(paths, lambda todo: server_batches(todo, served, 2), args, served.record())
 
 
 def test_requests_at_once_are_bounded(chat, paths):

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Processo
 from transformers.utils import cached_file
 
 from vlmcap.captioning.arguments import CaptionArguments, GenerationArguments, check_num_captions
-from vlmcap.captioning.generate import caption_images, decoding_record, image_size_record
+from vlmcap.captioning.generate import caption_batch, decoding_record, image_size_record
 from vlmcap.captioning.predictions import model_record
 from vlmcap.captioning.settings import NAME, CaptioningSettings, read_settings
 from vlmcap.errors import UserError, notice
@@ -45,7 +45,7 @@ class Captioner:
     record: dict
 
     def __call__(self, images: list[Image.Image]) -> list[list[str]]:
-        return caption_images(self.model, self.processor, images, self.args, self.num_captions)
+        return caption_batch(self.model, self.processor, images, self.args, self.num_captions)
 
 
 def find_settings(args: CaptionArguments) -> tuple[str, str | None, CaptioningSettings | None]:

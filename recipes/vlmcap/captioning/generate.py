@@ -172,7 +172,7 @@ def caption_without_prompt(
     return [" ".join(text.split()) for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def caption_images(
+def caption_batch(
     model: PreTrainedModel | PeftModel,
     processor: ProcessorMixin,
     images: list,
@@ -214,7 +214,7 @@ def generate(
 
     def caption(batch: datasets.Dataset) -> list[str]:
         images = [open_image(row) for row in batch]
-        return [captions[0] for captions in caption_images(model, processor, images, args)]
+        return [captions[0] for captions in caption_batch(model, processor, images, args)]
 
     def peak_memory() -> int | None:
         return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None

@@ -36,7 +36,7 @@ def journal_path(args: CaptionArguments) -> Path | None:
     return Path(args.output if args.format == "jsonl" else f"{args.output}.jsonl")
 
 
-def caption_pictures(paths: list[str], caption: Batches, args: CaptionArguments, record: dict) -> dict[str, str]:
+def caption_paths(paths: list[str], caption: Batches, args: CaptionArguments, record: dict) -> dict[str, str]:
     """Captions the pictures that are not captioned yet, and writes journal, sidecars or stdout as `args` asks.
 
     Args:
