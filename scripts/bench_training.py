@@ -30,26 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.experiments.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Steps a round.
 ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_prefix_flex": 3}
-# Widths and depths. The real ones are those of Qwen2-VL-2B-Instruct's config.json. The proxy keeps its proportions:
-# vision encoder and projector are 30% of the parameters, the ViT is half as large as the language layers.
-PRESETS = {
-    "cpu_proxy": {
-        "text": {"hidden_size": 512, "intermediate_size": 2992, "num_hidden_layers": 11, "vocab_size": 32_000}
-        | {"num_attention_heads": 8, "num_key_value_heads": 2, "mrope_section": [8, 12, 12]},
-        "vision": {"depth": 16, "embed_dim": 384, "num_heads": 6, "mlp_ratio": 4},
-        "load_in_4bit": False,
-    },
-    "qwen2vl_2b": {
-        "text": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151_936}
-        | {"num_attention_heads": 12, "num_key_value_heads": 2, "mrope_section": [16, 24, 24]},
-        "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
-        "load_in_4bit": True,
-    },
-}
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The benchmark against the stock trainer runs, compares like with like, and writes what it promises."""
+"""The benchmarks against the stock trainer and `generate` run, compare like with like, and write what they promise."""
 
 import json
 
@@ -25,6 +25,22 @@ def test_bench_training_on_small_pictures(run_script, tmp_path):
     assert result["batch"]["captions"] == 5 and result["batch"]["image_tokens"] == 12
     assert 95e6 < result["model"]["parameters"] < 115e6
     assert result["model"]["vision_parameters"] / result["model"]["parameters"] == pytest.approx(0.30, abs=0.005)
+
+
+def test_bench_captioning_on_small_pictures(run_script, tmp_path):
+    """All four engines on the CPU proxy and pictures of 12 image tokens: the captions are the same."""
+    out = tmp_path / "out.json"
+    small = ["--images", 3, "--batch_size", 2, "--max_pixels", 12_544, "--rounds", 1, "--json", out]
+    run_script("bench_captioning.py", *small)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["engine"]: row for row in result["rows"]}
+    assert list(rows) == ["stock", "branches", "stock_both", "branches_both"] == list(result["speedup_vs_stock"])
+    assert [row["captions"] for row in rows.values()] == [3, 3, 6, 6]
+    for engine, row in rows.items():
+        assert row["identical_captions"] == row["captions"], engine
+        assert row["images_per_s"] == pytest.approx(3 / min(row["seconds"])) and row["peak_mem_bytes"] > 400e6
+    assert result["speedup_vs_stock"]["stock"] == result["speedup_vs_stock"]["stock_both"] == 1
+    assert len(result["caption_tokens"]) == 3 and all(9 <= length <= 34 for length in result["caption_tokens"])
 
 
 def test_unknown_names_are_refused(run_script):

@@ -5,9 +5,9 @@ import torch
 from peft.utils.other import fsdp_auto_wrap_policy
 
 from tests.invariants import tiny
+from vlmcap.models.tower import feed_features
 from vlmcap.training.collator import BadImages
 from vlmcap.training.features import cache_features
-from vlmcap.training.tower import feed_features
 
 ALL = {"captions_per_image": 7}
 

@@ -91,7 +91,7 @@ def pictures(tmp_path_factory) -> list:
         else:
             ground = Image.new("RGB", drawn.size, drawn.getpixel((0, 0)))
             alpha = ImageChops.difference(drawn, ground).convert("L").point(lambda value: 255 if value else 0)
-            hidden = Image.composite(drawn, Image.new("RGB", drawn.size), alpha)  # black lies under the ground
+            hidden = Image.composite(drawn, Image.new("RGB", drawn.size), alpha)  # black is under the ground
             hidden.putalpha(alpha)
             hidden.save(path)
         paths.append(path)

@@ -76,7 +76,7 @@ def address(space, overlay, repo_root, tmp_path_factory):
 
 
 def test_a_visitor_reads_the_caption_that_was_measured(address, page, pictures, measured, space):
-    """Of a picture with a transparent ground and of one that lies on its side by EXIF."""
+    """Of a picture with a transparent ground and of one that is on its side by EXIF."""
     limits = json.loads((space / "space.json").read_text(encoding="utf-8"))["limits"]
     for number in (0, 1):
         page.goto(address)

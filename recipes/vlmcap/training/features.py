@@ -38,8 +38,8 @@ from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, image_size, open_image
 from vlmcap.data.picture_files import PictureFile
 from vlmcap.data.pictures import READING
+from vlmcap.models.tower import projector_blocks, projector_inputs, tower_hash
 from vlmcap.training.collator import BadImages
-from vlmcap.training.tower import projector_blocks, projector_inputs, tower_hash
 
 BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels
 READ_AHEAD = 4  # batches that are read, a thread each, while the tower works

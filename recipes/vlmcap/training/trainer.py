@@ -13,6 +13,7 @@ from trl import SFTTrainer
 
 from vlmcap.captioning.predictions import weights_hash
 from vlmcap.models.load import ModelError, free_frozen_parts
+from vlmcap.models.tower import feed_features
 from vlmcap.models.weights import Adapter
 from vlmcap.training import shared_prefix
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
@@ -20,7 +21,6 @@ from vlmcap.training.features import FeatureCache
 from vlmcap.training.resumable import ResumableTrainer
 from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
 from vlmcap.training.shared_prefix import SharedPrefixCollator
-from vlmcap.training.tower import feed_features
 from vlmcap.training.trackers import trackers
 from vlmcap.training.trainer_arguments import CaptionSFTConfig
 from vlmcap.training.validation import CaptionValidation

@@ -63,6 +63,14 @@ class FeatureOutput(nn.Module):
         return self.features[self.position]
 
 
+def feature_modules(tower: PreTrainedModel) -> tuple[FeatureInput, nn.ModuleList]:
+    """What takes the place of `patch_embed` and `blocks` in a tower that is given features."""
+    inputs = projector_blocks(tower)
+    features = [None] * len(inputs)
+    outputs = (FeatureOutput(features, bisect_left(inputs, block)) for block in range(len(tower.blocks)))
+    return FeatureInput(features), nn.ModuleList(outputs)
+
+
 def feed_features(model: PreTrainedModel) -> None:
     """Makes a Qwen2-VL, Qwen2.5-VL or Qwen3-VL take cached features as `pixel_values`, and drops the ViT's weights.
 
@@ -70,10 +78,6 @@ def feed_features(model: PreTrainedModel) -> None:
     them.
     """
     tower = model.model.visual
-    inputs = projector_blocks(tower)
-    features = [None] * len(inputs)
     # PEFT and accelerate look for every class of this list among the modules when they shard a model.
     model._no_split_modules.discard(type(tower.blocks[0]).__name__)
-    tower.patch_embed = FeatureInput(features)
-    depth = len(tower.blocks)
-    tower.blocks = nn.ModuleList(FeatureOutput(features, bisect_left(inputs, block)) for block in range(depth))
+    tower.patch_embed, tower.blocks = feature_modules(tower)

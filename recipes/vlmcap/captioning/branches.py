@@ -1,0 +1,430 @@
+"""Captions as branches of one sequence: an image and its prompt run once for all beams, or all samples, of a caption.
+
+Stock `generate` repeats the prompt for every beam, and moves the whole cache at every step to follow the beams. Here a
+picture has one row of the cache:
+
+    image and prompt | step 1: beam 1, beam 2, beam 3 | step 2: beam 1, beam 2, beam 3 | ...
+
+Each step appends one entry a beam. A mask lets a beam see the prefix and its own ancestors. When beams are chosen,
+rows of the mask are gathered; nothing in the cache moves. A picture whose caption is complete leaves the batch, and
+the next picture takes its row (continuous batching).
+
+The search is that of transformers (`GenerationMixin._beam_search`, `_sample`), picture by picture: the same
+candidates, length penalty and stopping rules. tests/invariants/test_branches.py compares it token for token.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import (
+    BatchFeature,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from vlmcap.models.load import base_model
+
+# Attention implementations of transformers that take a mask of our own. FlashAttention knows causal masks alone.
+ATTENTION = ("sdpa", "eager", "flex_attention")
+# Architectures whose masks, positions and image features the engine is tested on (tests/invariants).
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+NEVER = -1e9  # score of what cannot be chosen, as in transformers
+
+
+def supports_branches(model: PreTrainedModel) -> bool:
+    """Whether the engine knows the architecture and the attention implementation of a model."""
+    attention = base_model(model).config.get_text_config()._attn_implementation
+    return base_model(model).config.model_type in MODEL_TYPES and attention in ATTENTION
+
+
+@dataclass
+class Caption:
+    """What the engine found for a picture: `tokens` (int64, (R, T)), padded, best first, and `scores` (float32, (R,)):
+    sums of log-probabilities over length ** length_penalty; zeros without beams."""
+
+    number: int
+    tokens: torch.Tensor
+    scores: torch.Tensor
+
+
+class BranchLayer(CacheLayerMixin):
+    """Keys and values of one layer: (rows, heads, capacity, width of a head)."""
+
+    def __init__(self, cache: "BranchCache"):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.keys, self.values = (
+            states.new_zeros((self.cache.rows, states.shape[1], 0, states.shape[3]))
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def grow(self, capacity: int) -> None:
+        more = capacity - self.keys.shape[2]
+        if more > 0:
+            self.keys, self.values = (nn.functional.pad(kept, (0, 0, 0, more)) for kept in (self.keys, self.values))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        places, width = self.cache.places, self.cache.width
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        self.keys[rows, :, places] = key_states.transpose(1, 2)
+        self.values[rows, :, places] = value_states.transpose(1, 2)
+        return self.keys[: len(places), :, :width], self.values[: len(places), :, :width]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class BranchCache(Cache):
+    """One row a picture, the first of them in use. Before a forward are set: `places`, the entries that the new tokens
+    get (int64, (B, K)), and `width`, how many entries are looked at."""
+
+    def __init__(self, layers: int, rows: int):
+        self.rows, self.places, self.width = rows, None, 0
+        super().__init__(layers=[BranchLayer(self) for _ in range(layers)])
+
+    def append(self, row: int, prefixes: DynamicCache, mask: torch.Tensor, branches: int) -> None:
+        """Copies prefixes, padded on the left (mask: int64, (n, P)), into the rows from `row` on; `branches`: entries
+        that will come after them at most."""
+        for layer, new in zip(self.layers, prefixes.layers, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(new.keys, new.values)
+            layer.grow(int(mask.sum(1).max()) + branches)
+            for index, length in enumerate(mask.sum(1).tolist()):
+                layer.keys[row + index, :, :length] = new.keys[index, :, -length:]
+                layer.values[row + index, :, :length] = new.values[index, :, -length:]
+
+    def move(self, source: int, target: int) -> None:
+        for layer in self.layers:
+            layer.keys[target], layer.values[target] = layer.keys[source], layer.values[source]
+
+
+@dataclass
+class Rows:
+    """The pictures in work, B of them with K branches each: what the next step needs to know.
+
+    Attributes:
+        number: of each picture, int64, (B,).
+        prompt: token ids of each prefix, padded on the left with -1, int64, (B, P).
+        prefix, step, position: entries of the prefix, tokens written, position of the next token; int64, (B,).
+        visible: entries of the cache that a branch sees, bool, (B, K, C).
+        logits: of the next token, float32, (B, K, V).
+        tokens, scores: of the running branches, int64, (B, K, T), and float32, (B, K).
+        best, best_scores, ended: the complete captions found so far; ended: bool, (B, K). Sampled branches, which end
+            each by itself, have no `best`.
+        hope: whether a running beam can still become better than the worst complete one, bool, (B, 1).
+    """
+
+    number: torch.Tensor
+    prompt: torch.Tensor
+    prefix: torch.Tensor
+    step: torch.Tensor
+    position: torch.Tensor
+    visible: torch.Tensor
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    scores: torch.Tensor
+    best: torch.Tensor
+    best_scores: torch.Tensor
+    ended: torch.Tensor
+    hope: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def select(self, index: torch.Tensor) -> "Rows":
+        return Rows(**{name: value[index] for name, value in vars(self).items()})
+
+    def join(self, other: "Rows") -> "Rows":
+        pads = {"prompt": -1, "visible": False}
+        joined = {}
+        for name, mine in vars(self).items():
+            pair = [mine, getattr(other, name)]
+            if name in pads:
+                width = max(part.shape[-1] for part in pair)
+                left = name == "prompt"
+                pair = [
+                    nn.functional.pad(
+                        part, (width - part.shape[-1], 0) if left else (0, width - part.shape[-1]), value=pads[name]
+                    )
+                    for part in pair
+                ]
+            joined[name] = torch.cat(pair)
+        return Rows(**joined)
+
+
+class BranchGenerator:
+    """Captions of a stream of pictures by beam search, greedily or by sampling.
+
+    Args:
+        model: of MODEL_TYPES, perhaps with an adapter, in evaluation mode.
+        config: num_beams, or do_sample with num_return_sequences, temperature, top_k and top_p; max_new_tokens,
+            length_penalty, early_stopping, repetition_penalty; eos_token_id and pad_token_id.
+        limits: processors of the scores; they are given the tokens of the captions alone.
+        rows: pictures in work at once.
+        generator: of the samples.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: GenerationConfig,
+        limits: LogitsProcessorList,
+        rows: int,
+        generator: torch.Generator | None = None,
+    ):
+        self.model, self.config, self.limits, self.rows, self.generator = model, config, limits, rows, generator
+        self.inner, self.device = base_model(model), model.device
+        self.text = self.inner.config.get_text_config()
+        self.returned = config.num_return_sequences or 1
+        self.branches = self.returned if config.do_sample else config.num_beams
+        ends = config.eos_token_id
+        self.ends = torch.tensor([ends] if isinstance(ends, int) else ends, device=self.device)
+        self.pad = config.pad_token_id or int(self.ends[0])
+        penalty = config.length_penalty
+        powers = [float(length) ** penalty for length in range(1, config.max_new_tokens + 1)]
+        self.powers = torch.tensor([1.0, *powers], dtype=torch.float32, device=self.device)  # by length
+        self.repetition = (
+            RepetitionPenaltyLogitsProcessor(config.repetition_penalty) if config.repetition_penalty != 1.0 else None
+        )
+        self.warpers = sampling_warpers(config) if config.do_sample else LogitsProcessorList()
+        self.cache, self.work = BranchCache(self.text.num_hidden_layers, rows), None
+
+    def run(self, pictures: Iterable[dict]) -> Iterator[Caption]:
+        """Captions, each as soon as it is complete; `Caption.number` counts the pictures from 0.
+
+        Args:
+            pictures: what the processor makes of one picture with its prompt: input_ids, (1, P), and so on.
+        """
+        numbered = enumerate(pictures)
+        while group := list(islice(numbered, self.free)):
+            self.add(group)
+            while self.work and not self.has_room:
+                yield from self.step()
+        while self.work:
+            yield from self.step()
+
+    @property
+    def free(self) -> int:
+        """How many more pictures can be in work."""
+        return self.rows - (len(self.work) if self.work else 0)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether enough rows are free for another prefill: several pictures at once are faster than one at a time."""
+        return self.free >= max(1, self.rows // 4)
+
+    @torch.inference_mode()
+    def add(self, group: list[tuple[int, dict]]) -> None:
+        """Takes pictures into work, `free` at most: (number, inputs) of each."""
+        new = self._prefill(group)
+        self.work = self.work.join(new) if self.work else new
+
+    @torch.inference_mode()
+    def step(self) -> list[Caption]:
+        """Writes one token of every caption in work, and returns those that are complete."""
+        parents, done = self._choose(self.work)
+        complete = self._captions(self.work.select(done.nonzero()[:, 0]))
+        self.work = self._compact(self.work, parents, done)
+        if self.work:
+            self._forward(self.work)
+        return complete
+
+    def _prefill(self, group: list[tuple[int, dict]]) -> Rows:
+        """Runs images and prompts of new pictures, once each, and puts them into rows after those in work."""
+        inputs = _batched([one for _, one in group]).to(self.device)
+        prefixes = DynamicCache()
+        outputs = self.model(**inputs, past_key_values=prefixes, use_cache=True, logits_to_keep=1)
+        mask, ids = inputs["attention_mask"], inputs["input_ids"]
+        count, kept, longest = len(group), self.branches, self.config.max_new_tokens
+        self.cache.append(len(self.work) if self.work else 0, prefixes, mask, kept * longest)
+        prefix = mask.sum(1)
+        capacity = int(prefix.max()) + kept * longest
+        visible = torch.arange(capacity, device=self.device) < prefix[:, None]
+        tokens = torch.full((count, kept, longest), self.pad, device=self.device)
+        scores = torch.full((count, kept), NEVER, device=self.device)
+        first = torch.arange(kept, device=self.device) == 0  # else all beams would begin alike
+        return Rows(
+            number=torch.tensor([number for number, _ in group], device=self.device),
+            prompt=ids.masked_fill(mask == 0, -1),
+            prefix=prefix,
+            step=torch.zeros_like(prefix),
+            position=prefix + self.inner.model.rope_deltas[:, 0].to(self.device),
+            visible=visible[:, None].repeat(1, kept, 1),
+            logits=outputs.logits[:, -1:].float().repeat(1, kept, 1),
+            tokens=tokens,
+            scores=torch.where(first, 0.0, scores),
+            best=tokens.clone(),
+            best_scores=scores,
+            ended=torch.zeros((count, kept), dtype=torch.bool, device=self.device),
+            hope=torch.ones((count, 1), dtype=torch.bool, device=self.device),
+        )
+
+    def _limited(self, work: Rows, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of the next token, (B, K, V), after the limits; these look at what was written."""
+        if not self.limits and self.repetition is None:
+            return scores
+        limited = []
+        for row, step in enumerate(work.step.tolist()):
+            written = work.tokens[row, :, :step]
+            one = scores[row]
+            if self.repetition is not None:
+                prompt = work.prompt[row][work.prompt[row] >= 0].expand(len(written), -1)
+                one = self.repetition(torch.cat([prompt, written], dim=1), one)
+            limited.append(self.limits(written, one))
+        return torch.stack(limited)
+
+    def _choose(self, work: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next token of every branch, in `work`; returns whose branch each one continues, int64, (B, K), and which
+        pictures are done, bool, (B,)."""
+        choose = self._choose_sampled if self.config.do_sample or self.branches == 1 else self._choose_beams
+        parents, done = choose(work)
+        work.step += 1
+        return parents, done
+
+    def _choose_sampled(self, work: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self._limited(work, work.logits)
+        batch, kept, vocabulary = scores.shape
+        if self.config.do_sample:
+            flat = self.warpers(None, scores.flatten(0, 1))
+            chosen = torch.multinomial(flat.softmax(-1), 1, generator=self.generator).view(batch, kept)
+        else:
+            chosen = scores.argmax(-1)
+        chosen = chosen.masked_fill(work.ended, self.pad)
+        work.tokens.scatter_(2, work.step[:, None, None].expand(-1, kept, 1), chosen[:, :, None])
+        work.ended |= torch.isin(chosen, self.ends)
+        done = work.ended.all(1) | (work.step + 1 == self.config.max_new_tokens)
+        return torch.arange(kept, device=self.device).expand(batch, -1), done
+
+    def _choose_beams(self, work: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step of `GenerationMixin._beam_search` in transformers 5.23, for pictures of different lengths at once."""
+        batch, kept, vocabulary = work.logits.shape
+        rows, early = torch.arange(batch, device=self.device)[:, None], self.config.early_stopping
+        last = (work.step + 1 == self.config.max_new_tokens)[:, None]
+        scores = self._limited(work, work.logits.log_softmax(-1)) + work.scores[:, :, None]
+        # Enough candidates that as many beams as before continue, even if all the best ones end here.
+        candidates = max(2, 1 + len(self.ends)) * kept
+        scores, index = scores.flatten(1).topk(candidates)
+        parents, chosen = index // vocabulary, index % vocabulary
+        tokens = work.tokens[rows, parents]
+        tokens.scatter_(2, work.step[:, None, None].expand(-1, candidates, 1), chosen[:, :, None])
+        ends = torch.isin(chosen, self.ends) | last
+
+        # What continues.
+        running = scores + ends.float() * NEVER
+        order = running.topk(kept)[1]
+        work.tokens, work.scores = tokens[rows, order], running[rows, order]
+        continuing = parents[rows, order]
+
+        # What is complete: only the best `kept` candidates count, against those found before.
+        complete = ends & (torch.arange(candidates, device=self.device) < kept)
+        scores = scores / self.powers[work.step + 1][:, None]
+        full = work.ended.all(1, keepdim=True) & (early is True)
+        scores = scores + full.float() * NEVER + (~work.hope).float() * NEVER + (~complete).float() * NEVER
+        merged = torch.cat([work.best_scores, scores], dim=1)
+        order = merged.topk(kept)[1]
+        work.best = torch.cat([work.best, tokens], dim=1)[rows, order]
+        work.ended = torch.cat([work.ended, complete], dim=1)[rows, order]
+        work.best_scores = merged[rows, order]
+
+        # Can the best running beam still win?
+        longest = early == "never" and self.config.length_penalty > 0.0
+        lengths = torch.full_like(work.step, self.config.max_new_tokens) if longest else work.step + 1
+        possible = work.scores[:, :1] / self.powers[lengths][:, None]
+        worst = torch.where(work.ended, work.best_scores.min(1, keepdim=True)[0], NEVER)
+        work.hope &= (possible > worst).any(1, keepdim=True)
+        done = ~work.hope[:, 0] | (work.ended.all(1) & (early is True)) | ends.all(1)
+        return continuing, done
+
+    def _captions(self, complete: Rows) -> list[Caption]:
+        tokens, scores = complete.best, complete.best_scores
+        if self.config.do_sample or self.branches == 1:
+            tokens, scores = complete.tokens, torch.zeros_like(scores)
+        found = zip(complete.number.tolist(), tokens, scores, strict=True)
+        return [Caption(number, texts[: self.returned], best[: self.returned]) for number, texts, best in found]
+
+    def _compact(self, work: Rows, parents: torch.Tensor, done: torch.Tensor) -> Rows | None:
+        """The pictures that are not done, in the first rows; their branches see what their parents saw."""
+        work.visible = work.visible.gather(1, parents[:, :, None].expand_as(work.visible))
+        left = (~done).nonzero()[:, 0].tolist()
+        order = left[:]
+        for row in range(len(left)):  # a hole in front is filled from the end
+            if done[row]:
+                source = order.pop()
+                self.cache.move(source, row)
+                order.insert(row, source)
+        return work.select(torch.tensor(order, device=self.device)) if left else None
+
+    def _forward(self, work: Rows) -> None:
+        """Runs the tokens that were chosen last, a token a branch, and puts the next logits into `work`."""
+        cache, kept = self.cache, torch.arange(self.branches, device=self.device)
+        cache.places = work.prefix[:, None] + (work.step[:, None] - 1) * self.branches + kept
+        cache.width = int(cache.places.max()) + 1
+        work.visible.scatter_(2, cache.places[:, :, None], True)
+        newest = work.tokens.gather(2, (work.step - 1)[:, None, None].expand(-1, self.branches, 1))[:, :, 0]
+        position = (work.position + work.step - 1)[:, None].expand(-1, self.branches)
+        outputs = self.model(
+            input_ids=newest,
+            position_ids=position.expand(3, -1, -1),
+            attention_mask=self._mask(work.visible[:, :, : cache.width]),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        work.logits = outputs.logits.float()
+
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor | BlockMask:
+        """`visible` (B, K, L) in the form that the model's attention takes as it is."""
+        attention = self.text._attn_implementation
+        if attention == "flex_attention":
+            batch, kept, width = visible.shape
+            return create_block_mask(
+                lambda b, head, query, key: visible[b, query, key], batch, None, kept, width, device=visible.device
+            )
+        if attention == "eager":  # adds the mask to the attention scores
+            mask = torch.zeros(visible.shape, dtype=self.inner.dtype, device=visible.device)
+            return mask.masked_fill_(~visible, torch.finfo(self.inner.dtype).min)[:, None]
+        return visible[:, None]
+
+
+def sampling_warpers(config: GenerationConfig) -> LogitsProcessorList:
+    """temperature, top_k and top_p of a configuration, in the order of transformers."""
+    warpers = LogitsProcessorList()
+    if config.temperature not in (None, 1.0):
+        warpers.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        warpers.append(TopKLogitsWarper(config.top_k))
+    if config.top_p is not None and config.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(config.top_p))
+    return warpers
+
+
+def _batched(group: list[dict]) -> BatchFeature:
+    """Inputs of single pictures as one batch, prompts padded on the left."""
+    length = max(one["input_ids"].shape[1] for one in group)
+
+    def joined(name: str) -> torch.Tensor:
+        parts = [one[name] for one in group]
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            parts = [nn.functional.pad(part, (length - part.shape[1], 0)) for part in parts]
+        return torch.cat(parts)
+
+    return BatchFeature({name: joined(name) for name in group[0]})
