@@ -28,11 +28,13 @@ def load() -> tuple[PeftModel, AutoProcessor]:
         dtype=base["dtype"],
         device_map="auto",
         quantization_config=nf4 if base["quantization"] else None,
+        trust_remote_code=False,
     )
     for module in model.modules():  # as in training on every CPU, see bitsandbytes issue 2078
         module.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(model, adapter["id"], revision=adapter["revision"]).eval()
-    return model, AutoProcessor.from_pretrained(adapter["id"], revision=adapter["revision"])
+    processor = AutoProcessor.from_pretrained(adapter["id"], revision=adapter["revision"], trust_remote_code=False)
+    return model, processor
 
 
 MODEL, PROCESSOR = load()

@@ -513,7 +513,7 @@ def test_text_ids_through_scoring_audit_comparison_and_people(folder, run_script
         "human_eval.py",
         "export",
         "--systems",
-        *systems,
+        *(f"{system}/predictions.jsonl" for system in systems),
         "--dataset",
         args.output_dir,
         "--images",

@@ -44,9 +44,10 @@ def test_tensorboard_has_losses_scores_and_captions_also_of_a_run_that_resumed(m
     said = texts(events(tmp_path), "validation/captions")
     assert sorted(said) == [1, 2, 3] and len(events(tmp_path).Images("validation/1000")) == 1
     assert len(events(tmp_path).Tags()["images"]) == len(whole.validation.rows) == 8
+    table = re.sub(" +", " ", said[3])
     for row in whole.validation.rows:
-        assert f"| {row['image_id']} | {prose(whole.validation.latest[str(row['image_id'])])} |" in said[3]
-        assert row["captions"][0] in said[3]
+        assert f"| {row['image_id']} | {prose(whole.validation.latest[str(row['image_id'])])} |" in table
+        assert row["captions"][0] in table
 
     shutil.rmtree(tmp_path / "checkpoint-3")  # as if the run had been killed before it
     make(tmp_path, **TRACKED).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -45,7 +45,9 @@ class TensorBoard(TensorBoardCallback):
     def on_evaluate(self, args, state, control, shown, **kwargs):
         shown = shown()
         rows = [[str(image_id), prose(said), prose(" / ".join(texts))] for image_id, _, said, texts in shown]
-        self.tb_writer.add_text(KEY, markdown_table([["image_id", "caption", "references"], *rows]), state.global_step)
+        self.tb_writer.add_text(
+            KEY, markdown_table([["image_id", "caption", "references"], *rows], left=3), state.global_step
+        )
         if not self.pictures_shown:
             for image_id, picture, *_ in shown:
                 self.tb_writer.add_image(f"validation/{image_id}", np.asarray(picture), 0, dataformats="HWC")
