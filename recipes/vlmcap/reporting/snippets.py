@@ -27,9 +27,7 @@ nf4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant=True,
     bnb_4bit_compute_dtype={},
     llm_int8_skip_modules=[
-        {},
-        {},
-    ],
+{}    ],
 )"""
 
 UNPACKED = """
@@ -114,11 +112,10 @@ def _loaded(metrics: dict, repo: str) -> dict[str, str]:
     model = metrics["model"]
     dtype = quoted(model["dtype"].removeprefix("torch."))
     revision = f"\n    revision={quoted(model['revision'])}," if model["revision"] and is_hub_id(model["id"]) else ""
-    names = [quoted(name) for name in UNQUANTISED]
-    halves = ", ".join(names[: len(names) // 2]), ", ".join(names[len(names) // 2 :])
+    unquantised = "".join(f"        {quoted(name)},\n" for name in UNQUANTISED)
     nf4 = {
         "nf4_import": ", BitsAndBytesConfig",
-        "nf4": NF4.format(dtype, *halves),
+        "nf4": NF4.format(dtype, unquantised),
         "quantised": "\n    quantization_config=nf4,",
         "unpacked": UNPACKED,
         "dequantised": DEQUANTISED,
