@@ -29,7 +29,8 @@ def test_the_readme_loads_what_base_yaml_measures(repo_root):
     assert config["load_in_4bit"] and metrics["model"]["quantization"] == "nf4"
     metrics["prompt"] = config["prompt"]
     metrics["decoding"] |= {key: config[key] for key in ("num_beams", "max_new_tokens")}
-    assert quick_start(metrics, "you/name") + "\n" in blocks((repo_root / "README.md").read_text(encoding="utf-8"))
+    text = (repo_root / "recipes/vlmcap/captioning/README.md").read_text(encoding="utf-8")
+    assert quick_start(metrics, "you/name") + "\n" in blocks(text)
 
 
 @pytest.mark.parametrize("projector", [True, False])
