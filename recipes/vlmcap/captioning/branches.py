@@ -33,19 +33,15 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vlmcap.models.load import base_model
+from vlmcap.models.load import MASKED_ATTENTION, MODEL_TYPES, base_model
 
-# Attention implementations of transformers that take a mask of our own. FlashAttention knows causal masks alone.
-ATTENTION = ("sdpa", "eager", "flex_attention")
-# Architectures whose masks, positions and image features the engine is tested on (tests/invariants).
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 NEVER = -1e9  # score of what cannot be chosen, as in transformers
 
 
 def supports_branches(model: PreTrainedModel) -> bool:
     """Whether the engine knows the architecture and the attention implementation of a model."""
     attention = base_model(model).config.get_text_config()._attn_implementation
-    return base_model(model).config.model_type in MODEL_TYPES and attention in ATTENTION
+    return base_model(model).config.model_type in MODEL_TYPES and attention in MASKED_ATTENTION
 
 
 @dataclass

@@ -180,6 +180,24 @@ MARKUP = TextRule(
     "special tokens of language models (im_end, image_pad, SEP and the like, with their brackets) removed",
     drop_markup,
 )
+
+# Rules of nothing that only one language has, for one's own data.
+_NO_CHARACTER = regex.compile(r"[[\p{Cc}\p{Cs}\p{Noncharacter_Code_Point}\ufeff\ufffd]--[\s]]", regex.VERSION1)
+_CONTROL_RULE = TextRule("control", "control, zero-width, private-use and broken characters removed", drop_control)
+_NFC_RULE = TextRule("unicode", "letters and accents composed (NFC)", lambda text: unicodedata.normalize("NFC", text))
+_SPACING_RULE = TextRule(
+    "spacing",
+    "one space between words, none at the ends (also tabs and line ends)",
+    lambda text: regex.sub(r"\s+", " ", text).strip(" "),
+)
+LATIN_RULES = (_CONTROL_RULE, _NFC_RULE, MARKUP, _SPACING_RULE)
+# Without a language, zero-width characters stay: Persian, Hindi and others need them.
+OTHER_RULES = (
+    TextRule("control", "control and broken characters removed", lambda text: _NO_CHARACTER.sub("", text)),
+    _NFC_RULE,
+    MARKUP,
+    _SPACING_RULE,
+)
 TEXT_RULES = (
     TextRule("emoji", "emoji removed, with joiners and selectors; a keycap leaves its digit", _drop_emoji),
     TextRule("control", "control, zero-width, private-use and broken characters removed", drop_control),

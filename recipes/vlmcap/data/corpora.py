@@ -174,9 +174,9 @@ CORPORA = {
         rules="",
         languages={
             "ja": "vlmcap.data.clean:TEXT_RULES",
-            "en": "vlmcap.data.own:LATIN_RULES",
-            "vi": "vlmcap.data.own:LATIN_RULES",
-            "none": "vlmcap.data.own:OTHER_RULES",
+            "en": "vlmcap.data.clean:LATIN_RULES",
+            "vi": "vlmcap.data.clean:LATIN_RULES",
+            "none": "vlmcap.data.clean:OTHER_RULES",
         },
         annotations="a folder of pictures and captions, a .csv, .tsv, .jsonl or .json file, or the id of a dataset",
         options=("image_column", "caption_column", "language", "author", "val_size", "test_size"),

@@ -27,7 +27,6 @@ import regex
 from tqdm.auto import tqdm
 
 from vlmcap.data.arguments import PublishArguments
-from vlmcap.data.clean import MARKUP, TextRule, drop_control
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import is_plain_path, whole_reason
 from vlmcap.data.picture_files import Picture, PictureFile, picture_finder
@@ -47,24 +46,6 @@ ROW_RULES = {
     "no_image_name": "rows without a picture",
     "no_picture_beside": "texts without a picture of their name",
 }
-
-# Cleaning: nothing that only one language has ------------------------------------------------------------------------
-_BROKEN = regex.compile(r"[[\p{Cc}\p{Cs}\p{Noncharacter_Code_Point}\ufeff\ufffd]--[\s]]", regex.VERSION1)
-_CONTROL = TextRule("control", "control, zero-width, private-use and broken characters removed", drop_control)
-_UNICODE = TextRule("unicode", "letters and accents composed (NFC)", lambda text: unicodedata.normalize("NFC", text))
-_SPACING = TextRule(
-    "spacing",
-    "one space between words, none at the ends (also tabs and line ends)",
-    lambda text: regex.sub(r"\s+", " ", text).strip(" "),
-)
-LATIN_RULES = (_CONTROL, _UNICODE, MARKUP, _SPACING)
-# Without a language, zero-width characters stay: Persian, Hindi and others need them.
-OTHER_RULES = (
-    TextRule("control", "control and broken characters removed", lambda text: _BROKEN.sub("", text)),
-    _UNICODE,
-    MARKUP,
-    _SPACING,
-)
 
 
 @dataclass

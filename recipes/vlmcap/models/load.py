@@ -48,6 +48,10 @@ from vlmcap.places import check_miniature
 PROJECTOR = re.compile(r"model\.(visual\.(merger|deepstack_merger_list\.\d+)|multi_modal_projector|connector)")
 # Of YAML files: a model's name, and a revision that is not pinned.
 LAYERS_PATTERN = "layers"  # language_model.layers; Qwen's ViT calls its layers `blocks`
+# Architectures whose masks, positions and image features the project's engines are tested on (tests/invariants).
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Attention implementations of transformers that take a mask of our own. FlashAttention knows causal masks alone.
+MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
 
 
 def compute_dtype() -> torch.dtype:

@@ -91,7 +91,7 @@ def cache_features(
     for it at a file lock: a barrier of torch.distributed would give up after minutes.
 
     Args:
-        model: of `shared_prefix.MODEL_TYPES`, before `tower.feed_features`.
+        model: of `models.load.MODEL_TYPES`, before `tower.feed_features`.
         rows: as `load_captions` returns them.
 
     Raises:

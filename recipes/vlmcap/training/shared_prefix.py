@@ -20,15 +20,11 @@ from datasets import Dataset
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmcap.models.load import ModelError
+from vlmcap.models.load import MASKED_ATTENTION, MODEL_TYPES, ModelError
 from vlmcap.training.caption_tokens import CaptionEncoder
 from vlmcap.training.collator import BadImages, read_example
 from vlmcap.training.features import FeatureCache
 
-# Attention implementations of transformers that take a mask of our own. FlashAttention knows causal masks alone.
-ATTENTION = ("sdpa", "eager", "flex_attention")
-# Architectures whose masks, positions and image features the engine is tested on (tests/invariants).
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PADDING, PREFIX = 0, 1  # segments; captions are 2, 3, ...
 
 
@@ -45,10 +41,10 @@ def supports(model: PreTrainedModel) -> bool:
         )
         return False
     attention = model.config.get_text_config()._attn_implementation
-    if attention not in ATTENTION:
+    if attention not in MASKED_ATTENTION:
         raise ModelError(
             f"attn_implementation={attention} takes no mask, which captions that share an image need: choose"
-            f" {', '.join(ATTENTION)}, or set shared_prefix: false (slower)."
+            f" {', '.join(MASKED_ATTENTION)}, or set shared_prefix: false (slower)."
         )
     return True
 

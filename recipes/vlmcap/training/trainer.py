@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from trl import SFTTrainer
 
 from vlmcap.captioning.predictions import weights_hash
-from vlmcap.models.load import ModelError, free_frozen_parts
+from vlmcap.models.load import MODEL_TYPES, ModelError, free_frozen_parts
 from vlmcap.models.tower import feed_features
 from vlmcap.models.weights import Adapter
 from vlmcap.training import shared_prefix
@@ -63,7 +63,7 @@ class CaptionTrainer(ResumableTrainer, SFTTrainer):
         self.rows, self.bad_images, self.validation = rows, bad_images, validation
         examples = caption_examples(rows, args.captions_per_image)
         self.sizes = [0] * len(examples)
-        if args.per_device_train_batch_size > 1 and model.config.model_type in shared_prefix.MODEL_TYPES:
+        if args.per_device_train_batch_size > 1 and model.config.model_type in MODEL_TYPES:
             tokens = count_image_tokens(rows, processing_class)
             self.sizes = [tokens[row] for row in examples["row"]]
         self.shared_prefix = args.shared_prefix and shared_prefix.supports(model)
