@@ -265,7 +265,9 @@ def _answer(value: object, side: str) -> tuple[list, str]:
     """The turns in front of an answer, and its text."""
     if isinstance(value, str):
         return [], value
-    if not (isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant"):
+    if not (
+        isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant"
+    ):
         raise ValueError(f"{side} must be a text, or messages that end with the assistant's, but is {shown(value)}")
     return value[:-1], _text(value[-1].get("content"), side)
 

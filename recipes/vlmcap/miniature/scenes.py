@@ -130,6 +130,23 @@ class Scene(NamedTuple):
         templates = JAPANESE_POLITE if polite else JAPANESE
         return [template.format(a=a, b=b) for template in templates[self.arrangement]]
 
+    def false_japanese(self, rng: random.Random) -> tuple[str, str, str]:
+        """A caption, the same with one mistake, and what is mistaken: colour, shape, arrangement or order."""
+        place = rng.randrange(len(JAPANESE[self.arrangement]))
+        # The last wording is as true of things the other way round.
+        kind = rng.choice(("colour", "shape", "arrangement", "order")[: 3 if place == 4 else 4])
+        if kind == "order":
+            other = self._replace(first=self.second, second=self.first)
+        elif kind == "arrangement":
+            other = self._replace(arrangement="vertical" if self.arrangement == "horizontal" else "horizontal")
+        else:
+            side = rng.choice(("first", "second"))
+            thing = getattr(self, side)
+            values = COLOURS if kind == "colour" else SHAPES
+            value = rng.choice([value for value in values if value != getattr(thing, kind)])
+            other = self._replace(**{side: thing._replace(**{kind: value})})
+        return self.japanese()[place], other.japanese()[place], kind
+
     def vietnamese(self) -> list[str]:
         a, b = (f"{SHAPES[t.shape][2]} màu {COLOURS[t.colour][3]}" for t in (self.first, self.second))
         sentences = [template.format(a=a, b=b) for template in VIETNAMESE[self.arrangement]]
@@ -209,7 +226,9 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
 
     `directory/images/*.png`, `stair_train.json`, `stair_val.json` (plain form, five captions an image),
     `yj.json` (polite form, two captions on a tenth of the training images), `val_ids.txt` and `test_ids.txt`; and
-    `instances.json`, what is drawn where in the validation and test scenes, as COCO annotates instances.
+    `instances.json`, what is drawn where in the validation and test scenes, as COCO annotates instances; and preferences
+    of a true caption to a false one, of the training scenes in `preferences.jsonl` and of the test scenes in
+    `preferences_test.jsonl`.
     """
     numbered = _numbered_scenes(train, validation + test, seed)
     names = {n: f"COCO_{'train2014' if n <= train else 'val2014'}_{n:012d}.png" for n, _ in numbered}
@@ -230,6 +249,8 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
     heldout_ids = [number for number, _ in numbered[train:]]
     (directory / "val_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[:validation]))
     (directory / "test_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[validation:]))
+    write_preferences(directory / "preferences.jsonl", numbered[:train], names, seed)
+    write_preferences(directory / "preferences_test.jsonl", numbered[train + validation :], names, seed + 1)
 
 
 def write_vietnamese_scenes(directory: Path, train: int, validation: int, test: int, seed: int = 0) -> None:
@@ -287,6 +308,19 @@ def _write_coco(path: Path, language: str, images: list[tuple[int, str]], annota
         "annotations": annotations,
     }
     path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+
+
+def write_preferences(path: Path, selected: list[tuple[int, Scene]], names: dict[int, str], seed: int) -> None:
+    """Writes two preferences of each (image id, scene), a line each, in TRL's form: a caption to the same caption with
+    one mistake. Pictures are named as seen from the folder of the file."""
+    rng = random.Random(seed)
+    lines = []
+    for number, scene in selected:
+        for _ in range(2):
+            chosen, rejected, kind = scene.false_japanese(rng)
+            line = {"chosen": chosen, "rejected": rejected, "images": [f"images/{names[number]}"]}
+            lines.append(json.dumps(line | {"image_id": number, "mistake": kind}, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def write_instances(path: Path, selected: list[tuple[int, str, Scene]]) -> None:

@@ -1,13 +1,13 @@
 """Settings of recipes. Imports nothing heavy: command lines are read with it.
 
 The classes that end in Fields are what a recipe adds to transformers' TrainingArguments or TRL's SFTConfig, whose own
-fields are `vlmcap.training.inherited`. Joined with the real one they are CaptionSFTConfig, CaptionerTrainingArguments
-and FoodTrainingArguments (`vlmcap.training.trainer_arguments`), which trainers take. What can be checked without torch
-is checked here, in `__post_init__`, so that a mistake is reported at once.
+fields are `vlmcap.training.inherited`. Joined with the real one they are CaptionSFTConfig, CaptionDPOConfig,
+CaptionerTrainingArguments and FoodTrainingArguments (`vlmcap.training.trainer_arguments`), which trainers take. What
+can be checked without torch is checked here, in `__post_init__`, so that a mistake is reported at once.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 # What a recipe says when Ctrl-C ends it outside of a training step.
 CONTINUE = "With --resume_from_checkpoint latest it continues from the last whole checkpoint, or with its captions."
@@ -180,6 +180,64 @@ class CaptionSFTFields(TrainerFields):
     def __post_init__(self):
         if self.cache_image_features and not self.shared_prefix:
             raise ValueError("cache_image_features needs the shared-prefix engine: leave shared_prefix at true")
+        super().__post_init__()
+
+
+@dataclass
+class CaptionDPOFields(TrainerFields):
+    """What training on preferences adds to TrainingArguments, by the names of TRL's DPOConfig.
+
+    `metric_for_best_model`: a score of validation captions, or of the held-out pairs `preference_rate`,
+    `reward_accuracy` or `reward_margin` (`vlmcap.training.dpo.CaptionDPOTrainer.preferred`).
+    """
+
+    metrics: ClassVar[list[str]] = [*CAPTION_METRICS, "preference_rate", "reward_accuracy", "reward_margin"]
+
+    label_smoothing_factor: float = field(
+        default=0.0, metadata={"help": "Keep 0: it is that of cross-entropy. That of preferences is label_smoothing."}
+    )
+    beta: float = field(
+        default=0.1, metadata={"help": "How strongly the model is held to the adapter it starts from."}
+    )
+    loss_type: Literal["sigmoid", "robust"] = field(
+        default="sigmoid",
+        metadata={"help": "sigmoid, or robust: for preferences some of which are the wrong way round."},
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"help": "With loss_type robust: the share of those preferences, from 0 to below 0.5."}
+    )
+    pairs_per_image: int = field(
+        default=4,
+        metadata={
+            "help": "Pairs of an image that are trained on together. An image with more of them comes up more often."
+            " The batch size counts images."
+        },
+    )
+    cache_image_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder in which the frozen vision encoder's outputs are kept; as in the SFT recipe."},
+    )
+
+    @property
+    def captions_per_image(self) -> int:
+        """Captions of an image that are trained on together, at most."""
+        return 2 * self.pairs_per_image
+
+    def __post_init__(self):
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: {self.label_smoothing_factor} is of cross-entropy, which is not trained here:"
+                " leave it at 0 (label_smoothing is that of preferences)"
+            )
+        if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and self.loss_type != "robust"):
+            raise ValueError(
+                f"label_smoothing: {self.label_smoothing} must be from 0 to below 0.5, and has an effect with"
+                " loss_type: robust alone (in TRL too)"
+            )
+        if self.beta <= 0 or self.pairs_per_image < 1:
+            raise ValueError(
+                f"beta: {self.beta} must be above 0, and pairs_per_image: {self.pairs_per_image} 1 or more"
+            )
         super().__post_init__()
 
 
