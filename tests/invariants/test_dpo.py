@@ -1,4 +1,4 @@
-"""Training on preferences is TRL's DPOTrainer: the same loss and gradients with the same pairs, weights and reference."""
+"""Training on preferences is TRL's DPOTrainer: the same loss and gradients with the same pairs and weights."""
 
 import json
 
@@ -66,7 +66,7 @@ def start_model():
 def move_on(model) -> None:
     """Away from the reference, so that margins are not zero: the same way for every model of the same weights."""
     generator = torch.Generator().manual_seed(2)
-    for name, parameter in sorted(model.named_parameters()):
+    for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 

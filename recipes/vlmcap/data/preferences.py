@@ -1,8 +1,8 @@
 """Preferences: of two captions of a picture, the chosen one and the rejected one, in the forms that TRL knows.
 
-A row holds `chosen` and `rejected`, each a text or a list of messages, and one picture in `image` or `images` (embedded,
-or a path). `prompt`, a text or messages, may be a column, or the turn in front of both answers, or missing: then the
-rows are of whatever prompt they are used with. Rows of the same picture become one row with all its pairs.
+A row holds `chosen` and `rejected`, each a text or a list of messages, and one picture in `image` or `images`
+(embedded, or a path). `prompt`, a text or messages, may be a column, or the turn in front of both answers, or missing:
+then the rows are of whatever prompt they are used with. Rows of the same picture become one row with all its pairs.
 """
 
 from collections.abc import Callable, Iterable
@@ -114,6 +114,17 @@ def count_pairs(rows: datasets.Dataset) -> int:
     return sum(map(len, rows["chosen"]))
 
 
+def check_unseen(rows: datasets.Dataset, heldout: datasets.Dataset) -> None:
+    """Raises DataError where a picture of the held-out preferences is also in those to train on."""
+    trained = set(rows["sha256"])
+    names = [name for name, digest in zip(heldout["file_name"], heldout["sha256"], strict=True) if digest in trained]
+    if names:
+        raise DataError(
+            f"{len(names)} pictures are in the preferences and in the held-out ones ({names[0]}, ...): what is"
+            " measured on them would not be unseen. Remove them from one of the two."
+        )
+
+
 def hold_out(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Rows to train on, and those of a share of the images (at least one), drawn by `seed`, to look at.
 
@@ -130,7 +141,7 @@ def hold_out(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.
     return shuffled.select(range(count, len(rows))), shuffled.select(range(count))
 
 
-# Where rows come from -------------------------------------------------------------------------------------------------
+# Where rows come from -----------------------------------------------------------------------------------------------
 # What rows say, their pictures (a column `image`, undecoded), and how a message names row 0, 1, ...
 Rows = tuple[Iterable[dict], datasets.Dataset, Callable[[int], str]]
 
@@ -242,7 +253,7 @@ def _identify(
     return digests
 
 
-# What a row says ------------------------------------------------------------------------------------------------------
+# What a row says ----------------------------------------------------------------------------------------------------
 def _pair(record: dict, prompt: str) -> dict:
     """{"chosen", "rejected", "image_id"} of a row; ValueError where it says anything else than a preference."""
     texts = {}
@@ -281,8 +292,8 @@ def _check_prompt(turns: object, prompt: str) -> None:
         raise ValueError(f"the prompt must be a text or one turn of the user, but is {shown(turns)}")
     if asked != prompt:
         raise ValueError(
-            f"its prompt is {shown(asked)}, and the adapter is asked {shown(prompt)}: what is preferred as an answer to"
-            " one says nothing of the other. Write the adapter's prompt, or leave the column out"
+            f"its prompt is {shown(asked)}, and the adapter is asked {shown(prompt)}: what is preferred as an answer"
+            " to one says nothing of the other. Write the adapter's prompt, or leave the column out"
         )
 
 

@@ -131,20 +131,18 @@ class Scene(NamedTuple):
         return [template.format(a=a, b=b) for template in templates[self.arrangement]]
 
     def false_japanese(self, rng: random.Random) -> tuple[str, str, str]:
-        """A caption, the same with one mistake, and what is mistaken: colour, shape, arrangement or order."""
+        """A caption, the same with one mistake, and what is mistaken: a shape, or the order of the things. These are
+        the mistakes that the adapter of `make demo` makes itself; it hardly confuses colours or arrangements."""
         place = rng.randrange(len(JAPANESE[self.arrangement]))
         # The last wording is as true of things the other way round.
-        kind = rng.choice(("colour", "shape", "arrangement", "order")[: 3 if place == 4 else 4])
+        kind = "shape" if place == 4 else rng.choice(("shape", "order"))
         if kind == "order":
             other = self._replace(first=self.second, second=self.first)
-        elif kind == "arrangement":
-            other = self._replace(arrangement="vertical" if self.arrangement == "horizontal" else "horizontal")
         else:
             side = rng.choice(("first", "second"))
             thing = getattr(self, side)
-            values = COLOURS if kind == "colour" else SHAPES
-            value = rng.choice([value for value in values if value != getattr(thing, kind)])
-            other = self._replace(**{side: thing._replace(**{kind: value})})
+            shape = rng.choice([shape for shape in SHAPES if shape != thing.shape])
+            other = self._replace(**{side: thing._replace(shape=shape)})
         return self.japanese()[place], other.japanese()[place], kind
 
     def vietnamese(self) -> list[str]:
@@ -226,9 +224,9 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
 
     `directory/images/*.png`, `stair_train.json`, `stair_val.json` (plain form, five captions an image),
     `yj.json` (polite form, two captions on a tenth of the training images), `val_ids.txt` and `test_ids.txt`; and
-    `instances.json`, what is drawn where in the validation and test scenes, as COCO annotates instances; and preferences
-    of a true caption to a false one, of the training scenes in `preferences.jsonl` and of the test scenes in
-    `preferences_test.jsonl`.
+    `instances.json`, what is drawn where in the validation and test scenes, as COCO annotates instances;
+    `preferences.jsonl` and `preferences_test.jsonl`, preferences of a true caption to a false one, of the training and
+    of the test scenes.
     """
     numbered = _numbered_scenes(train, validation + test, seed)
     names = {n: f"COCO_{'train2014' if n <= train else 'val2014'}_{n:012d}.png" for n, _ in numbered}

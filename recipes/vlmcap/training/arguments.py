@@ -21,8 +21,8 @@ UNFIT_OPTIMIZERS = {
 
 
 @dataclass
-class SplitArguments:
-    """What is trained and evaluated on."""
+class ScoredSplitArguments:
+    """What a model is evaluated on."""
 
     dataset: str = field(
         metadata={
@@ -37,19 +37,55 @@ class SplitArguments:
             "its folders (train2014/, ...) or zip files."
         },
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
     validation_split: str = field(
         default="validation",
         metadata={"help": "Split whose captions rank the checkpoints, with eval_strategy: steps."},
     )
     test_split: str = field(default="test", metadata={"help": "Split on which base and trained model are scored."})
-    max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
     max_validation_images: int = field(default=300, metadata={"help": "Validate on this many images, drawn by seed."})
     max_test_images: int | None = field(default=None, metadata={"help": "Score on the first N test images only."})
+    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
+
+
+@dataclass
+class SplitArguments(ScoredSplitArguments):
+    """What is trained and evaluated on."""
+
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    max_train_images: int | None = field(default=None, metadata={"help": "Train on the first N images only."})
     max_bad_images: float = field(
         default=0.01, metadata={"help": "Share of training pictures that may be unreadable before the run stops."}
     )
-    tokenizer: str = field(default="unidic-lite", metadata={"help": "Word segmentation for the metrics."})
+
+
+@dataclass
+class PreferenceArguments(ScoredSplitArguments):
+    """Preferences to train on, and the captions that the model is scored with."""
+
+    preferences: str = field(
+        kw_only=True,
+        metadata={
+            "help": "Preferences: preferences.jsonl of scripts/human_eval.py, or any TRL preference dataset with"
+            " images, as a file of rows, a Hub id or a folder."
+        },
+    )
+    preferences_split: str = field(default="train", metadata={"help": "Split of a dataset of preferences."})
+    preferences_revision: str | None = field(
+        default=None, metadata={"help": "Revision of a dataset of preferences on the Hub."}
+    )
+    preferences_image_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the pictures that preferences name. Default: the working folder, then the file's own."
+        },
+    )
+    heldout_preferences: str | None = field(
+        default=None,
+        metadata={"help": "Preferences that are only looked at, in the same forms; default: a share of the others."},
+    )
+    heldout_share: float = field(
+        default=0.1, metadata={"help": "Share of the preferences' images, drawn by seed, that is only looked at."}
+    )
 
 
 @dataclass
@@ -226,8 +262,8 @@ class CaptionDPOFields(TrainerFields):
     def __post_init__(self):
         if self.label_smoothing_factor:
             raise ValueError(
-                f"label_smoothing_factor: {self.label_smoothing_factor} is of cross-entropy, which is not trained here:"
-                " leave it at 0 (label_smoothing is that of preferences)"
+                f"label_smoothing_factor: {self.label_smoothing_factor} is of cross-entropy, which is not trained"
+                " here: leave it at 0 (label_smoothing is that of preferences)"
             )
         if not 0 <= self.label_smoothing < 0.5 or (self.label_smoothing and self.loss_type != "robust"):
             raise ValueError(

@@ -44,7 +44,7 @@ HEX = 16  # digits of a hash in a file's name
 
 
 def pair_examples(rows: Dataset, pairs_per_image: int) -> Dataset:
-    """Training examples: {"row": index into `rows`, "captions": different texts, "chosen", "rejected": places in them}.
+    """Training examples: {"row": index into `rows`, "captions": texts, "chosen", "rejected": places in them}.
 
     An image with more than `pairs_per_image` pairs yields several examples.
 
@@ -315,7 +315,7 @@ def reference_facts(
     rows: Dataset,
     heldout: Dataset,
 ) -> dict:
-    """All that the reference's log-probabilities depend on, as JSON has it; `pairs` is a hash of pictures and texts."""
+    """All that the reference's log-probabilities depend on, as JSON has it; `pairs` hashes pictures and texts."""
     pairs = hashlib.sha256()
     for some in (rows, heldout):
         for row in some.select_columns(["sha256", "chosen", "rejected"]):

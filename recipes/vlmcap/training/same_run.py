@@ -24,9 +24,9 @@ SOURCES = {
 MAY_CHANGE = (
     "max_steps num_train_epochs learning_rate encoder_learning_rate decoder_learning_rate lr_scheduler_type"
     " lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args"
-    " label_smoothing_factor beta loss_type label_smoothing bf16 fp16 gradient_checkpointing shared_prefix cache_image_features eval_strategy"
-    " eval_steps save_strategy save_steps logging_steps load_best_model_at_end metric_for_best_model"
-    " early_stopping_patience early_stopping_threshold ignore_data_skip"
+    " label_smoothing_factor beta loss_type label_smoothing bf16 fp16 gradient_checkpointing shared_prefix"
+    " cache_image_features eval_strategy eval_steps save_strategy save_steps logging_steps load_best_model_at_end"
+    " metric_for_best_model early_stopping_patience early_stopping_threshold ignore_data_skip"
 ).split()
 
 
