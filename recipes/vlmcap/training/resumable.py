@@ -24,7 +24,12 @@ from vlmcap.training.loss import smoothed_cross_entropy
 
 class ResumableTrainer:
     """Methods for a Trainer beside it: `class X(ResumableTrainer, Trainer)`, which calls `set_up_run` when it is built
-    and has `validate`, the scores of the model as it is."""
+    and has `validate`, the scores of the model as it is.
+
+    `accuracy` names the share that `hits_and_tokens` counts, in the log.
+    """
+
+    accuracy = "mean_token_accuracy"
 
     def set_up_run(self, must_match: dict | None = None) -> None:
         """The last line of a trainer's `__init__`. `must_match`: what else must be the same when the run resumes, in
@@ -261,7 +266,7 @@ class ResumableTrainer:
             hits, tokens = self.accelerator.reduce(self.hits_and_tokens).tolist()
             self.hits_and_tokens.zero_()
             if tokens:
-                logs["mean_token_accuracy"] = hits / tokens
+                logs[self.accuracy] = hits / tokens
             if count := self.bad_images.count():
                 logs["bad_images"] = count
         super().log(logs, *args, **kwargs)
@@ -283,7 +288,7 @@ class ResumableTrainer:
                 "metric": self.args.metric_for_best_model,
                 "score": self.state.best_metric,
             }
-        kept = ("step", "epoch", "loss", "mean_token_accuracy", "elapsed_seconds")
+        kept = ("step", "epoch", "loss", self.accuracy, "elapsed_seconds")
         log = [
             {key: value for key, value in entry.items() if key in kept or key.startswith("eval_")}
             for entry in self.state.log_history
