@@ -321,7 +321,7 @@ def normalised(caption: str) -> str:
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", caption).lower()))
 
 
-def _picture_hashes(rows: datasets.Dataset, desc: str) -> Iterator[tuple[str, str]]:
+def picture_hashes(rows: datasets.Dataset, desc: str) -> Iterator[tuple[str, str]]:
     """(image id, SHA-256 of the file) of every picture that is there."""
     for row in tqdm(rows.select_columns(["image_id", "image"]), desc=desc, unit="picture"):
         cell = row["image"]
@@ -357,8 +357,8 @@ def overlap(
         )
     same = [False] * len(predictions)
     if test_rows is not None and "image" in train_rows.column_names and "image" in test_rows.column_names:
-        seen = {digest for _, digest in _picture_hashes(train_rows, "hashing training pictures")}
-        tested = dict(_picture_hashes(test_rows, "hashing test pictures"))
+        seen = {digest for _, digest in picture_hashes(train_rows, "hashing training pictures")}
+        tested = dict(picture_hashes(test_rows, "hashing test pictures"))
         same = [tested.get(image_id) in seen for image_id in predictions]
         overlap["picture_in_training"] = Rate(same, [image_id in tested for image_id in predictions])
     for image_id, *reasons in zip(predictions, shared, same, copied, strict=True):
