@@ -465,7 +465,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
             state = json.loads(self._state_file(resume_from_checkpoint).read_bytes())
             self.samples = state["samples"] and Samples(**state["samples"])
             self.step_figures.update(state["step_figures"])
-            self.token_sums += torch.tensor(state["token_sums"], device=self.args.device)
+            self.token_sums = self.token_sums.new_tensor(state["token_sums"])
             self.totals = state["totals"]
         return super().train(resume_from_checkpoint, **kwargs)
 
