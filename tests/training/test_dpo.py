@@ -32,10 +32,11 @@ def test_it_learns_and_says_how_much(pictures, tmp_path):
     figures = trainer.summary()["preferences"]
     assert figures["pairs"] == figures["unseen_pairs"] == tiny.PAIRS and figures["pairs_seen"] == 30 * tiny.PAIRS
     before, after = figures["before"], figures["after"]
-    assert after["preference_rate"] == 1.0 > before["preference_rate"]
-    assert after["reward_accuracy"] == 1.0 and after["reward_margin"] > 0
+    assert after["preference_rate"] > before["preference_rate"]
+    assert after["reward_accuracy"] == 1.0 and after["reward_margin"] > 1
     log = trainer.state.log_history
-    assert [entry["eval_preference_rate"] for entry in log if "eval_preference_rate" in entry][-1] == 1.0
+    seen = [entry["eval_preference_rate"] for entry in log if "eval_preference_rate" in entry]
+    assert len(seen) == 2 and seen[-1] == pytest.approx(after["preference_rate"], abs=1e-6)
     first = next(entry for entry in log if "loss" in entry)
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4)  # log 2: no margin yet
     assert "reward_accuracy" in first and "mean_token_accuracy" not in first
