@@ -42,6 +42,7 @@ RUN_BY = {
     "scripts/push_adapter.py": "tests/reporting/test_push.py",
     "scripts/push_dataset.py": "tests/data/test_publish.py",
     "scripts/rehearse.py": "tests/recipes/test_rehearsal.py",
+    "scripts/reward_table.py": "tests/experiments/test_reward_table.py",
     "scripts/run_ablation.py": "tests/experiments/test_ablation_script.py",
     "scripts/serve_check.py": "tests/experiments/test_serving.py",
 }

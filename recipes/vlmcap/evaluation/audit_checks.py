@@ -316,7 +316,7 @@ def form(
 
 
 # Training and test -------------------------------------------------------------------------------------------------
-def _normalised(caption: str) -> str:
+def normalised(caption: str) -> str:
     """Without spaces, punctuation, width and case: what is left is the words of a caption."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", caption).lower()))
 
@@ -341,9 +341,9 @@ def overlap(
 ) -> dict:
     every = np.ones(len(predictions))
     train_ids = set(map(str, train_rows["image_id"]))
-    trained = {_normalised(caption) for captions in train_rows["captions"] for caption in captions} - {""}
+    trained = {normalised(caption) for captions in train_rows["captions"] for caption in captions} - {""}
     shared = [image_id in train_ids for image_id in predictions]
-    copied = [_normalised(caption) in trained for caption in predictions.values()]
+    copied = [normalised(caption) in trained for caption in predictions.values()]
     overlap: dict = {
         "training_images": len(train_rows),
         "training_captions": sum(map(len, train_rows["captions"])),
@@ -352,7 +352,7 @@ def overlap(
     }
     if references:
         overlap["references_in_training"] = Rate(
-            [sum(_normalised(caption) in trained for caption in captions) for captions in references.values()],
+            [sum(normalised(caption) in trained for caption in captions) for captions in references.values()],
             [len(captions) for captions in references.values()],
         )
     same = [False] * len(predictions)

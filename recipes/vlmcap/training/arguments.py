@@ -2,8 +2,9 @@
 
 The classes that end in Fields are what a recipe adds to transformers' TrainingArguments or TRL's SFTConfig, whose own
 fields are `vlmcap.training.inherited`. Joined with the real one they are CaptionSFTConfig, CaptionDPOConfig,
-CaptionerTrainingArguments and FoodTrainingArguments (`vlmcap.training.trainer_arguments`), which trainers take. What
-can be checked without torch is checked here, in `__post_init__`, so that a mistake is reported at once.
+CaptionGRPOConfig, CaptionerTrainingArguments and FoodTrainingArguments (`vlmcap.training.trainer_arguments`), which
+trainers take. What can be checked without torch is checked here, in `__post_init__`, so that a mistake is reported at
+once.
 """
 
 from dataclasses import dataclass, field
@@ -304,3 +305,85 @@ class FoodFields(CaptionerFields):
     decoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of GPT-2 and its cross-attention; learning_rate if left out."}
     )
+
+
+@dataclass
+class CaptionGRPOFields(TrainerFields):
+    """What training on rewards adds to TrainingArguments: settings of TRL's GRPOConfig, with its names and, except for
+    `max_completion_length`, its defaults.
+
+    One difference: `per_device_train_batch_size` counts images here and samples there. All samples of an optimizer
+    step are drawn at once, as with TRL's `steps_per_generation` at its default.
+    """
+
+    metrics: ClassVar[list[str]] = [*CAPTION_METRICS, "reward"]
+
+    label_smoothing_factor: float = field(default=0.0, metadata={"help": "Keep: samples are no labels to smooth."})
+    num_generations: int = field(default=8, metadata={"help": "Captions that are sampled for each image of a step."})
+    max_completion_length: int = field(
+        default=64, metadata={"help": "A sample is cut after this many tokens; max_new_tokens is a good choice."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the samples: higher ones are more diverse."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens with this much probability; 1.0: from all."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample from this many tokens, the likeliest; 0: from all."})
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the KL divergence from the starting adapter, which holds the model near it; 0: none."
+        },
+    )
+    use_bias_correction_kl: bool = field(
+        default=True, metadata={"help": "Multiply the KL divergence by the ratio of probabilities, as TRL does."}
+    )
+    num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on the same samples."})
+    epsilon: float = field(default=0.2, metadata={"help": "The ratio of probabilities is clipped below 1 - epsilon,"})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "and above 1 + epsilon_high; left out: 1 + epsilon."}
+    )
+    loss_type: str = field(
+        default="dapo",
+        metadata={
+            "help": "What the sum over tokens is divided by: grpo (each caption by its length), dr_grpo"
+            " (max_completion_length) or dapo (all tokens of the step).",
+            "choices": ["grpo", "dr_grpo", "dapo"],
+        },
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "Rewards are divided by their standard deviation within an image (group), within a step (batch),"
+            " or by nothing (none).",
+            "choices": ["group", "batch", "none"],
+        },
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Leave samples that were cut out of the loss."}
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of reward_funcs, one each; left out: the defaults."}
+    )
+    cache_image_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the frozen vision encoder's outputs are kept, so that it runs once an image and"
+            " not once an epoch. Takes about 4 MB an image of 391 tokens; the exact size is printed first."
+        },
+    )
+
+    def __post_init__(self):
+        at_least = {"num_generations": 2, "max_completion_length": 1, "num_iterations": 1, "top_k": 0}
+        at_least |= {"beta": 0, "epsilon": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)}: choose {least} or more")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature}: choose a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p}: choose a number above 0, 1 at most")
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor: {self.label_smoothing_factor}: samples are no labels to smooth")
+        if self.ignore_data_skip and self.num_iterations > 1:
+            raise ValueError("ignore_data_skip: samples of a checkpoint belong to its images; leave it at false")
+        super().__post_init__()

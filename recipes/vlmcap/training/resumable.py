@@ -242,8 +242,7 @@ class ResumableTrainer:
         with self.compute_loss_context_manager():
             scores = self.validate(self.accelerator.unwrap_model(self.model))
         seconds = time.perf_counter() - start
-        self.clock.start += seconds  # not training
-        self.clock.begin += seconds
+        self.clock.pause(seconds)
         metrics = {f"{metric_key_prefix}_{name}": round(score, 6) for name, score in scores.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(seconds, 1)
         self.log(metrics)

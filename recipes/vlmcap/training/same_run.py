@@ -26,7 +26,9 @@ MAY_CHANGE = (
     " lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args"
     " label_smoothing_factor beta loss_type label_smoothing bf16 fp16 gradient_checkpointing shared_prefix"
     " cache_image_features eval_strategy eval_steps save_strategy save_steps logging_steps load_best_model_at_end"
-    " metric_for_best_model early_stopping_patience early_stopping_threshold ignore_data_skip"
+    " metric_for_best_model early_stopping_patience early_stopping_threshold ignore_data_skip num_generations"
+    " max_completion_length temperature top_p top_k use_bias_correction_kl epsilon epsilon_high scale_rewards"
+    " mask_truncated_completions reward_weights"
 ).split()
 
 
