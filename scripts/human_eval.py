@@ -156,13 +156,17 @@ def import_answers(args: ImportArguments) -> None:
     (output / "preferences.jsonl").write_text(lines, encoding="utf-8")
     print(f"preferences.jsonl: {len(rows)} rows")
     if rows:
-        print(f"To train an adapter on them:\n\n    {training_command(key, output / 'preferences.jsonl', prompt)}")
+        command = training_command(key, result, output / "preferences.jsonl", prompt)
+        print(f"To train an adapter on them:\n\n    {command}")
 
 
-def training_command(key: dict, preferences: Path, prompt: str) -> str:
-    """The command that trains on preferences, from the adapter of the last system that has one."""
-    adapters = [system["adapter"] for system in key["systems"].values() if system.get("adapter")]
-    words = ["accelerate", "launch", "recipes/dpo_qwen2vl_jp.py", "--adapter", (adapters or ["ADAPTER"])[-1]]
+def training_command(key: dict, result: dict, preferences: Path, prompt: str) -> str:
+    """The command that trains on preferences, from the adapter that the raters preferred."""
+    wins = result["preferences"]["systems"]
+    best_first = sorted(key["systems"], key=lambda name: wins[name]["win_rate"] or 0, reverse=True)
+    adapters = [key["systems"][name].get("adapter") for name in best_first]
+    adapter = next(filter(None, adapters), "ADAPTER")
+    words = ["accelerate", "launch", "recipes/dpo_qwen2vl_jp.py", "--adapter", adapter]
     words += ["--preferences", str(preferences), "--dataset", key["dataset"]["id"], "--prompt", prompt]
     return shlex.join(words)
 
