@@ -75,18 +75,19 @@ def main(
     generation_args: GenerationArguments,
     settings: CaptionDPOFields,
 ) -> None:
+    # Slow imports, after the command line and the dataset were checked.
+    from vlmcap.steps.early import check_early
+
+    check_early(settings, data_args)
     adapter_dir = Path(settings.output_dir) / "adapter"
+    if not data_args.preferences:
+        raise UserError("--preferences is needed: preferences.jsonl of scripts/human_eval.py, or a dataset of them")
     if not model_args.adapter:
         raise UserError("--adapter is needed: the adapter that training starts from, of recipes/sft_qwen2vl_jp.py")
     if Path(model_args.adapter).resolve() == adapter_dir.resolve():
         raise UserError(
             f"--adapter {model_args.adapter} would be overwritten by this run: choose another --output_dir"
         )
-
-    # Slow imports, after the command line and the dataset were checked.
-    from vlmcap.steps.early import check_early
-
-    check_early(settings, data_args)
 
     from accelerate import PartialState
 

@@ -4,6 +4,7 @@
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --json out.json      # real size, random weights
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --engines shared_prefix \\
         --images 4 --precision fp16 --max_pixels 200704 --memory_gib 14.5             # would it fit a T4?
+    python scripts/bench_training.py --preset cpu_proxy --method dpo --json out.json      # against DPOTrainer
 
 The same images and captions go through three trainers, a step of each in turn, so that other work on the machine
 slows all of them:
@@ -21,6 +22,9 @@ stock trainer (of the lean one, which has another loss, with this engine without
 MFU counts the work that must be done, whoever does it: the vision encoder forward once an image, the projector forward
 and backward, the language model forward and backward through its activations over prefix and captions once, logits of
 caption positions. It is divided by the device's peak: NVIDIA's dense 16-bit figure, or a matrix product timed here.
+
+`--method dpo` compares training on preferences: `trl_dpo`, TRL's DPOTrainer as configured by default (gradient
+checkpointing), `trl_dpo_lean`, without that, and `dpo`, this project's.
 """
 
 import json
@@ -28,6 +32,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from vlmcap.arguments import run_main
 from vlmcap.experiments.presets import PRESETS
@@ -40,6 +45,9 @@ ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_pref
 @dataclass
 class BenchArguments:
     preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (106M parameters) or qwen2vl_2b."})
+    method: Literal["sft", "dpo"] = field(
+        default="sft", metadata={"help": "Training on captions, or on preferences: a pair of each image."}
+    )
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
     engines: list[str] = field(
@@ -101,6 +109,8 @@ def main(args: BenchArguments) -> None:
         processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
         bench.build_checkpoint(preset, processor, folder / "model", args.seed)
         rows = bench.build_rows(args.images, folder, args.seed)
+        if args.method == "dpo":
+            return report(*_of_preferences(args, preset, folder, processor, rows), args.json)
         trainers = {e: bench.build_trainer(e, args, preset, folder, processor, rows) for e in args.engines}
         watches = {engine: bench.Watch(args.device) for engine in trainers}
         for engine, trainer in trainers.items():
@@ -117,10 +127,20 @@ def main(args: BenchArguments) -> None:
         model = base_model(next(iter(trainers.values())).model)
         batch = SharedPrefixCollator(rows, processor, JAPANESE_PROMPT, bad_images, model)(examples)
         result = bench.summarise(args, preset, trainers, watches, first, batch)
-    print()
-    print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    report(result, table(result), args.json)
+
+
+def _of_preferences(*what) -> tuple[dict, str]:
+    from vlmcap.experiments import preference_bench
+
+    result = preference_bench.measure(*what)
+    return result, preference_bench.table(result)
+
+
+def report(result: dict, lines: str, path: str | None) -> None:
+    print(f"\n{lines}")
+    if path:
+        Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,62 +5,11 @@ import json
 import datasets
 import pytest
 import torch
-from peft import get_peft_model
 from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
-from tests.invariants.tiny import (
-    PROMPT,
-    assert_same_step,
-    build_model,
-    build_processor,
-    loss_and_gradients,
-    randomise_adapter,
-    write_pictures,
-)
-from vlmcap.data.preferences import read_preferences
-from vlmcap.models.load import ModelArguments, lora_config
-from vlmcap.models.weights import read_adapter
-from vlmcap.training.collator import BadImages
-from vlmcap.training.dpo import CaptionDPOTrainer
-from vlmcap.training.trainer_arguments import CaptionDPOConfig
-
-SETTINGS = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 5, "max_steps": 1, "logging_steps": 1}
-SETTINGS |= {"save_strategy": "no", "gradient_checkpointing": False, "beta": 0.3}
-PAIRS = 10
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Pictures of six sizes, preferences.jsonl with one to three pairs of each, and the adapter of the start."""
-    folder = tmp_path_factory.mktemp("preferences")
-    write_pictures(folder)
-    rows = datasets.Dataset.from_parquet(str(folder / "data/train-00000-of-00001.parquet"))
-    lines = []
-    for row in rows.filter(lambda row: len(row["captions"]) > 1):
-        texts = row["captions"]
-        # Captions of unequal lengths; one of an image in two of its pairs, chosen and rejected.
-        pairs = [(texts[0], texts[1]), (texts[-1] + "。", texts[0]), (texts[1], texts[0] + "と" + texts[1])]
-        for chosen, rejected in pairs[: 1 + row["image_id"] % 3]:
-            lines.append({"prompt": PROMPT, "chosen": chosen, "rejected": rejected, "image": row["file_name"]})
-    assert len(lines) == PAIRS
-    (folder / "preferences.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    start = start_model()
-    start.peft_config["default"].base_model_name_or_path = "tiny"
-    start.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    return folder
-
-
-def configuration(model):
-    return lora_config(model, ModelArguments(model_name_or_path="tiny", lora_dropout=0.1, lora_top_layers=2))
-
-
-def start_model():
-    torch.manual_seed(1)
-    model = build_model("qwen2_vl")
-    model = get_peft_model(model, configuration(model))
-    randomise_adapter(model)
-    return model
+from tests.invariants import tiny
+from tests.invariants.tiny import PAIRS, PROMPT, assert_same_step, loss_and_gradients
 
 
 def move_on(model) -> None:
@@ -71,44 +20,41 @@ def move_on(model) -> None:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def ours(folder, tmp_path, **settings) -> CaptionDPOTrainer:
-    rows = read_preferences(str(folder / "preferences.jsonl"), PROMPT)
-    model = build_model("qwen2_vl")
-    settings = {"per_device_train_batch_size": len(rows), "output_dir": str(tmp_path / "ours")} | SETTINGS | settings
-    trainer = CaptionDPOTrainer(
-        model,
-        CaptionDPOConfig(**settings),
-        rows,
-        rows,
-        build_processor("qwen2_vl"),
-        PROMPT,
-        BadImages(tmp_path / "bad_images.jsonl", limit=0),
-        configuration(model),
-        read_adapter(str(folder / "adapter")),
-    )
-    trainer._find_reference()
+def ours(pictures, tmp_path, **settings):
+    trainer = tiny.build_preference_trainer(pictures, tmp_path / "ours", **settings)
+    trainer.find_reference()
     move_on(trainer.model)
     return trainer
 
 
-def theirs(folder, tmp_path, **settings) -> DPOTrainer:
+def theirs(pictures, tmp_path, **settings) -> DPOTrainer:
     """TRL keeps the start as a second adapter, "ref", of its own."""
-    lines = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (pictures / "preferences.jsonl").read_text(encoding="utf-8").splitlines()]
     examples = [
         {
-            "images": [Image.open(folder / line["image"]).convert("RGB")],
+            "images": [Image.open(pictures / line["image"]).convert("RGB")],
             "prompt": [{"role": "user", "content": PROMPT}],
             "chosen": [{"role": "assistant", "content": line["chosen"]}],
             "rejected": [{"role": "assistant", "content": line["rejected"]}],
         }
         for line in lines
     ]
-    settings = {"per_device_train_batch_size": PAIRS, "max_length": None, "bf16": False} | SETTINGS | settings
+    settings = {
+        "output_dir": str(tmp_path / "theirs"),
+        "per_device_train_batch_size": len(examples),
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "max_length": None,
+        "beta": 0.3,
+    } | settings
     trainer = DPOTrainer(
-        model=start_model(),
-        args=DPOConfig(output_dir=str(tmp_path / "theirs"), **settings),
+        model=tiny.build_start(),
+        args=DPOConfig(**settings),
         train_dataset=datasets.Dataset.from_list(examples),
-        processing_class=build_processor("qwen2_vl"),
+        processing_class=tiny.build_processor("qwen2_vl"),
     )
     for name, parameter in trainer.model.named_parameters():
         parameter.requires_grad = parameter.requires_grad and ".ref." not in name
@@ -125,22 +71,22 @@ def assert_same_preferences(one, *others) -> None:
 
 
 @pytest.mark.parametrize("loss", [{}, {"loss_type": "robust", "label_smoothing": 0.2}], ids=["sigmoid", "robust"])
-def test_a_step_is_that_of_trl(folder, tmp_path, loss):
+def test_a_step_is_that_of_trl(pictures, tmp_path, loss):
     """Several pairs of an image, captions in two of them, pictures of six sizes; the reference is another adapter."""
-    assert_same_preferences(ours(folder, tmp_path, **loss), theirs(folder, tmp_path, **loss))
+    assert_same_preferences(ours(pictures, tmp_path, **loss), theirs(pictures, tmp_path, **loss))
 
 
-def test_accumulated_is_batched_and_trl(folder, tmp_path):
-    """Micro-batches of one image with one to three pairs, against one batch of all."""
-    accumulated = ours(folder, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=5)
-    assert_same_preferences(accumulated, ours(folder, tmp_path, pairs_per_image=9), theirs(folder, tmp_path))
+def test_accumulated_is_batched_and_trl(pictures, tmp_path):
+    """Micro-batches of one image with two or three pairs, against one batch of all."""
+    accumulated = ours(pictures, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=5)
+    assert_same_preferences(accumulated, ours(pictures, tmp_path), theirs(pictures, tmp_path))
 
 
-def test_pairs_of_an_image_in_several_examples(folder, tmp_path):
-    split = ours(folder, tmp_path, pairs_per_image=1, per_device_train_batch_size=PAIRS)
+def test_pairs_of_an_image_in_several_examples(pictures, tmp_path):
+    split = ours(pictures, tmp_path, pairs_per_image=1, per_device_train_batch_size=PAIRS)
     assert len(split.train_dataset) == PAIRS
-    assert_same_preferences(split, ours(folder, tmp_path))
+    assert_same_preferences(split, ours(pictures, tmp_path))
 
 
-def test_checkpointing_on_is_off(folder, tmp_path):
-    assert_same_preferences(ours(folder, tmp_path, gradient_checkpointing=True), ours(folder, tmp_path))
+def test_checkpointing_on_is_off(pictures, tmp_path):
+    assert_same_preferences(ours(pictures, tmp_path, gradient_checkpointing=True), ours(pictures, tmp_path))

@@ -3,17 +3,20 @@ dtypes; speed and memory of the real thing are scripts/bench_training.py's busin
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.invariants.rewarded import TwoRewards
 from tests.invariants.tiny import PROMPT
+from vlmcap.data.preferences import read_preferences
 from vlmcap.models import load
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
-from vlmcap.models.weights import Adapter
+from vlmcap.models.weights import Adapter, read_adapter
 from vlmcap.training.collator import BadImages
+from vlmcap.training.dpo import CaptionDPOTrainer
 from vlmcap.training.reward_trainer import CaptionGRPOTrainer
 from vlmcap.training.trainer import CaptionTrainer
-from vlmcap.training.trainer_arguments import CaptionGRPOConfig, CaptionSFTConfig
+from vlmcap.training.trainer_arguments import CaptionDPOConfig, CaptionGRPOConfig, CaptionSFTConfig
 
 
 class Dtypes(TorchDispatchMode):
@@ -114,6 +117,50 @@ def test_float16_training_on_rewards(trainer, monkeypatch, miniature_dir, rows, 
 
     assert all(abs(loss) < 1 for loss in train_in_float16(rewarded, next_batch))
     assert rewarded.totals == {"samples": 72, "images": 18, "images_alike": rewarded.totals["images_alike"]}
+
+
+def test_float16_on_preferences(pictures, tmp_path, monkeypatch, miniature_dir):
+    """Reference, loss and gradients of the miniature in NF4 as on a T4: log-probabilities are summed in float32."""
+    monkeypatch.setattr(load, "compute_dtype", lambda: torch.float16)
+    model = load_model(str(miniature_dir))
+    configuration = lora_config(model, ModelArguments(model_name_or_path=str(miniature_dir)))
+    start = get_peft_model(load_model(str(miniature_dir)), configuration)
+    start.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    rows = read_preferences(str(pictures / "preferences.jsonl"), PROMPT).select([0, 1])
+    trainer = CaptionDPOTrainer(
+        model=model,
+        args=CaptionDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False),
+        rows=rows,
+        heldout=rows.select([0]),
+        processing_class=load_processor(str(miniature_dir)),
+        prompt=PROMPT,
+        bad_images=BadImages(tmp_path / "bad_images.jsonl", limit=0),
+        peft_config=configuration,
+        adapter=read_adapter(str(tmp_path / "adapter")),
+    )
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    monkeypatch.setattr(trainer, "compute_loss_context_manager", lambda: torch.autocast("cpu", dtype=torch.float16))
+    losses = []
+    with Dtypes() as dtypes:
+        trainer.find_reference()
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        trainer.model.train()
+        for _ in range(3):
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, dict(batch))
+            assert loss.dtype == torch.float32
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            assert torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert torch.bfloat16 not in dtypes.seen and torch.float16 in dtypes.seen
+    assert losses[0] == pytest.approx(0.6931, abs=1e-2) and losses[0] > losses[1] > losses[2]
 
 
 def test_the_projector_keeps_its_digits(trainer, miniature_dir):

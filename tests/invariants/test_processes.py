@@ -78,6 +78,15 @@ def test_training_on_rewards_in_ddp_is_one_process(compare, count, batch, accumu
     assert result["wrapper"] == "DistributedDataParallel" and len(result["scores"]) == 2
 
 
+@pytest.mark.parametrize(("count", "batch"), [(2, 1), (3, 2)])
+def test_preferences_in_ddp_are_one_process(compare, count, batch):
+    """Nine examples of one or two pairs: the loss is a mean over the pairs of all processes, and every process has the
+    log-probabilities of the reference that any of them computed."""
+    result = compare(processes.train_preferences, count, per_device_train_batch_size=batch)
+    assert result["wrapper"] == "DistributedDataParallel" and len(result["scores"]) == 3
+    assert not math.isclose(result["losses"][0], result["losses"][-1], rel_tol=1e-2), "it has learned nothing"
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_fsdp_is_one_process(compare, count):
     """FSDP2 as accelerate builds it from accelerate_configs/fsdp_qlora.yaml, uneven batches included."""

@@ -63,11 +63,11 @@ class SplitArguments(ScoredSplitArguments):
 class PreferenceArguments(ScoredSplitArguments):
     """Preferences to train on, and the captions that the model is scored with."""
 
-    preferences: str = field(
-        kw_only=True,
+    preferences: str | None = field(
+        default=None,
         metadata={
             "help": "Preferences: preferences.jsonl of scripts/human_eval.py, or any TRL preference dataset with"
-            " images, as a file of rows, a Hub id or a folder."
+            " images, as a file of rows, a Hub id or a folder. Needed."
         },
     )
     preferences_split: str = field(default="train", metadata={"help": "Split of a dataset of preferences."})

@@ -191,12 +191,12 @@ class CaptionDPOTrainer(ResumableTrainer, Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As the parent, once the reference's log-probabilities are known; and then looks at the held-out pairs."""
-        self._find_reference()
+        self.find_reference()
         done = super().train(resume_from_checkpoint, **kwargs)
         self.figures["after"] = self.preferred(self.accelerator.unwrap_model(self.model))
         return done
 
-    def _find_reference(self) -> None:
+    def find_reference(self) -> None:
         """Puts the reference's log-probabilities into the examples: those of an earlier run with the same facts, or
         computed now and kept."""
         if "reference" in self.train_dataset.column_names:
