@@ -58,6 +58,7 @@ def fed_with_features(model: PeftModel) -> Iterator[Callable[[dict], torch.Tenso
         tower.patch_embed, tower.blocks = fed
         return features
 
+    tower.patch_embed, tower.blocks = fed
     try:
         yield encode
     finally:

@@ -312,8 +312,8 @@ class CaptionGRPOFields(TrainerFields):
     """What training on rewards adds to TrainingArguments: settings of TRL's GRPOConfig, with its names and, except for
     `max_completion_length`, its defaults.
 
-    One difference: `per_device_train_batch_size` counts images here and samples there. All samples of an optimizer step
-    are drawn at once, as with TRL's `steps_per_generation` at its default.
+    One difference: `per_device_train_batch_size` counts images here and samples there. All samples of an optimizer
+    step are drawn at once, as with TRL's `steps_per_generation` at its default.
     """
 
     metrics: ClassVar[list[str]] = [*CAPTION_METRICS, "reward"]

@@ -99,8 +99,8 @@ class RepeatingSampler(SimilarSizeSampler):
 @dataclass
 class Samples:
     """The samples of an optimizer step in this process, as JSON has them: `tokens` of every caption, by batch and
-    image, its end included; `advantages`, by batch and image; `old_log_probs`, by batch, (B, W), of the model that drew
-    them, once the first of several steps was taken on them."""
+    image, its end included; `advantages`, by batch and image; `old_log_probs`, by batch, (B, W), of the model that
+    drew them, once the first of several steps was taken on them."""
 
     tokens: list[list[list[list[int]]]]
     advantages: list[list[list[float]]]
@@ -110,8 +110,8 @@ class Samples:
 class CaptionGRPOTrainer(ResumableTrainer, Trainer):
     """GRPO (`vlmcap.training.grpo`) of captions, from an adapter on.
 
-    In every step the frozen vision encoder runs once an image; from its output `num_generations` captions are sampled as
-    branches of the image (`BranchGenerator`), and laid out as branches again for one forward with gradients
+    In every step the frozen vision encoder runs once an image. From its output `num_generations` captions are sampled
+    as branches of the image (`BranchGenerator`), and laid out as branches again for one forward with gradients
     (`shared_prefix`). Samples depend on seed, step and image alone, not on their batch or process. Special tokens but
     the end are never sampled: an `<|image_pad|>` in a caption would be taken for another image.
 
@@ -192,7 +192,9 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         free_frozen_parts(self.model)
         self.start = StartWeights(self.model) if args.beta else None
         self.sampling = sampling_config(self.model, processing_class.tokenizer, args)
-        barred = barred_tokens(processing_class.tokenizer, self.model.config.get_text_config().vocab_size, self.sampling)
+        barred = barred_tokens(
+            processing_class.tokenizer, self.model.config.get_text_config().vocab_size, self.sampling
+        )
         self.limits = LogitsProcessorList([SuppressTokensLogitsProcessor(barred, device=str(args.device))])
         self.samples, self.batches = None, []
         # What is logged: of every step since the last line; of its tokens (see `grpo_loss`); and of the whole run.
@@ -304,7 +306,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         rewarded = self.rewards(captions, [record["captions"] for record in records], records)
         self.step_figures["seconds/rewards"].append(time.perf_counter() - begin)
 
-        # One row a sample, of all processes: the rewards, their sum, tokens, truncated, distinct captions of the image.
+        # One row a sample, of all processes: rewards, their sum, tokens, truncated, distinct captions of the image.
         distinct = [len(set(captions[i : i + count])) / count for i in range(0, len(captions), count)]
         rest = [[len(s), self._truncated(s), distinct[i // count]] for i, s in enumerate(samples)]
         own = torch.cat(
@@ -425,7 +427,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
 
     def log(self, logs, *args, **kwargs):
         """Adds the means over the steps since the last line, of GRPO's figures under their names in TRL."""
-        if self.model.training and self.step_figures:
+        if self.model.training:
             logs |= {name: sum(values) / len(values) for name, values in self.step_figures.items()}
             tokens, kl, low, high = self.accelerator.reduce(self.token_sums).tolist()
             if tokens:
