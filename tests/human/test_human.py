@@ -573,7 +573,7 @@ def result(run_script, dataset, tmp_path_factory) -> Path:
     command = (
         f"accelerate launch recipes/dpo_qwen2vl_jp.py --adapter outputs/good/adapter --preferences {folder}/result"
     )
-    assert command in done.stdout and f"--prompt {PROMPT}" in done.stdout
+    assert command in done.stdout and f"--prompt '{PROMPT}'" in done.stdout
     return folder / "result"
 
 

@@ -89,7 +89,7 @@ def train_on_rewards(pictures: Path, output: Path, settings: dict) -> None:
 def train_preferences(pictures: Path, output: Path, settings: dict) -> None:
     """The same of training on preferences, one to three pairs of an image at a time, with the held-out pairs after
     every second step."""
-    settings = {"max_steps": 6, "max_grad_norm": 0.0, "learning_rate": 1e-2, "pairs_per_image": 2} | settings
+    settings = {"max_steps": 6, "max_grad_norm": 0.0, "learning_rate": 1e-3, "pairs_per_image": 2} | settings
     settings |= {"eval_strategy": "steps", "eval_steps": 2}
     trainer = tiny.build_preference_trainer(
         pictures, output.parent / f"run-{os.environ.get('WORLD_SIZE')}", **settings
@@ -99,7 +99,7 @@ def train_preferences(pictures: Path, output: Path, settings: dict) -> None:
     trainer.train()
     result = result_of(trainer, gradients)
     log = [entry for entry in trainer.state.log_history if "eval_reward_margin" in entry]
-    result["scores"] = [{k: v for k, v in entry.items() if k != "eval_seconds"} for entry in log]
+    result["scores"] = [{k: v for k, v in entry.items() if k.startswith(("eval_pref", "eval_rew"))} for entry in log]
     write(result, output)
 
 

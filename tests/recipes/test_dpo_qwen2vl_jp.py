@@ -73,7 +73,7 @@ def test_from_an_adapter_to_a_card(run_script, recipe, scenes, tmp_path):
     assert captions(run / "start/predictions.jsonl") == captions(run / "base/predictions.jsonl")
     assert training["start"]["scores"] == read(run / "start/metrics.json")["scores"] == metrics["base"]["scores"]
     card = (run / "adapter/README.md").read_text(encoding="utf-8")
-    assert "went on with direct preference optimisation" in card and "24 pairs of captions of 12 images" in card
+    assert "continued with direct preference optimisation" in card and "24 pairs of captions of 12 images" in card
     assert "| | base, zero-shot | starting adapter | this adapter |" in card
     assert "| pairs that were not trained on: 8 | starting adapter | this adapter |" in card
     assert f"{seen['before']['preference_rate']:.1%} | {seen['after']['preference_rate']:.1%}" in card

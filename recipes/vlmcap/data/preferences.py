@@ -298,7 +298,7 @@ def _check_prompt(turns: object, prompt: str) -> None:
 
 
 def _text(content: object, what: str) -> str:
-    """The text of a message; parts that are pictures are passed over."""
+    """The text of a message; parts that are pictures are skipped."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [None]

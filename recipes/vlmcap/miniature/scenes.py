@@ -137,12 +137,14 @@ class Scene(NamedTuple):
         # The last wording is as true of things the other way round.
         kind = "shape" if place == 4 else rng.choice(("shape", "order"))
         if kind == "order":
-            other = self._replace(first=self.second, second=self.first)
+            first, second = self.second, self.first
         else:
-            side = rng.choice(("first", "second"))
-            thing = getattr(self, side)
-            shape = rng.choice([shape for shape in SHAPES if shape != thing.shape])
-            other = self._replace(**{side: thing._replace(shape=shape)})
+            things = [self.first, self.second]
+            side = rng.randrange(2)
+            colour, shape = things[side]
+            things[side] = Thing(colour, rng.choice([other for other in SHAPES if other != shape]))
+            first, second = things
+        other = Scene(first, second, self.arrangement, self.seed)
         return self.japanese()[place], other.japanese()[place], kind
 
     def vietnamese(self) -> list[str]:

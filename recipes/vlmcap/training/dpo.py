@@ -158,7 +158,9 @@ class CaptionDPOTrainer(ResumableTrainer, Trainer):
         collator = partial(PairCollator, processor=processing_class, prompt=prompt, bad_images=bad_images, model=model)
         self.heldout_collator = collator(heldout, features=heldout_features)
         collator = collator(rows, features=features)
-        self.reference_facts = reference_facts(model, args, processing_class, prompt, adapter, rows, heldout)
+        self.reference_facts = reference_facts(
+            model, args, processing_class, prompt, adapter, peft_config, rows, heldout
+        )
         if features is not None:
             feed_features(model)
         set_seed(args.seed)
@@ -312,6 +314,7 @@ def reference_facts(
     processor: ProcessorMixin,
     prompt: str,
     adapter: Adapter,
+    peft_config: PeftConfig,
     rows: Dataset,
     heldout: Dataset,
 ) -> dict:
@@ -323,7 +326,7 @@ def reference_facts(
     return {
         "adapter": weights_hash(adapter.folder),
         "model": model.config._name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
+        "revision": peft_config.revision,
         "quantised": is_quantised(model),
         "dtype": str(model.dtype),
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
