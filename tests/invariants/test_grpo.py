@@ -3,7 +3,6 @@
 import random
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -11,38 +10,17 @@ from PIL import Image
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.invariants import tiny
-from vlmcap.models.load import ModelArguments, lora_config
-from vlmcap.models.weights import Adapter
-from vlmcap.rewards.combined import Rewarded
+from tests.invariants import rewarded, tiny
+from tests.invariants.rewarded import TwoRewards
+from vlmcap.models.load import lora_config
 from vlmcap.training.collator import BadImages
+from vlmcap.training.features import cache_features
 from vlmcap.training.reward_trainer import CaptionGRPOTrainer
-from vlmcap.training.trainer_arguments import CaptionGRPOConfig
 
 SAMPLES, LONGEST = 3, 9
 # What both log under one name.
 COMPARED = {"reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "kl"}
 COMPARED |= {f"clip_ratio/{name}_mean" for name in ("low", "high", "region")}
-ARGUMENTS = ModelArguments(model_name_or_path="tiny", lora_dropout=0.0, lora_top_layers=2)
-
-
-class TwoRewards:
-    """Rewards that depend on the caption alone: its length, and how often its letters are repeated."""
-
-    names, weights = ["length", "letters"], [1.0, 0.5]
-
-    def __call__(self, captions, references, rows):
-        assert all(row["captions"] == texts for row, texts in zip(rows, references, strict=True))
-        per_function = np.array([[length(c), letters(c)] for c in captions])
-        return Rewarded(per_function, per_function @ np.array(self.weights))
-
-
-def length(caption: str) -> float:
-    return len(caption) / 5
-
-
-def letters(caption: str) -> float:
-    return len(set(caption)) / max(1, len(caption))
 
 
 def texts_of(completions) -> list[str]:
@@ -50,11 +28,11 @@ def texts_of(completions) -> list[str]:
 
 
 def trl_length(completions, **kwargs):
-    return [length(caption) for caption in texts_of(completions)]
+    return [rewarded.length(caption) for caption in texts_of(completions)]
 
 
 def trl_letters(completions, **kwargs):
-    return [letters(caption) for caption in texts_of(completions)]
+    return [rewarded.letters(caption) for caption in texts_of(completions)]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +40,7 @@ def folder(tmp_path_factory):
     """Pictures, and an adapter."""
     folder = tmp_path_factory.mktemp("grpo")
     tiny.write_pictures(folder)
-    model = get_peft_model(tiny.build_model("qwen2_vl"), lora_config(tiny.build_model("qwen2_vl"), ARGUMENTS))
-    tiny.randomise_adapter(model)
-    model.save_pretrained(folder / "adapter")
+    rewarded.write_adapter(folder)
     return folder
 
 
@@ -120,63 +96,31 @@ class GivenToTRL(GRPOTrainer):
         return [sample for image in self.given for sample in image], None
 
 
-def common(settings: dict) -> dict:
-    defaults = {"optim": "sgd", "learning_rate": 0.0, "max_grad_norm": 0.0}
-    defaults |= {"logging_steps": 1, "max_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    defaults |= {"save_strategy": "no", "max_completion_length": LONGEST, "num_generations": SAMPLES, "seed": 5}
-    return defaults | {"gradient_checkpointing": False, "loss_type": "grpo"} | settings
-
-
-def build(kind, folder, rows, model=None, features=None, accumulated=1, **settings):
-    model = model or tiny.build_model("qwen2_vl")
-    batch = {"per_device_train_batch_size": len(rows) // accumulated, "gradient_accumulation_steps": accumulated}
-    return kind(
-        model,
-        CaptionGRPOConfig(str(folder / "run"), **common(settings) | batch),
-        rows,
-        tiny.build_processor("qwen2_vl"),
-        tiny.PROMPT,
-        BadImages(folder / "bad_images.jsonl", limit=0),
-        lora_config(model, ARGUMENTS),
-        Adapter("adapter", None, folder / "adapter", lora_config(model, ARGUMENTS), {}),
-        TwoRewards(),
-        features=features,
-    )
-
-
 def ours(folder, rows, samples, **settings):
-    trainer = build(Given, folder, rows, **settings)
+    trainer = rewarded.build(folder, rows, folder / "adapter", Given, **settings)
     trainer.given = samples
     return trained(trainer)
 
 
-def trls(folder, rows, samples, accumulated=1, **settings):
+def trls(folder, rows, samples, gradient_accumulation_steps=1, **settings):
     """TRL's own trainer on the same images, which trains the same adapter further."""
-    examples = [
-        {
-            "image": Image.open(row["image"]["path"]).convert("RGB"),
-            "prompt": [{"role": "user", "content": tiny.PROMPT}],
-        }
-        for row in rows
-    ]
+    prompt = [{"role": "user", "content": tiny.PROMPT}]
+    examples = [{"image": Image.open(row["image"]["path"]).convert("RGB"), "prompt": prompt} for row in rows]
     model = tiny.build_model("qwen2_vl")
-    model = get_peft_model(model, lora_config(model, ARGUMENTS))
+    model = get_peft_model(model, lora_config(model, rewarded.ARGUMENTS))
     tiny.randomise_adapter(model)
-    batch = len(rows) * SAMPLES // accumulated
     processor = tiny.build_processor("qwen2_vl")
     processor.tokenizer.padding_side = "left"  # as Qwen publishes it; TRL's prompts of different lengths need it
+    common = {"optim": "sgd", "learning_rate": 0.0, "max_grad_norm": 0.0, "logging_steps": 1, "max_steps": 1}
+    common |= {"save_strategy": "no", "seed": 5, "num_generations": SAMPLES, "max_completion_length": LONGEST}
+    common |= {"loss_type": "grpo", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    common |= {"gradient_checkpointing": False, "bf16": False, "shuffle_dataset": False}
+    common |= {"per_device_train_batch_size": len(rows) * SAMPLES // gradient_accumulation_steps}
+    common |= {"gradient_accumulation_steps": gradient_accumulation_steps, "reward_weights": TwoRewards.weights}
     trainer = GivenToTRL(
         model,
         [trl_length, trl_letters],
-        GRPOConfig(
-            str(folder / "trl"),
-            bf16=False,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulated,
-            shuffle_dataset=False,
-            reward_weights=TwoRewards.weights,
-            **common(settings),
-        ),
+        GRPOConfig(str(folder / "trl"), **common | settings),
         datasets.Dataset.from_list(examples),
         processing_class=processor,
     )
@@ -227,9 +171,33 @@ def test_losses(folder, rows, samples, loss_type, beta):
         {"epsilon": 0.02, "epsilon_high": 0.05, "num_iterations": 3, "max_steps": 3},
         {"beta": 0.3, "use_bias_correction_kl": False, "num_iterations": 2, "max_steps": 2},
         *({"mask_truncated_completions": True, "loss_type": name} for name in ("grpo", "dr_grpo", "dapo")),
-        *({"accumulated": 3, "loss_type": name, "beta": 0.1} for name in ("grpo", "dr_grpo", "dapo")),
+        *({"gradient_accumulation_steps": 3, "loss_type": name, "beta": 0.1} for name in ("grpo", "dr_grpo", "dapo")),
     ],
     ids=str,
 )
 def test_settings(folder, rows, samples, settings):
     assert_same(ours(folder, rows, samples, **settings), trls(folder, rows, samples, **settings))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("how", ["cached", "checkpointed", "in small batches"])
+def test_however_it_is_computed(tmp_path, rows, samples, architecture, how):
+    """Cached image features, gradient checkpointing and accumulated batches change neither loss nor gradients."""
+    adapter = rewarded.write_adapter(tmp_path, architecture)
+    settings = {"loss_type": "dapo", "beta": 0.1, "num_iterations": 2, "max_steps": 2}
+
+    def run(**changes):
+        trainer = rewarded.build(tmp_path, rows, adapter, Given, architecture, **settings | changes)
+        trainer.given = samples
+        return trained(trainer)
+
+    if how == "cached":
+        model, processor = tiny.build_model(architecture), tiny.build_processor(architecture)
+        bad_images = BadImages(tmp_path / "bad_images.jsonl", limit=0)
+        features = cache_features(tmp_path / "features", model, processor, rows, "tiny", None, bad_images)
+        found = run(features=features, model=model)
+    elif how == "checkpointed":
+        found = run(gradient_checkpointing=True)
+    else:
+        found = run(gradient_accumulation_steps=3)
+    assert_same(found, run())

@@ -226,7 +226,7 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
 
     `directory/images/*.png`, `stair_train.json`, `stair_val.json` (plain form, five captions an image),
     `yj.json` (polite form, two captions on a tenth of the training images), `val_ids.txt` and `test_ids.txt`; and
-    `instances.json`, what is drawn where in the validation and test scenes, as COCO annotates instances;
+    `instances.json`, what is drawn where in all scenes, as COCO annotates instances;
     `preferences.jsonl` and `preferences_test.jsonl`, preferences of a true caption to a false one, of the training and
     of the test scenes.
     """
@@ -245,7 +245,7 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
     write("stair_train.json", numbered[:train])
     write("stair_val.json", numbered[train:])
     write("yj.json", numbered[: train // 10], polite=True)
-    write_instances(directory / "instances.json", [(n, names[n], scene) for n, scene in numbered[train:]])
+    write_instances(directory / "instances.json", [(n, names[n], scene) for n, scene in numbered])
     heldout_ids = [number for number, _ in numbered[train:]]
     (directory / "val_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[:validation]))
     (directory / "test_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[validation:]))

@@ -110,6 +110,11 @@ RECIPES["dpo_qwen2vl_jp"] = replace(
     title="{base}, adapted to Japanese image captions and to preferences",
     tags=("japanese", "lora", "qwen2_vl", "dpo"),
 )
+RECIPES["grpo_qwen2vl_jp"] = replace(
+    RECIPES["sft_qwen2vl_jp"],
+    title="{base}, adapted to Japanese image captions and trained on rewards",
+    tags=("japanese", "lora", "qwen2_vl", "grpo"),
+)
 
 
 def recipe_of(metrics: dict) -> Recipe:

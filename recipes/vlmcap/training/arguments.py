@@ -372,6 +372,11 @@ class CaptionGRPOFields(TrainerFields):
         },
     )
 
+    @property
+    def captions_per_image(self) -> int:
+        """Captions of an image that are trained on together."""
+        return self.num_generations
+
     def __post_init__(self):
         at_least = {"num_generations": 2, "max_completion_length": 1, "num_iterations": 1, "top_k": 0}
         at_least |= {"beta": 0, "epsilon": 0}

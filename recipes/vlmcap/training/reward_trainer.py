@@ -43,6 +43,7 @@ from vlmcap.training.collator import BadImages, caption_examples, read_picture
 from vlmcap.training.features import FeatureCache
 from vlmcap.training.grpo import advantages_of, grpo_loss, score_alike
 from vlmcap.training.policy import StartWeights, caption_log_probs
+from vlmcap.training.report import training_report
 from vlmcap.training.resumable import ResumableTrainer
 from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
 from vlmcap.training.shared_prefix import SharedPrefixCollator, lay_out
@@ -155,7 +156,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
                 f"{type(model).__name__} cannot be trained on rewards: captions are sampled and trained on as branches"
                 " of their image, which the shared-prefix engine does for Qwen2-VL, Qwen2.5-VL and Qwen3-VL"
             )
-        self.rows, self.bad_images, self.validation = rows, bad_images, validation
+        self.rows, self.bad_images, self.validation, self.shared_prefix = rows, bad_images, validation, True
         self.texts = rows.remove_columns("image")
         self.rewards, self.figures, self.features = rewards, figures, features
         self.sampled_at_once, self.adapter = sampled_at_once, adapter
@@ -464,7 +465,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
             state = json.loads(self._state_file(resume_from_checkpoint).read_bytes())
             self.samples = state["samples"] and Samples(**state["samples"])
             self.step_figures.update(state["step_figures"])
-            self.token_sums += torch.tensor(state["token_sums"], device=self.args.device)
+            self.token_sums = self.token_sums.new_tensor(state["token_sums"])
             self.totals = state["totals"]
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -498,3 +499,20 @@ def barred_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int, config: G
     """What is never sampled: special tokens but the ends, and rows of the output layer that are no token."""
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted((special | set(range(len(tokenizer), vocabulary))) - set(config.eos_token_id))
+
+
+def grpo_report(trainer: CaptionGRPOTrainer, model_name: str, max_pixels: int | None, caption_tokens: int) -> str:
+    """The text printed at the start; arguments as of `training_report`."""
+    args, rewards = trainer.args, trainer.rewards
+    weighed = ", ".join(f"{name} {weight:g}" for name, weight in zip(rewards.names, rewards.weights, strict=True))
+    reference = f"KL divergence from the starting adapter, beta {args.beta:g}" if args.beta else "no KL divergence"
+    return "\n".join(
+        [
+            training_report(trainer, model_name, max_pixels, caption_tokens),
+            f"Samples: {args.num_generations} of each image, at temperature {args.temperature:g}, of"
+            f" {args.max_completion_length} tokens at most; its captions are the references of the rewards",
+            f"Rewards and their weights: {weighed}",
+            f"Loss: {args.loss_type}, rewards scaled by {args.scale_rewards}, {args.num_iterations} optimizer steps on"
+            f" the same samples; {reference}",
+        ]
+    )
