@@ -62,13 +62,16 @@ def test_from_an_adapter_to_a_card(run_script, recipe, scenes, tmp_path):
 
 
 def test_images_that_are_judged_are_not_scored(recipe, scenes, tmp_path):
-    """Preferences about two of the four test images; held-out pairs are drawn, and captions are not validated."""
+    """Preferences about two of the four test images; held-out pairs are drawn, captions are not validated, and the
+    features of pictures are cached."""
     lines = (scenes / "preferences_test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (scenes / "judged.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
     words = ["--heldout_preferences", "", "--heldout_share", 0.5, "--eval_strategy", "no", "--max_steps", 1]
+    words += ["--cache_image_features", tmp_path / "features"]
     done = recipe(tmp_path / "run", *words, preferences="judged.jsonl")
     assert "Left out of test: 1 of 4 images, which preferences are about" in done.stderr
     metrics = read(tmp_path / "run/adapter/metrics.json")
+    assert len(list((tmp_path / "features").glob("*/features.bin"))) == 1
     assert metrics["counts"]["images"] == 3 and metrics["training"]["preferences"]["left_out"] == {"test": 1}
     assert "Left out of the scored split: 1 images" in (tmp_path / "run/adapter/README.md").read_text(encoding="utf-8")
 
