@@ -42,7 +42,6 @@ An interrupted run continues when the same command is run again. Several GPUs sh
 launch`, except for models in an environment of their own.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -156,9 +155,9 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         table_text,
         without_prompt,
     )
-    from vlmcap.captioning.generate import generate
     from vlmcap.captioning.isolated import generate_isolated, isolated_record, start_isolated
     from vlmcap.captioning.predictions import model_record
+    from vlmcap.captioning.split import caption_split_prompts
     from vlmcap.data.images import check_images, dataset_record, load_captions, references_of
     from vlmcap.evaluation.scoring import check_references
     from vlmcap.models.load import (
@@ -220,14 +219,17 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         record["model"] = model_record(model, name, revision, args.adapter, adapter and adapter.revision)
     if row:
         record["model"] |= {"baseline": row.key, "license": row.license}
-    with isolated or nullcontext():
-        for folder, (kind, prompt) in prompts.items():
-            output = Path(args.output_dir, folder, "predictions.jsonl") if args.prompts else Path(args.output)
-            asked = replace(generation_args, prompt=prompt)
-            if isolated:
-                generate_isolated(isolated, rows, output, asked, record | {"prompt_kind": kind})
-            else:
-                generate(model, processor, rows, output, asked, record | {"prompt_kind": kind})
+    files, asked = [], []
+    for folder, (kind, prompt) in prompts.items():
+        output = Path(args.output_dir, folder, "predictions.jsonl") if args.prompts else Path(args.output)
+        files.append((output, record | {"prompt_kind": kind}))
+        asked.append(replace(generation_args, prompt=prompt))
+    if isolated:
+        with isolated:
+            for file, one in zip(files, asked, strict=True):
+                generate_isolated(isolated, rows, file[0], one, file[1])
+    else:
+        caption_split_prompts(model, processor, rows, files, asked)
     if not PartialState().is_main_process:
         return
     if args.prompts:

@@ -8,9 +8,9 @@ from peft import get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList
 
 from tests.invariants import tiny
-from vlmcap.captioning.both import run_both
 from vlmcap.captioning.branches import BranchGenerator, supports_branches
 from vlmcap.captioning.constraints import constraints
+from vlmcap.captioning.engines import ADAPTER, BASE, run_engines
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, chat_prompt, load_model, load_processor, lora_config
 
@@ -268,8 +268,8 @@ def test_base_and_adapter_in_one_pass(architecture):
     runs = []
     block = model.get_base_model().model.visual.blocks[0]
     hook = block.register_forward_hook(lambda *call: runs.append(len(call[2])))
-    engines = [BranchGenerator(model, config, LogitsProcessorList(), rows=4) for _ in range(2)]
-    found = sorted(run_both(model, *engines, inputs), key=lambda pair: (pair[0], pair[1].number))
+    engines = {which: BranchGenerator(model, config, LogitsProcessorList(), rows=4) for which in (BASE, ADAPTER)}
+    found = sorted(run_engines(model, engines, inputs), key=lambda pair: (pair[0], pair[1].number))
     hook.remove()
     assert sum(runs) == sum(int(one["image_grid_thw"].prod()) for one in inputs)
     for (which, caption), expected in zip(found, adapted + based, strict=True):

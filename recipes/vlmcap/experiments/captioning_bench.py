@@ -15,8 +15,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
 from vlmcap import provenance
 from vlmcap.captioning.arguments import GenerationArguments
-from vlmcap.captioning.both import run_both
 from vlmcap.captioning.branches import BranchGenerator, Rows
+from vlmcap.captioning.engines import ADAPTER, BASE, run_engines
 from vlmcap.captioning.generate import search_config
 from vlmcap.experiments.bench import Watch, random_adapter
 from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
@@ -123,7 +123,9 @@ class Bench:
 
     def branches_both(self) -> list[list[int]]:
         found = {}
-        for which, caption in run_both(self.model, self.generator(), self.generator(), self.pictures()):
+        for which, caption in run_engines(
+            self.model, {BASE: self.generator(), ADAPTER: self.generator()}, self.pictures()
+        ):
             found[which, caption.number] = self.cut(caption.tokens[0].tolist())
         return [found[which, number] for which in ("base", "adapter") for number in range(len(self.images))]
 

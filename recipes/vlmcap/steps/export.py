@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 from vlmcap import provenance
 from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
-from vlmcap.captioning.generate import caption_with_prompt, caption_without_prompt, search_config
+from vlmcap.captioning.generate import search_config
 from vlmcap.captioning.predictions import weights_hash
 from vlmcap.captioning.settings import settings_of, write_settings
+from vlmcap.captioning.stream import caption_images
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.errors import UserError
 from vlmcap.models.blip import load_blip_adapter
@@ -308,13 +309,8 @@ def load_measured(source: Source) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def captions(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict], args: BeamArguments) -> list[str]:
-    """The captions of the rows' pictures, in batches."""
-    caption = caption_with_prompt if isinstance(args, GenerationArguments) else caption_without_prompt
-    said = []
-    for start in range(0, len(rows), args.generation_batch_size):
-        batch = [open_image(row) for row in rows[start : start + args.generation_batch_size]]
-        said += caption(model, processor, batch, args)
-    return said
+    """The captions of the rows' pictures."""
+    return [said for (said,) in caption_images(model, processor, map(open_image, rows), args)]
 
 
 def write_card(source: Source, record: dict, folder: Path, repo_id: str | None) -> None:
