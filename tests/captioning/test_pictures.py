@@ -175,7 +175,7 @@ def test_few_pictures_are_alive_whatever_their_number(count):
 
 
 @pytest.mark.parametrize("broken", ["x..y", "xx..", "..xx", "x", "xxxx", "....."])
-def test_captions_stand_beside_their_pictures_whatever_cannot_be_read(broken):
+def test_captions_are_those_of_their_pictures_whatever_cannot_be_read(broken):
     def read(path):
         if broken[int(path)] == "x":
             raise BadImageError(path, "broken")
