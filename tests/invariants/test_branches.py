@@ -108,13 +108,15 @@ def test_random_models_prompts_and_settings(architecture, part):
     assert len(lengths) > 3, "the captions of random models should end at many lengths"
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 def test_attention_implementations(attention):
-    model = randomised("qwen2_vl", 1, attention)
+    model = randomised("qwen2_vl", 1, "eager" if attention == "eager" else "sdpa")
+    model.config.get_text_config()._attn_implementation = attention  # flex_attention is for the language model alone
     reference = randomised("qwen2_vl", 1)
     config = configuration(model, eos_token_id=list(range(10, 10 + ENDS)), num_return_sequences=3)
     inputs = inputs_of("qwen2_vl", pictures(4))
     found = ours(model, inputs, config)
+    assert model.config.get_text_config()._attn_implementation == attention
     for caption, one in zip(found, inputs, strict=True):
         assert torch.equal(caption.tokens, stock(reference, one, config)[0])
 

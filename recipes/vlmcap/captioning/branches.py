@@ -14,17 +14,18 @@ candidates, length penalty and stopping rules. tests/invariants/test_branches.py
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
     BatchFeature,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -242,7 +243,8 @@ class BranchGenerator:
     @torch.inference_mode()
     def add(self, group: list[tuple[int, dict]]) -> None:
         """Takes pictures into work, `free` at most: (number, inputs) of each."""
-        new = self._prefill(group)
+        with without_flex(self.text):
+            new = self._prefill(group)
         self.work = self.work.join(new) if self.work else new
 
     @torch.inference_mode()
@@ -252,7 +254,8 @@ class BranchGenerator:
         complete = self._captions(self.work.select(done.nonzero()[:, 0]))
         self.work = self._compact(self.work, parents, done)
         if self.work:
-            self._forward(self.work)
+            with without_flex(self.text):
+                self._forward(self.work)
         return complete
 
     def _prefill(self, group: list[tuple[int, dict]]) -> Rows:
@@ -434,18 +437,25 @@ class BranchGenerator:
         )
         work.logits = outputs.logits.float()
 
-    def _mask(self, visible: torch.Tensor) -> torch.Tensor | BlockMask:
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
         """`visible` (B, K, L) in the form that the model's attention takes as it is."""
-        attention = self.text._attn_implementation
-        if attention == "flex_attention":
-            batch, kept, width = visible.shape
-            return create_block_mask(
-                lambda b, head, query, key: visible[b, query, key], batch, None, kept, width, device=visible.device
-            )
-        if attention == "eager":  # adds the mask to the attention scores
+        if self.text._attn_implementation == "eager":  # adds the mask to the attention scores
             mask = torch.zeros(visible.shape, dtype=self.inner.dtype, device=visible.device)
             return mask.masked_fill_(~visible, torch.finfo(self.inner.dtype).min)[:, None]
         return visible[:, None]
+
+
+@contextmanager
+def without_flex(config: PreTrainedConfig) -> Iterator[None]:
+    """Within it a language model that was loaded with FlexAttention uses sdpa: FlexAttention is compiled for the shape
+    of its mask, and that changes with every step."""
+    own = config._attn_implementation
+    if own == "flex_attention":
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def sampling_warpers(config: GenerationConfig) -> LogitsProcessorList:
