@@ -89,6 +89,7 @@ def main(args: BenchArguments) -> None:
         sys.exit("error: --memory_gib bounds a GPU's memory: add --device cuda")
 
     import torch
+    from transformers import PrinterCallback
 
     from vlmcap.experiments import bench
     from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
@@ -112,6 +113,7 @@ def main(args: BenchArguments) -> None:
         watches = {engine: bench.Watch(args.device) for engine in trainers}
         for engine, trainer in trainers.items():
             trainer.add_callback(watches[engine])
+            trainer.remove_callback(PrinterCallback)
         adapter = bench.random_adapter(next(iter(trainers.values())).model, args.seed)
         first = bench.compare_first_steps(trainers, watches, adapter)
         examples = [{"row": number, "captions": row["captions"]} for number, row in enumerate(rows)]

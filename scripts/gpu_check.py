@@ -19,9 +19,9 @@ scripts/README.md says how packages get to a machine without a package index. Pa
     resume       a run that is killed and resumed, against one that is not
     fsdp         a step with accelerate_configs/fsdp_qlora.yaml; two processes where there are two GPUs
 
-Each part is a process of its own. It may take twice its share of the minutes that are left, and is stopped then. A part
-that fails stops no other, and keeps the rows that it has found. What the device cannot do is skipped. At the end come
-tables in Markdown and, of parts that failed, the last lines; the status is then 1.
+Each part is a process of its own. It may take twice its share of the minutes that are left, and is stopped then. A
+part that fails stops no other, and keeps the rows that it has found. What the device cannot do is skipped. At the end
+come tables in Markdown and, of parts that failed, the last lines; the status is then 1.
 """
 
 import sys

@@ -110,7 +110,7 @@ def memory_table(rows: list[dict]) -> list[list[str]]:
         "settings",
         "precision",
         "gradient checkpointing",
-        "a step",
+        "images x captions",
         "seconds",
         "estimate",
         "peak",
@@ -122,7 +122,7 @@ def memory_table(rows: list[dict]) -> list[list[str]]:
         if "out_of_memory" in row:
             table.append([*begin, *["-"] * 5, f"out of memory: {markdown_escape(row['out_of_memory'])}"])
             continue
-        size = f"{row['images']} images, {row['captions']} captions of {row['caption_tokens']} tokens"
+        size = f"{row['images']} x {row['captions'] // row['images']} captions of {row['caption_tokens']} tokens"
         memory = [gib(row[key]) for key in ("estimate_bytes", "peak_mem_bytes", "peak_reserved_bytes")]
         both = ratio(row["estimate_bytes"], row["peak_mem_bytes"])
         table.append([*begin, size, f"{row['step_s_median']:.3f}", *memory, both])
