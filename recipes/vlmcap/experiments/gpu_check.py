@@ -65,14 +65,8 @@ def model_table(rows: list[dict]) -> list[list[str]]:
 
 def training_table(rows: list[dict]) -> list[list[str]]:
     captions = round(rows[0]["captions_per_s"] * rows[0]["step_s_median"])
-    head = [
-        f"one step of {captions} captions, five an image",
-        "seconds",
-        "captions/s",
-        "against stock",
-        "against lean",
-    ]
-    head += ["peak memory", "MFU", "loss", "gradients differ"]
+    head = [f"one step of {captions} captions, five an image", "seconds", "captions/s", "against stock"]
+    head += ["against lean", "peak memory", "MFU", "loss", "gradients differ"]
     by_engine = {row["engine"]: row["step_s_median"] for row in rows}
     return [head] + [
         [
@@ -106,16 +100,8 @@ def captioning_table(rows: list[dict]) -> list[list[str]]:
 
 
 def memory_table(rows: list[dict]) -> list[list[str]]:
-    head = [
-        "settings",
-        "precision",
-        "gradient checkpointing",
-        "images x captions",
-        "seconds",
-        "estimate",
-        "peak",
-        "peak reserved",
-    ]
+    head = ["settings", "precision", "gradient checkpointing", "images x captions", "seconds"]
+    head += ["estimate", "peak", "peak reserved"]
     table = [[*head, "estimate / peak"]]
     for row in rows:
         begin = [f"`{row['settings']}`", row.get("precision", "-"), "yes" if row["gradient_checkpointing"] else "no"]
