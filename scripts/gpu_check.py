@@ -25,6 +25,7 @@ come tables in Markdown and, of parts that failed, the last lines; the status is
 """
 
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class CheckArguments:
 
 
 def main(args: CheckArguments) -> None:
+    start = time.monotonic()
     known = {args.preset: PRESETS, args.device: ("cuda", "cpu")} | dict.fromkeys(args.parts, PARTS)
     for value, names in known.items():
         if value not in names:
@@ -60,7 +62,7 @@ def main(args: CheckArguments) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch finds no CUDA device")
-    result = check(args)
+    result = check(args, start)
     print(f"\n{report(result)}")
     if result["failures"]:
         sys.exit(f"error: {len(result['failures'])} of {len(result['parts'])} parts failed")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -24,7 +25,7 @@ RESUMED |= {"resumed_difference": 0.0, "repeated_difference": 2.5e-7}
 def checked(tmp_path, monkeypatch):
     """checked({part: program}, ...): what a check finds whose parts are these programs; JSON is the file's name."""
 
-    def checked(programs: dict[str, str], minutes: float = 1, **settings) -> dict:
+    def checked(programs: dict[str, str], minutes: float = 1) -> dict:
         def command(name, args, folder, sizes) -> list[str]:
             return [sys.executable, "-c", f"JSON = {str(folder / f'{name}.json')!r}\n{programs[name]}"]
 
@@ -32,7 +33,7 @@ def checked(tmp_path, monkeypatch):
         monkeypatch.setattr(gpu_check, "asdict", vars)
         parts = [name for name in programs if name != "model"]
         args = SimpleNamespace(parts=parts, minutes=minutes, device="cuda", json=str(tmp_path / "out.json"))
-        result = gpu_check.check(SimpleNamespace(**vars(args) | settings))
+        result = gpu_check.check(args, time.monotonic())
         assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
         return result
 

@@ -199,12 +199,12 @@ PARTS = {
 }
 
 
-def check(args) -> dict:
+def check(args, start: float) -> dict:
     """Runs the parts one after the other and returns the JSON document, which is written after each of them.
 
-    args: the script's arguments.
+    args: the script's arguments. start: when its minutes began, by `time.monotonic`.
     """
-    start, end = time.monotonic(), time.monotonic() + 60 * args.minutes
+    end = start + 60 * args.minutes
     names = [name for name in PARTS if name == "model" or name in args.parts]  # the others load the model
     result = {"rows": {}, "parts": {}, "failures": {}, "settings": asdict(args)} | dict.fromkeys(OF_MACHINE)
     with tempfile.TemporaryDirectory() as folder:
