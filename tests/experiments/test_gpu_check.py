@@ -96,8 +96,8 @@ def test_what_the_device_cannot_do_is_skipped(checked):
     assert missing(PARTS["flex"], "cuda", [8, 0]) is None and missing(PARTS["flex"], "cuda", None) is None
     assert missing(PARTS["flex"], "cpu", None) == "it needs a GPU" and missing(PARTS["fsdp"], "cpu", None) is None
     old = MACHINE | {"capability": [7, 5]}
-    result = checked({"model": writes(**old), "flex": "raise SystemExit(1)", "resume": writes(RESUMED)})
-    assert result["parts"]["flex"] == {"status": "skipped", "reason": "it needs compute capability 8.0"}
+    result = checked({"model": writes(**old), "resume": writes(RESUMED), "fsdp": "raise SystemExit(1)"})
+    assert result["parts"]["fsdp"] == {"status": "skipped", "reason": "it needs compute capability 8.0"}
     assert not result["failures"] and "Skipped: it needs compute capability 8.0." in report(result)
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -209,31 +210,36 @@ def check(args, start: float) -> dict:
     result = {"rows": {}, "parts": {}, "failures": {}, "settings": asdict(args)} | dict.fromkeys(OF_MACHINE)
     with tempfile.TemporaryDirectory() as folder:
         for position, name in enumerate(names):
+            show = partial(say, start, name)
             if reason := missing(PARTS[name], args.device, result["capability"]):
                 result["parts"][name] = {"status": "skipped", "reason": reason}
-                say(start, name, f"skipped, {reason}")
-                continue
-            left = end - time.monotonic()
-            # Most parts need less than their share, so one may take twice as much.
-            share = PARTS[name].seconds / sum(PARTS[other].seconds for other in names[position:])
-            limit = max(0.0, min(left, 2 * share * left))
-            say(start, name, f"at most {limit:.0f} s")
-            words = command(name, args, Path(folder), sizes(args.device, result["hardware"]))
-            begin = time.monotonic()
-            wrong, lines = run(words, limit, Path(folder) / f"{name}.log", lambda line: say(start, name, line))  # noqa: B023
-            seconds = time.monotonic() - begin
-            found = Path(folder) / f"{name}.json"
-            document = json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
-            result["rows"][name] = document.get("rows", [])
-            for key in OF_MACHINE:
-                result[key] = result[key] or document.get(key)
-            result["parts"][name] = {"status": "failed" if wrong else "ok", "seconds": seconds, "limit_s": limit}
-            if wrong:
-                result["failures"][name] = {"reason": wrong, "last_lines": lines}
-            say(start, name, f"{wrong or 'done'} after {seconds:.0f} s")
+                show(f"skipped, {reason}")
+            else:
+                left = end - time.monotonic()
+                # Most parts need less than their share, so one may take twice as much.
+                share = PARTS[name].seconds / sum(PARTS[other].seconds for other in names[position:])
+                check_part(name, args, Path(folder), max(0.0, min(left, 2 * share * left)), result, show)
             if args.json:
                 write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
     return result
+
+
+def check_part(name: str, args, folder: Path, limit: float, result: dict, show: Callable[[str], None]) -> None:
+    """Runs a part and puts what it found into `result`."""
+    show(f"at most {limit:.0f} s")
+    begin = time.monotonic()
+    words = command(name, args, folder, sizes(args.device, result["hardware"]))
+    wrong, lines = run(words, limit, folder / f"{name}.log", show)
+    seconds = time.monotonic() - begin
+    found = folder / f"{name}.json"
+    document = json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}
+    result["rows"][name] = document.get("rows", [])
+    for key in OF_MACHINE:
+        result[key] = result[key] or document.get(key)
+    result["parts"][name] = {"status": "failed" if wrong else "ok", "seconds": seconds, "limit_s": limit}
+    if wrong:
+        result["failures"][name] = {"reason": wrong, "last_lines": lines}
+    show(f"{wrong or 'done'} after {seconds:.0f} s")
 
 
 def say(start: float, name: str, line: str) -> None:
