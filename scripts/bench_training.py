@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.atomic_write import write_atomically
 from vlmcap.experiments.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -39,9 +40,14 @@ ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_pref
 
 @dataclass
 class BenchArguments:
-    preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (106M parameters) or qwen2vl_2b."})
+    preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (106M parameters), qwen2vl_2b, or tiny."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint of that size; left out, random weights are drawn."}
+    )
+    json: str | None = field(
+        default=None, metadata={"help": "File to write the figures to, after every round those until then."}
+    )
     engines: list[str] = field(
         default_factory=lambda: list(ENGINES)[:3], metadata={"help": f"Of {', '.join(ENGINES)} (CUDA only)."}
     )
@@ -83,6 +89,7 @@ def main(args: BenchArguments) -> None:
         sys.exit("error: --memory_gib bounds a GPU's memory: add --device cuda")
 
     import torch
+    from transformers import PrinterCallback
 
     from vlmcap.experiments import bench
     from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
@@ -99,28 +106,30 @@ def main(args: BenchArguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
-        bench.build_checkpoint(preset, processor, folder / "model", args.seed)
+        if args.model is None:
+            bench.build_checkpoint(preset, processor, folder / "model", args.seed)
         rows = bench.build_rows(args.images, folder, args.seed)
         trainers = {e: bench.build_trainer(e, args, preset, folder, processor, rows) for e in args.engines}
         watches = {engine: bench.Watch(args.device) for engine in trainers}
         for engine, trainer in trainers.items():
             trainer.add_callback(watches[engine])
+            trainer.remove_callback(PrinterCallback)
         adapter = bench.random_adapter(next(iter(trainers.values())).model, args.seed)
         first = bench.compare_first_steps(trainers, watches, adapter)
+        examples = [{"row": number, "captions": row["captions"]} for number, row in enumerate(rows)]
+        bad_images = BadImages(folder / "bad_images.jsonl", limit=0)
+        model = base_model(next(iter(trainers.values())).model)
+        batch = SharedPrefixCollator(rows, processor, JAPANESE_PROMPT, bad_images, model)(examples)
         for number in range(args.rounds):
             for engine, trainer in trainers.items():
                 for _ in range(ENGINES[engine]):
                     bench.step(trainer, adapter)
                 print(f"round {number + 1}: {engine:<16}{watches[engine].seconds[-1]:9.3f} s a step", flush=True)
-        examples = [{"row": number, "captions": row["captions"]} for number, row in enumerate(rows)]
-        bad_images = BadImages(folder / "bad_images.jsonl", limit=0)
-        model = base_model(next(iter(trainers.values())).model)
-        batch = SharedPrefixCollator(rows, processor, JAPANESE_PROMPT, bad_images, model)(examples)
-        result = bench.summarise(args, preset, trainers, watches, first, batch)
+            result = bench.summarise(args, preset, trainers, watches, first, batch)
+            if args.json:
+                write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
     print()
     print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
 def test_what_scripts_miss_at_once(answers):
     missing = {
         "scripts/audit_captions.py": ([], "give --predictions FILE"),
-        "scripts/bench_training.py": (["--preset", "tiny"], "'tiny' is none of"),
+        "scripts/bench_training.py": (["--preset", "huge"], "'huge' is none of"),
         "scripts/bench_time_to_quality.py": (["--timing_rounds", "0"], "timing.json does not exist"),
         "scripts/caption.py": (["photo.jpg"], "--adapter, --model or --server are needed"),
         "scripts/eval_captioning.py": ([], "give the references"),
