@@ -8,7 +8,7 @@ The same pictures go through four engines, in turn, so that other work on the ma
     stock          `generate`, beam 3, batches of 16, as a careful user writes it
     branches       beams as branches of one sequence, continuous batching (vlmcap/captioning/branches.py)
     stock_both     `generate` with the base model, then with the adapter
-    branches_both  both in one pass, the vision encoder once for both (vlmcap/captioning/both.py)
+    branches_both  both in one pass, the vision encoder once for both (vlmcap/captioning/engines.py)
 
 Weights are random. Captions end at lengths that are drawn from real STAIR captions, the same for all engines. Resizing
 pictures is part of the time, reading them from disk is not. A speed is that of the fastest round.
