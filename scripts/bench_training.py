@@ -4,6 +4,8 @@
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --json out.json      # real size, random weights
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --engines shared_prefix \\
         --images 4 --precision fp16 --max_pixels 200704 --memory_gib 14.5             # would it fit a T4?
+    python scripts/bench_training.py --preset cpu_proxy --method dpo --json out.json      # against DPOTrainer
+    python scripts/bench_training.py --preset cpu_proxy --method grpo --json out.json     # GRPOTrainer, 5 minutes
 
 The same images and captions go through three trainers, a step of each in turn, so that other work on the machine
 slows all of them:
@@ -21,6 +23,13 @@ stock trainer (of the lean one, which has another loss, with this engine without
 MFU counts the work that must be done, whoever does it: the vision encoder forward once an image, the projector forward
 and backward, the language model forward and backward through its activations over prefix and captions once, logits of
 caption positions. It is divided by the device's peak: NVIDIA's dense 16-bit figure, or a matrix product timed here.
+
+`--method dpo` compares training on preferences: `trl_dpo`, TRL's DPOTrainer as configured by default (gradient
+checkpointing), `trl_dpo_lean`, without that, and `dpo`, this project's.
+
+`--method grpo` compares training on rewards, five samples of 16 tokens an image: `trl_grpo`, TRL's GRPOTrainer as
+configured by default, `trl_grpo_lean`, without gradient checkpointing, and `grpo`. A step is all of it here: reading
+pictures, sampling, rewards, forward, backward, optimizer.
 """
 
 import json
@@ -28,6 +37,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from vlmcap.arguments import run_main
 from vlmcap.atomic_write import write_atomically
@@ -41,6 +51,10 @@ ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_pref
 @dataclass
 class BenchArguments:
     preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (106M parameters), qwen2vl_2b, or tiny."})
+    method: Literal["sft", "dpo", "grpo"] = field(
+        default="sft",
+        metadata={"help": "Training on captions, on preferences (a pair of each image) or on rewards (five samples)."},
+    )
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     model: str | None = field(
         default=None, metadata={"help": "Folder of a checkpoint of that size; left out, random weights are drawn."}
@@ -109,6 +123,8 @@ def main(args: BenchArguments) -> None:
         if args.model is None:
             bench.build_checkpoint(preset, processor, folder / "model", args.seed)
         rows = bench.build_rows(args.images, folder, args.seed)
+        if args.method != "sft":
+            return compare_captions(args, preset, folder, processor, rows)
         trainers = {e: bench.build_trainer(e, args, preset, folder, processor, rows) for e in args.engines}
         watches = {engine: bench.Watch(args.device) for engine in trainers}
         for engine, trainer in trainers.items():
@@ -128,8 +144,18 @@ def main(args: BenchArguments) -> None:
             result = bench.summarise(args, preset, trainers, watches, first, batch)
             if args.json:
                 write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
-    print()
-    print(table(result))
+    print(f"\n{table(result)}")
+
+
+def compare_captions(args: BenchArguments, *what) -> None:
+    """The methods that learn from captions compared with each other."""
+    from vlmcap.experiments import preference_bench, reward_bench
+
+    bench = {"dpo": preference_bench, "grpo": reward_bench}[args.method]
+    result = bench.measure(args, *what)
+    print(f"\n{bench.table(result)}")
+    if args.json:
+        write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ same files.
     python scripts/human_eval.py import answers_*.json --key outputs/human/key.json --output_dir outputs/human/result
 
 checks the files the raters sent back, prints win rates, ratings, agreement and a line for each rater, and writes
-`human_eval.json` (the same with every figure), `human_eval.md` and `preferences.jsonl`, which TRL's DPOTrainer takes
-with a vision model. Its pictures are paths as seen from the folder where this was run:
+`human_eval.json` (the same with every figure), `human_eval.md` and `preferences.jsonl`, and prints the command that
+trains an adapter on those (recipes/dpo_qwen2vl_jp.py). TRL's DPOTrainer takes them with a vision model too. Their
+pictures are paths as seen from the folder where this was run:
 
     from datasets import load_dataset
     from trl import DPOConfig, DPOTrainer
@@ -28,6 +29,7 @@ Files that are not finished count with what they have, and the output says so.
 
 import hashlib
 import json
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +101,9 @@ def export_pages(args: ExportArguments) -> None:
         content = Path(path).read_bytes()
         records[name] = {"predictions": public_name(path), "sha256": hashlib.sha256(content).hexdigest()}
         record = Path(path).with_suffix(".run.json")
-        prompts.add(json.loads(record.read_text(encoding="utf-8")).get("prompt") if record.exists() else None)
+        record = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        prompts.add(record.get("prompt"))
+        records[name]["adapter"] = record.get("model", {}).get("adapter")
     dataset = dataset_record(args.dataset, args.split, args.dataset_revision)
     rows = load_captions(args.dataset, args.split, args.image_dir, dataset["revision"])
     places = {str(image_id): place for place, image_id in enumerate(rows["image_id"])}
@@ -151,6 +155,20 @@ def import_answers(args: ImportArguments) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (output / "preferences.jsonl").write_text(lines, encoding="utf-8")
     print(f"preferences.jsonl: {len(rows)} rows")
+    if rows:
+        command = training_command(key, result, output / "preferences.jsonl", prompt)
+        print(f"To train an adapter on them:\n\n    {command}")
+
+
+def training_command(key: dict, result: dict, preferences: Path, prompt: str) -> str:
+    """The command that trains on preferences, from the adapter that the raters preferred."""
+    wins = result["preferences"]["systems"]
+    best_first = sorted(key["systems"], key=lambda name: wins[name]["win_rate"] or 0, reverse=True)
+    adapters = [key["systems"][name].get("adapter") for name in best_first]
+    adapter = next(filter(None, adapters), "ADAPTER")
+    words = ["accelerate", "launch", "recipes/dpo_qwen2vl_jp.py", "--adapter", adapter]
+    words += ["--preferences", str(preferences), "--dataset", key["dataset"]["id"], "--prompt", prompt]
+    return shlex.join(words)
 
 
 def with_answers(words: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "recipes/vlmcap"
 # A room imports the rooms before it, and itself.
-ROOMS = "data models miniature captioning evaluation training reporting human steps experiments".split()
+ROOMS = "data models miniature captioning evaluation rewards training reporting human steps experiments".split()
 
 
 @functools.cache

@@ -19,6 +19,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What runs each program that a README shows: a test, or the make target that CI's demo tests stand for.
 RUN_BY = {
     "recipes/sft_qwen2vl_jp.py": "tests/recipes/test_round_trip.py",
+    "recipes/dpo_qwen2vl_jp.py": "tests/recipes/test_dpo_qwen2vl_jp.py",
     "recipes/sft_blip_vi.py": "tests/recipes/test_sft_blip_vi.py",
     "recipes/sft_vit_gpt2_food.py": "tests/recipes/test_sft_vit_gpt2_food.py",
     "recipes/sft_vit_llama_food.py": "tests/recipes/test_sft_vit_llama_food.py",
@@ -42,6 +43,7 @@ RUN_BY = {
     "scripts/push_adapter.py": "tests/reporting/test_push.py",
     "scripts/push_dataset.py": "tests/data/test_publish.py",
     "scripts/rehearse.py": "tests/recipes/test_rehearsal.py",
+    "scripts/reward_table.py": "tests/experiments/test_reward_table.py",
     "scripts/run_ablation.py": "tests/experiments/test_ablation_script.py",
     "scripts/serve_check.py": "tests/experiments/test_serving.py",
 }

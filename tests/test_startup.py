@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("scripts/*.py"), *ROOT.glob("recipes/sft_*.py")))
+PROGRAMS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("scripts/*.py"), *ROOT.glob("recipes/*.py")))
 RECIPES = [program for program in PROGRAMS if program.startswith("recipes/")]
 VERBS = {"scripts/human_eval.py": ["export"]}
 HEAVY = set(

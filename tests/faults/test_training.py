@@ -34,6 +34,7 @@ RUNS = {
     "early stopping, best checkpoint": {"kind": "cached features"} | VALIDATED,
     "captioner": {"kind": "captioner"},
     "captioner, best by loss": {"kind": "captioner", "metric_for_best_model": "loss"} | VALIDATED,
+    "preferences": {"kind": "preferences", "eval_strategy": "steps", "eval_steps": 3},
     "two workers": {"kind": "shared prefix", "dataloader_num_workers": 2},
 }
 
@@ -54,6 +55,7 @@ def start():
 def pictures(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     tiny.write_pictures(folder)
+    tiny.write_preferences(folder)
     return folder
 
 
@@ -231,6 +233,7 @@ def test_a_full_disk(start, pictures, whole, tmp_path, fault):
         ("shared prefix", {"stop_at": 4}, 5, signal.SIGTERM),
         ("captioner, best by loss", {"stop_at": 4}, 5, signal.SIGINT),
         ("captioner, best by loss", {"stop_in_validation": 6}, 6, signal.SIGTERM),
+        ("preferences", {"stop_in_validation": 6}, 6, signal.SIGTERM),
     ],
 )
 def test_sigterm_and_ctrl_c(run, whole, tmp_path, fault, name, when, step, stop):

@@ -35,6 +35,7 @@ from vlmcap.training import checkpoints, features
 from vlmcap.training.captioner import CaptionerTrainer
 from vlmcap.training.checkpoints import CheckpointError
 from vlmcap.training.collator import BadImages
+from vlmcap.training.dpo import CaptionDPOTrainer
 from vlmcap.training.trainer import CaptionTrainer
 from vlmcap.training.trainer_arguments import CaptionerTrainingArguments, CaptionSFTConfig
 from vlmcap.training.validation import CaptionValidation
@@ -56,7 +57,7 @@ SETTINGS = {
     "disable_tqdm": True,
     "seed": 5,
 }
-PROJECTED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "mean_token_accuracy")
+PROJECTED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "mean_token_accuracy", "reward_accuracy")
 
 
 def splits_of(pictures: Path) -> Splits:
@@ -120,11 +121,21 @@ def captioner_trainer(pictures: Path, output_dir: Path, **changes) -> CaptionerT
     )
 
 
+def preference_trainer(pictures: Path, output_dir: Path, **changes) -> CaptionDPOTrainer:
+    """A random Qwen2-VL on 14 pairs, one by one."""
+    splits = splits_of(pictures)
+    generation = GenerationArguments(prompt=tiny.PROMPT, max_new_tokens=8)
+    validation = CaptionValidation(splits.validation, tiny.build_processor("qwen2_vl"), generation)
+    settings = {"pairs_per_image": 1, "save_strategy": "steps"} | SETTINGS | changes
+    return tiny.build_preference_trainer(pictures, output_dir, validation, **settings)
+
+
 TRAINERS = {
     "shared prefix": qwen_trainer,
     "one caption a sequence": partial(qwen_trainer, shared_prefix=False),
     "cached features": partial(qwen_trainer, cache=True),
     "captioner": captioner_trainer,
+    "preferences": preference_trainer,
 }
 
 

@@ -547,7 +547,7 @@ def dataset(tmp_path_factory) -> Path:
     for name, lines in {"good": good, "poor": poor}.items():
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        write(folder / f"{name}.run.json", {"prompt": PROMPT})
+        write(folder / f"{name}.run.json", {"prompt": PROMPT, "model": {"adapter": f"outputs/{name}/adapter"}})
     return folder
 
 
@@ -570,6 +570,10 @@ def result(run_script, dataset, tmp_path_factory) -> Path:
     imported = ["import", "--key", folder / "key.json", *files, "--output_dir", folder / "result"]
     done = run_script("human_eval.py", *imported, "--resamples", 200)
     assert "| secretgood | 93.8% [" in done.stdout and not done.stderr.count("warning: rater")
+    command = (
+        f"accelerate launch recipes/dpo_qwen2vl_jp.py --adapter outputs/good/adapter --preferences {folder}/result"
+    )
+    assert command in done.stdout and f"--prompt '{PROMPT}'" in done.stdout
     return folder / "result"
 
 

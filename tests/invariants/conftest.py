@@ -11,6 +11,7 @@ from tests.invariants import tiny
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("invariants")
     tiny.write_pictures(folder)
+    tiny.write_preferences(folder)
     return folder
 
 

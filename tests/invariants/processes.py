@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from tests.invariants import tiny
+from tests.invariants import rewarded, tiny
 from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
 from vlmcap.models.vit_gpt2 import VitGpt2Arguments, build_vit_gpt2
 from vlmcap.training import validation
@@ -69,6 +69,38 @@ def train(pictures: Path, output: Path, settings: dict) -> None:
     trainer.add_callback(gradients)
     trainer.train()
     write(result_of(trainer, gradients), output)
+
+
+def train_on_rewards(pictures: Path, output: Path, settings: dict) -> None:
+    """The same of training on rewards, with the samples that each process draws for its images."""
+    folder = output.parent / os.environ.get("RANK", "0")
+    adapter = rewarded.write_adapter(folder)
+    settings = {"max_steps": 4, "learning_rate": 1e-2, "loss_type": "dapo", "scale_rewards": "batch"} | settings
+    trainer = rewarded.build(output.parent, tiny.read_pictures(pictures), adapter, **settings)
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "reward" in entry]
+    figures = ("reward", "reward_std", "kl", "completions/mean_length", "completions/distinct", "frac_reward_zero_std")
+    scores = [{name: entry[name] for name in figures} for entry in log]
+    write(result_of(trainer, gradients) | {"scores": scores}, output)
+
+
+def train_preferences(pictures: Path, output: Path, settings: dict) -> None:
+    """The same of training on preferences, one to three pairs of an image at a time, with the held-out pairs after
+    every second step."""
+    settings = {"max_steps": 6, "max_grad_norm": 0.0, "learning_rate": 1e-3, "pairs_per_image": 2} | settings
+    settings |= {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = tiny.build_preference_trainer(
+        pictures, output.parent / f"run-{os.environ.get('WORLD_SIZE')}", **settings
+    )
+    gradients = Gradients()
+    trainer.add_callback(gradients)
+    trainer.train()
+    result = result_of(trainer, gradients)
+    log = [entry for entry in trainer.state.log_history if "eval_reward_margin" in entry]
+    result["scores"] = [{k: v for k, v in entry.items() if k.startswith(("eval_pref", "eval_rew"))} for entry in log]
+    write(result, output)
 
 
 def shard() -> None:

@@ -3,14 +3,20 @@ dtypes; speed and memory of the real thing are scripts/bench_training.py's busin
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.invariants.rewarded import TwoRewards
 from tests.invariants.tiny import PROMPT
+from vlmcap.data.preferences import read_preferences
 from vlmcap.models import load
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
+from vlmcap.models.weights import Adapter, read_adapter
 from vlmcap.training.collator import BadImages
+from vlmcap.training.dpo import CaptionDPOTrainer
+from vlmcap.training.reward_trainer import CaptionGRPOTrainer
 from vlmcap.training.trainer import CaptionTrainer
-from vlmcap.training.trainer_arguments import CaptionSFTConfig
+from vlmcap.training.trainer_arguments import CaptionDPOConfig, CaptionGRPOConfig, CaptionSFTConfig
 
 
 class Dtypes(TorchDispatchMode):
@@ -46,8 +52,9 @@ def trainer(monkeypatch, miniature_dir, rows, tmp_path):
     )
 
 
-def test_float16_training_on_float32_trainables(trainer):
-    """Three steps as accelerate makes them in fp16: autocast, scaled loss, unscaled gradients, an optimizer step."""
+def train_in_float16(trainer, next_batch) -> list[float]:
+    """Losses of three steps as accelerate makes them in fp16: autocast, scaled loss, unscaled gradients, an optimizer
+    step. `next_batch()`: (batch, number of its tokens)."""
     model = trainer.model.train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32}
@@ -55,12 +62,12 @@ def test_float16_training_on_float32_trainables(trainer):
     start = {n: p.detach().clone() for n, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    batch = trainer.data_collator(list(trainer.train_dataset))
     losses = []
     with Dtypes() as dtypes:
         for _ in range(3):
             with torch.autocast("cpu", dtype=torch.float16):
-                loss = trainer.compute_loss(model, dict(batch))
+                batch, tokens = next_batch()
+                loss = trainer.compute_loss(model, batch, num_items_in_batch=tokens)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -70,9 +77,90 @@ def test_float16_training_on_float32_trainables(trainer):
             optimizer.zero_grad()
             losses.append(loss.item())
     assert torch.bfloat16 not in dtypes.seen and torch.float16 in dtypes.seen
-    assert losses[0] > losses[1] > losses[2]
     assert not [n for n, p in trained.items() if torch.equal(p, start[n])]
     assert scaler.get_scale() == 2.0**10  # no step was skipped for an overflow
+    return losses
+
+
+def test_float16_training_on_float32_trainables(trainer):
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    losses = train_in_float16(trainer, lambda: (dict(batch), None))
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_float16_training_on_rewards(trainer, monkeypatch, miniature_dir, rows, tmp_path):
+    """Samples, log-probabilities of the start and losses, from the trainer's adapter on."""
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    model = load_model(str(miniature_dir))
+    config = lora_config(model, ModelArguments(model_name_or_path=str(miniature_dir)))
+    settings = {"per_device_train_batch_size": len(rows), "max_completion_length": 8, "num_generations": 4}
+    settings |= {"use_cpu": True, "report_to": "none", "gradient_checkpointing": True, "bf16": False, "beta": 0.1}
+    rewarded = CaptionGRPOTrainer(
+        model,
+        CaptionGRPOConfig(str(tmp_path / "run"), **settings),
+        rows,
+        load_processor(str(miniature_dir)),
+        PROMPT,
+        BadImages(tmp_path / "bad_images.jsonl", limit=0),
+        config,
+        Adapter("adapter", None, tmp_path / "adapter", config, {}),
+        TwoRewards(),
+    )
+    rewarded.current_gradient_accumulation_steps = 1
+    loader = rewarded.get_train_dataloader()
+
+    def next_batch():
+        rewarded.state.global_step += 1
+        (batch,), tokens = rewarded.get_batch_samples(iter(loader), 1, rewarded.args.device)
+        assert batch["reference_log_probs"].dtype == torch.float32
+        return batch, tokens
+
+    assert all(abs(loss) < 1 for loss in train_in_float16(rewarded, next_batch))
+    assert rewarded.totals == {"samples": 72, "images": 18, "images_alike": rewarded.totals["images_alike"]}
+
+
+def test_float16_on_preferences(pictures, tmp_path, monkeypatch, miniature_dir):
+    """Reference, loss and gradients of the miniature in NF4 as on a T4: log-probabilities are summed in float32."""
+    monkeypatch.setattr(load, "compute_dtype", lambda: torch.float16)
+    model = load_model(str(miniature_dir))
+    configuration = lora_config(model, ModelArguments(model_name_or_path=str(miniature_dir)))
+    start = get_peft_model(load_model(str(miniature_dir)), configuration)
+    start.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    rows = read_preferences(str(pictures / "preferences.jsonl"), PROMPT).select([0, 1])
+    trainer = CaptionDPOTrainer(
+        model=model,
+        args=CaptionDPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False),
+        rows=rows,
+        heldout=rows.select([0]),
+        processing_class=load_processor(str(miniature_dir)),
+        prompt=PROMPT,
+        bad_images=BadImages(tmp_path / "bad_images.jsonl", limit=0),
+        peft_config=configuration,
+        adapter=read_adapter(str(tmp_path / "adapter")),
+    )
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    monkeypatch.setattr(trainer, "compute_loss_context_manager", lambda: torch.autocast("cpu", dtype=torch.float16))
+    losses = []
+    with Dtypes() as dtypes:
+        trainer.find_reference()
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        trainer.model.train()
+        for _ in range(3):
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, dict(batch))
+            assert loss.dtype == torch.float32
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            assert torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, 1.0))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert torch.bfloat16 not in dtypes.seen and torch.float16 in dtypes.seen
+    assert losses[0] == pytest.approx(0.6931, abs=1e-2) and losses[0] > losses[1] > losses[2]
 
 
 def test_the_projector_keeps_its_digits(trainer, miniature_dir):

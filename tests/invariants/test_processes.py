@@ -28,7 +28,7 @@ def compare(pictures, tmp_path):
         single = settings | {"gradient_accumulation_steps": accumulated * count}
         assert ranks.run(alone or function, pictures, tmp_path / "one.pt", single, log=log) == 0, ranks.tail(log)
         result, one = (torch.load(tmp_path / name) for name in ("several.pt", "one.pt"))
-        assert result["losses"] == pytest.approx(one["losses"][: len(result["losses"])], rel=1e-5)
+        assert result["losses"] == pytest.approx(one["losses"][: len(result["losses"])], rel=1e-5, abs=1e-6)
         first = ((run["losses"][0], run["gradients"]) for run in (result, one))
         assert_same_step(*first, loss_tolerance=1e-5)
         for several, alone in zip(result["scores"], one["scores"], strict=True):
@@ -68,6 +68,23 @@ def test_captioners_in_ddp_are_one_process(compare, count, batch):
     """23 captions, a caption an example; five validation images, unequal shares of images and of their captions."""
     result = compare(processes.train_captioner, count, per_device_train_batch_size=batch)
     assert result["wrapper"] == "DistributedDataParallel" and len(result["scores"]) == 3
+
+
+@pytest.mark.parametrize(("count", "batch", "accumulated"), [(2, 1, 3), (3, 2, 1)])
+def test_training_on_rewards_in_ddp_is_one_process(compare, count, batch, accumulated):
+    """The same samples, advantages (by the deviation of all processes' rewards) and losses, two steps on each."""
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+    result = compare(processes.train_on_rewards, count, num_iterations=2, beta=0.1, **settings)
+    assert result["wrapper"] == "DistributedDataParallel" and len(result["scores"]) == 2
+
+
+@pytest.mark.parametrize(("count", "batch"), [(2, 1), (3, 2)])
+def test_preferences_in_ddp_are_one_process(compare, count, batch):
+    """Nine examples of one or two pairs: the loss is a mean over the pairs of all processes, and every process has the
+    log-probabilities of the reference that any of them computed."""
+    result = compare(processes.train_preferences, count, per_device_train_batch_size=batch)
+    assert result["wrapper"] == "DistributedDataParallel" and len(result["scores"]) == 3
+    assert not math.isclose(result["losses"][0], result["losses"][-1], rel_tol=1e-2), "it has learned nothing"
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -1,25 +1,31 @@
 """Tiny random models of every supported architecture, pictures of several sizes with ragged captions, trainers."""
 
+import json
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from PIL import Image
 from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor, Qwen3VLProcessor
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap.data.images import load_captions
+from vlmcap.data.preferences import read_preferences
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, load_processor, lora_config
+from vlmcap.models.weights import read_adapter
 from vlmcap.training.collator import BadImages
+from vlmcap.training.dpo import CaptionDPOTrainer
 from vlmcap.training.trainer import CaptionTrainer
-from vlmcap.training.trainer_arguments import CaptionSFTConfig
+from vlmcap.training.trainer_arguments import CaptionDPOConfig, CaptionSFTConfig
 
 MINIATURE = Path(__file__).resolve().parents[2] / "recipes/miniatures/qwen2_vl"
 PROMPT = "この画像を日本語で短く説明してください。"
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+PAIRS = 14  # of preferences.jsonl
 # Width x height in pixels: 9 to 24 image tokens, so that prefixes of one batch differ in length.
 SIZES = ((84, 84), (112, 84), (84, 140), (168, 112), (112, 112), (84, 112))
 
@@ -32,6 +38,63 @@ def write_pictures(folder: Path) -> None:
         captions = [*scene.japanese(), *scene.japanese(polite=True)][: (5, 1, 3, 7, 2, 5)[number]]
         rows.append({"image_id": number, "file_name": f"{number}.png", "captions": captions})
     datasets.Dataset.from_list(rows).to_parquet(folder / "data/train-00000-of-00001.parquet")
+
+
+def write_preferences(folder: Path) -> None:
+    """Beside the pictures: preferences.jsonl, two or three pairs of all but one, and the adapter of `build_start`."""
+    rows = datasets.Dataset.from_parquet(str(folder / "data/train-00000-of-00001.parquet"))
+    lines = []
+    for row in rows.filter(lambda row: len(row["captions"]) > 1):
+        texts = row["captions"]
+        # Captions of unequal lengths, some of them in two pairs of an image, chosen and rejected.
+        pairs = [(texts[0], texts[1]), (texts[-1] + "。", texts[0]), (texts[1], texts[0] + "と" + texts[1])]
+        for chosen, rejected in pairs[: 2 if len(texts) == 2 else 3]:
+            lines.append({"prompt": PROMPT, "chosen": chosen, "rejected": rejected, "image": row["file_name"]})
+    assert len(lines) == PAIRS
+    (folder / "preferences.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    start = build_start()
+    start.peft_config["default"].base_model_name_or_path = "tiny"
+    start.save_pretrained(folder / "adapter", save_embedding_layers=False)
+
+
+def build_start():
+    """The adapter that training on preferences starts from, on its base."""
+    model = build_model("qwen2_vl")
+    arguments = ModelArguments(model_name_or_path="tiny", lora_dropout=0.1, lora_top_layers=2)
+    model = get_peft_model(model, lora_config(model, arguments))
+    randomise_adapter(model)
+    return model
+
+
+def build_preference_trainer(pictures: Path, output_dir: Path, validation=None, **settings) -> CaptionDPOTrainer:
+    """A CaptionDPOTrainer on the preferences beside `pictures`, held out too; one batch an epoch by default."""
+    rows = read_preferences(str(pictures / "preferences.jsonl"), PROMPT)
+    settings = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": len(rows),
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 5,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "beta": 0.3,
+    } | settings
+    model = build_model("qwen2_vl")
+    return CaptionDPOTrainer(
+        model=model,
+        args=CaptionDPOConfig(**settings),
+        rows=rows,
+        heldout=rows,
+        processing_class=build_processor("qwen2_vl"),
+        prompt=PROMPT,
+        bad_images=BadImages(pictures / "bad_images.jsonl", limit=0),
+        peft_config=lora_config(model, ModelArguments(model_name_or_path="tiny", lora_top_layers=2)),
+        adapter=read_adapter(str(pictures / "adapter")),
+        validation=validation,
+    )
 
 
 def read_pictures(folder: Path) -> datasets.Dataset:

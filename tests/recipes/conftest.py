@@ -6,10 +6,16 @@ import pytest
 from trl import TrlParser
 
 from vlmcap.training.inherited import complete
-from vlmcap.training.trainer_arguments import CaptionerTrainingArguments, CaptionSFTConfig, FoodTrainingArguments
+from vlmcap.training.trainer_arguments import (
+    CaptionDPOConfig,
+    CaptionerTrainingArguments,
+    CaptionSFTConfig,
+    FoodTrainingArguments,
+)
 
 TRAINING = {
     "sft_qwen2vl_jp": CaptionSFTConfig,
+    "dpo_qwen2vl_jp": CaptionDPOConfig,
     "sft_blip_vi": CaptionerTrainingArguments,
     "sft_vit_gpt2_food": FoodTrainingArguments,
     "sft_vit_llama_food": CaptionerTrainingArguments,

@@ -1,8 +1,12 @@
 """Every configuration file is one the recipe and accelerate can read."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+
+from tests.recipes.files import assert_describes_itself
 
 NAMES = ("base", "t4", "demo")
 
@@ -34,6 +38,22 @@ def test_the_settings_for_own_pictures(repo_root, parse):
     assert data.dataset == "data/own" and data.image_dir is None
     assert (model.lora_r, model.lora_alpha, model.train_projector) == (16, 16, False)
     assert training.save_steps % training.eval_steps == 0 and training.load_best_model_at_end
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_of_preferences(repo_root, parser_of, name):
+    """They start from what the SFT recipe's file of the same name trains: the same model, prompt and decoding."""
+    path = repo_root / f"recipes/configs/dpo_qwen2vl_jp/{name}.yaml"
+    assert_describes_itself(path)
+    no_gpu = ["--fp16", "false"] if name == "t4" else []
+    data, model, generation, training = parser_of("dpo_qwen2vl_jp")(path, *no_gpu)
+    _, trained, asked, _ = parser_of("sft_qwen2vl_jp")(
+        repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml", *no_gpu
+    )
+    assert replace(model, adapter=None, lora_dropout=0) == replace(trained, lora_dropout=0) and generation == asked
+    assert training.beta == 0.1 or name == "demo"
+    assert training.loss_type == "sigmoid" and training.save_steps % training.eval_steps == 0
+    assert bool(data.preferences) == bool(model.adapter) == (name == "demo")
 
 
 @pytest.mark.parametrize("name", [*NAMES, "own"])

@@ -115,6 +115,19 @@ def miniature_document(model: str = "recipes/miniatures/qwen2_vl", adapter: str 
     return metrics
 
 
+def preference_document() -> dict:
+    """Of recipes/dpo_qwen2vl_jp.py: preferences, and the scores of the adapter that it started from."""
+    metrics = adapter_document() | {"recipe": "dpo_qwen2vl_jp"}
+    training = metrics["training"]
+    training["config"] |= {"adapter": "user/start", "adapter_revision": SHA}
+    training["start"] = {"adapter": "user/start", "audit": {}, "intervals": {}}
+    training["start"]["scores"] = dict.fromkeys(NAMES, 0.1234)
+    after = {"preference_rate": 0.91, "reward_accuracy": 0.87, "reward_margin": 1.25}
+    training["preferences"] = {"pairs": 4321, "unseen_pairs": 432, "pairs_seen": 8642, "left_out": {"test": 17}}
+    training["preferences"] |= {"before": {"preference_rate": 0.52}, "after": after}
+    return metrics
+
+
 PARTS = {
     "sft_blip_vi": {"base": "Salesforce/blip-image-captioning-base"},
     "sft_vit_gpt2_food": {"encoder": "google/vit-base-patch16-224-in21k", "decoder": "openai-community/gpt2"},

@@ -17,6 +17,7 @@ from tests.reporting.documents import (
     audit_document,
     family_document,
     miniature_document,
+    preference_document,
 )
 from vlmcap.reporting.cards import render_adapter_card, score_rows, write_adapter_card
 from vlmcap.reporting.snippets import load_snippet
@@ -41,6 +42,22 @@ def prose(card: str) -> str:
 def write(folder, metrics):
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return write_adapter_card(folder)
+
+
+def test_a_card_of_preferences_has_the_start_beside_base_and_result():
+    metrics = preference_document()
+    card = render_adapter_card(metrics, "user/adapter")
+    beside = card.split("### Beside the adapter")[1].split("### Preferences")[0]
+    for name in NAMES:
+        base, start, adapter = table_cells(beside, LABELS[name])
+        assert base.startswith(f"{metrics['base']['scores'][name]:.4f}") and start == "0.1234"
+        assert adapter.startswith(f"{metrics['scores'][name]:.4f}")
+    assert table_cells(card, "share of them whose chosen caption is the more probable one") == ["52.0%", "91.0%"]
+    assert "| pairs that were not trained on: 432 |" in card and "4,321 pairs of captions of" in prose(card)
+    assert f"started from the adapter `user/start` (commit `{SHA}`)" in prose(card)
+    assert "Pairs seen in training: 8,642" in card and "Left out of the scored split: 17 images" in card
+    data = ModelCard(card).data
+    assert "dpo" in data.tags and "sft" not in data.tags and data.base_model_relation == "adapter"
 
 
 def test_every_score_is_the_document_s():

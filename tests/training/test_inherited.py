@@ -11,7 +11,7 @@ from trl import SFTConfig, TrlParser
 
 from vlmcap.errors import UserError
 from vlmcap.strict_parsing import parse_yaml
-from vlmcap.training.arguments import CaptionerFields, CaptionSFTFields, FoodFields
+from vlmcap.training.arguments import CaptionDPOFields, CaptionerFields, CaptionSFTFields, FoodFields
 from vlmcap.training.inherited import (
     SFT_CONFIG,
     TABLE,
@@ -21,11 +21,17 @@ from vlmcap.training.inherited import (
     read_fields,
     refused,
 )
-from vlmcap.training.trainer_arguments import CaptionerTrainingArguments, CaptionSFTConfig, FoodTrainingArguments
+from vlmcap.training.trainer_arguments import (
+    CaptionDPOConfig,
+    CaptionerTrainingArguments,
+    CaptionSFTConfig,
+    FoodTrainingArguments,
+)
 
 INHERITED = [(SFT_CONFIG, SFTConfig), (TRAINING_ARGUMENTS, TrainingArguments)]
 REAL = [
     (CaptionSFTFields, SFT_CONFIG, CaptionSFTConfig),
+    (CaptionDPOFields, TRAINING_ARGUMENTS, CaptionDPOConfig),
     (CaptionerFields, TRAINING_ARGUMENTS, CaptionerTrainingArguments),
     (FoodFields, TRAINING_ARGUMENTS, FoodTrainingArguments),
 ]

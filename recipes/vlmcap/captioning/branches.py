@@ -13,7 +13,7 @@ The search is that of transformers (`GenerationMixin._beam_search`, `_sample`), 
 candidates, length penalty and stopping rules. tests/invariants/test_branches.py compares it token for token.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -135,6 +135,7 @@ class Rows:
         best, best_scores, ended: the complete captions found so far; ended: bool, (B, K). Sampled branches, which end
             each by itself, have no `best`.
         hope: whether a running beam can still become better than the worst complete one, bool, (B, 1).
+        draws: of samples, the uniform number that chooses each token, float32, (B, K, T); (B, K, 0) without samples.
     """
 
     number: torch.Tensor
@@ -150,6 +151,7 @@ class Rows:
     best_scores: torch.Tensor
     ended: torch.Tensor
     hope: torch.Tensor
+    draws: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.number)
@@ -187,6 +189,8 @@ class BranchGenerator:
         generator: of the samples.
         endings: token ids that end the prompt, for several prompts of each picture: what they begin with, the picture
             too, runs once for all. A picture gets a caption for each ending.
+        draws: of the samples instead, for those that shall not depend on which pictures are in work together: number
+            of a picture -> uniform numbers in [0, 1), float32, (num_return_sequences, max_new_tokens).
     """
 
     def __init__(
@@ -197,8 +201,10 @@ class BranchGenerator:
         rows: int,
         generator: torch.Generator | None = None,
         endings: Sequence[list[int]] = ((),),
+        draws: Callable[[int], torch.Tensor] | None = None,
     ):
-        self.model, self.config, self.limits, self.generator, self.endings = model, config, limits, generator, endings
+        self.model, self.config, self.limits, self.endings = model, config, limits, endings
+        self.generator, self.draws = generator, draws
         self.rows = max(rows, len(endings))
         self.inner, self.device = base_model(model), model.device
         self.text = self.inner.config.get_text_config()
@@ -292,7 +298,16 @@ class BranchGenerator:
             best_scores=scores,
             ended=torch.zeros((count, kept), dtype=torch.bool, device=self.device),
             hope=torch.ones((count, 1), dtype=torch.bool, device=self.device),
+            draws=self._draw(numbers).to(self.device),
         )
+
+    def _draw(self, numbers: list[int]) -> torch.Tensor:
+        """`Rows.draws` of new pictures."""
+        shape = (self.branches, self.config.max_new_tokens if self.config.do_sample else 0)
+        if self.draws is None or not self.config.do_sample:
+            device = self.generator.device if self.generator else self.device
+            return torch.rand((len(numbers), *shape), generator=self.generator, device=device)
+        return torch.stack([self.draws(number) for number in numbers])
 
     def _end_prompts(
         self, ids: torch.Tensor, mask: torch.Tensor, shift: torch.Tensor, prefixes: DynamicCache
@@ -348,8 +363,12 @@ class BranchGenerator:
         scores = self._limited(work, work.logits)
         batch, kept, vocabulary = scores.shape
         if self.config.do_sample:
+            # The token whose share of the line from 0 to 1 holds the number drawn for it. In float64: the float32 sum
+            # of a vocabulary of 150,000 loses the rare tokens.
             flat = self.warpers(None, scores.flatten(0, 1))
-            chosen = torch.multinomial(flat.softmax(-1), 1, generator=self.generator).view(batch, kept)
+            sums = flat.softmax(-1, dtype=torch.float64).cumsum(-1)
+            drawn = work.draws.gather(2, work.step[:, None, None].expand(-1, kept, 1)).view(-1, 1)
+            chosen = torch.searchsorted(sums, drawn * sums[:, -1:], right=True).view(batch, kept)
         else:
             chosen = scores.argmax(-1)
         chosen = chosen.masked_fill(work.ended, self.pad)

@@ -105,6 +105,16 @@ def read_settings(name: str, revision: str | None = None) -> CaptioningSettings 
     return CaptioningSettings(**found)
 
 
+def check_prompt(name: str, revision: str | None, prompt: str) -> None:
+    """Raises SettingsError where an adapter was trained with another prompt, by its captioning.json if it has one."""
+    settings = read_settings(name, revision)
+    if settings is not None and settings.prompt != prompt:
+        raise SettingsError(
+            f"adapter {name} is asked {shown(settings.prompt)} ({NAME}), and this run would ask {shown(prompt)}: set"
+            " --prompt to that of the adapter"
+        )
+
+
 def _fits(key: str, value: object) -> bool:
     if key == "recipe":
         return value in RECIPES

@@ -125,7 +125,7 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
             rows = rows.cast_column("image", datasets.Image(decode=False))
         except (TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{dataset} ({split}): the column image holds no images ({error})") from error
-        _check_paths(rows, dataset, split)
+        check_paths(rows, dataset, split)
     return one_row_per_image(_without_nulls(rows), f"{dataset} ({split})")
 
 
@@ -271,7 +271,7 @@ def _has_nulls(rows: datasets.Dataset, name: str) -> bool:
     return any(chunk.null_count or _is_list(chunk.type) and chunk.flatten().null_count for chunk in chunks)
 
 
-def _check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
+def check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
     """Raises DataError when a picture is null, or neither embedded nor a file of the dataset: a path in a dataset
     may name any file of this machine."""
     if any(chunk.null_count for chunk in rows.select_columns("image").with_format("arrow")[:]["image"].chunks):

@@ -316,12 +316,12 @@ def form(
 
 
 # Training and test -------------------------------------------------------------------------------------------------
-def _normalised(caption: str) -> str:
+def normalised(caption: str) -> str:
     """Without spaces, punctuation, width and case: what is left is the words of a caption."""
     return "".join(filter(str.isalnum, unicodedata.normalize("NFKC", caption).lower()))
 
 
-def _picture_hashes(rows: datasets.Dataset, desc: str) -> Iterator[tuple[str, str]]:
+def picture_hashes(rows: datasets.Dataset, desc: str) -> Iterator[tuple[str, str]]:
     """(image id, SHA-256 of the file) of every picture that is there."""
     for row in tqdm(rows.select_columns(["image_id", "image"]), desc=desc, unit="picture"):
         cell = row["image"]
@@ -341,9 +341,9 @@ def overlap(
 ) -> dict:
     every = np.ones(len(predictions))
     train_ids = set(map(str, train_rows["image_id"]))
-    trained = {_normalised(caption) for captions in train_rows["captions"] for caption in captions} - {""}
+    trained = {normalised(caption) for captions in train_rows["captions"] for caption in captions} - {""}
     shared = [image_id in train_ids for image_id in predictions]
-    copied = [_normalised(caption) in trained for caption in predictions.values()]
+    copied = [normalised(caption) in trained for caption in predictions.values()]
     overlap: dict = {
         "training_images": len(train_rows),
         "training_captions": sum(map(len, train_rows["captions"])),
@@ -352,13 +352,13 @@ def overlap(
     }
     if references:
         overlap["references_in_training"] = Rate(
-            [sum(_normalised(caption) in trained for caption in captions) for captions in references.values()],
+            [sum(normalised(caption) in trained for caption in captions) for captions in references.values()],
             [len(captions) for captions in references.values()],
         )
     same = [False] * len(predictions)
     if test_rows is not None and "image" in train_rows.column_names and "image" in test_rows.column_names:
-        seen = {digest for _, digest in _picture_hashes(train_rows, "hashing training pictures")}
-        tested = dict(_picture_hashes(test_rows, "hashing test pictures"))
+        seen = {digest for _, digest in picture_hashes(train_rows, "hashing training pictures")}
+        tested = dict(picture_hashes(test_rows, "hashing test pictures"))
         same = [tested.get(image_id) in seen for image_id in predictions]
         overlap["picture_in_training"] = Rate(same, [image_id in tested for image_id in predictions])
     for image_id, *reasons in zip(predictions, shared, same, copied, strict=True):

@@ -423,6 +423,12 @@ def write_idf(
     """
     _, tokens = _tokens(dict.fromkeys(references, ""), references, tokenizer)
     frequencies = document_frequencies(tokens)
+    save_idf(frequencies, path, tokenizer)
+    return frequencies
+
+
+def save_idf(frequencies: DocumentFrequencies, path: str | Path, tokenizer: str) -> None:
+    """Writes document frequencies that were counted in words of `tokenizer` as an idf file."""
     document = {
         "tokenizer": tokenizer_signature(tokenizer),
         "images": frequencies.images,
@@ -430,7 +436,6 @@ def write_idf(
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), json.dumps(document, ensure_ascii=False, indent=0) + "\n")
-    return frequencies
 
 
 def read_idf(path: str | Path, tokenizer: str) -> DocumentFrequencies:

@@ -130,6 +130,23 @@ class Scene(NamedTuple):
         templates = JAPANESE_POLITE if polite else JAPANESE
         return [template.format(a=a, b=b) for template in templates[self.arrangement]]
 
+    def false_japanese(self, rng: random.Random) -> tuple[str, str, str]:
+        """A caption, the same with one mistake, and what is mistaken: a shape, or the order of the things. These are
+        the mistakes that the adapter of `make demo` makes itself; it hardly confuses colours or arrangements."""
+        place = rng.randrange(len(JAPANESE[self.arrangement]))
+        # The last wording is as true of things the other way round.
+        kind = "shape" if place == 4 else rng.choice(("shape", "order"))
+        if kind == "order":
+            first, second = self.second, self.first
+        else:
+            things = [self.first, self.second]
+            side = rng.randrange(2)
+            colour, shape = things[side]
+            things[side] = Thing(colour, rng.choice([other for other in SHAPES if other != shape]))
+            first, second = things
+        other = Scene(first, second, self.arrangement, self.seed)
+        return self.japanese()[place], other.japanese()[place], kind
+
     def vietnamese(self) -> list[str]:
         a, b = (f"{SHAPES[t.shape][2]} màu {COLOURS[t.colour][3]}" for t in (self.first, self.second))
         sentences = [template.format(a=a, b=b) for template in VIETNAMESE[self.arrangement]]
@@ -209,7 +226,9 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
 
     `directory/images/*.png`, `stair_train.json`, `stair_val.json` (plain form, five captions an image),
     `yj.json` (polite form, two captions on a tenth of the training images), `val_ids.txt` and `test_ids.txt`; and
-    `instances.json`, what is drawn where in the validation and test scenes, as COCO annotates instances.
+    `instances.json`, what is drawn where in all scenes, as COCO annotates instances;
+    `preferences.jsonl` and `preferences_test.jsonl`, preferences of a true caption to a false one, of the training and
+    of the test scenes.
     """
     numbered = _numbered_scenes(train, validation + test, seed)
     names = {n: f"COCO_{'train2014' if n <= train else 'val2014'}_{n:012d}.png" for n, _ in numbered}
@@ -226,10 +245,12 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
     write("stair_train.json", numbered[:train])
     write("stair_val.json", numbered[train:])
     write("yj.json", numbered[: train // 10], polite=True)
-    write_instances(directory / "instances.json", [(n, names[n], scene) for n, scene in numbered[train:]])
+    write_instances(directory / "instances.json", [(n, names[n], scene) for n, scene in numbered])
     heldout_ids = [number for number, _ in numbered[train:]]
     (directory / "val_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[:validation]))
     (directory / "test_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[validation:]))
+    write_preferences(directory / "preferences.jsonl", numbered[:train], names, seed)
+    write_preferences(directory / "preferences_test.jsonl", numbered[train + validation :], names, seed + 1)
 
 
 def write_vietnamese_scenes(directory: Path, train: int, validation: int, test: int, seed: int = 0) -> None:
@@ -287,6 +308,19 @@ def _write_coco(path: Path, language: str, images: list[tuple[int, str]], annota
         "annotations": annotations,
     }
     path.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+
+
+def write_preferences(path: Path, selected: list[tuple[int, Scene]], names: dict[int, str], seed: int) -> None:
+    """Writes two preferences of each (image id, scene), a line each, in TRL's form: a caption to the same caption with
+    one mistake. Pictures are named as seen from the folder of the file."""
+    rng = random.Random(seed)
+    lines = []
+    for number, scene in selected:
+        for _ in range(2):
+            chosen, rejected, kind = scene.false_japanese(rng)
+            line = {"chosen": chosen, "rejected": rejected, "images": [f"images/{names[number]}"]}
+            lines.append(json.dumps(line | {"image_id": number, "mistake": kind}, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def write_instances(path: Path, selected: list[tuple[int, str, Scene]]) -> None:

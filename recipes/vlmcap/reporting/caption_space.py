@@ -22,7 +22,7 @@ from vlmcap.reporting.cards import is_hub_id, read_metrics, render_adapter_card
 from vlmcap.upload import push_folder
 
 SOURCE = ROOT / "recipes" / "caption_space"
-RECIPE = "sft_qwen2vl_jp"
+RECIPES = ("sft_qwen2vl_jp", "dpo_qwen2vl_jp", "grpo_qwen2vl_jp")
 CONSTRAINTS = ("japanese_only", "no_repeat_ngram_size", "avoid_words")
 
 
@@ -68,10 +68,10 @@ def _metrics(adapter: str, commit: str | None) -> dict:
                 f"{adapter} has no metrics.json, which says what its captions were measured with: push it with"
                 " scripts/push_adapter.py"
             ) from error
-    if metrics.get("recipe", RECIPE) != RECIPE:
+    if metrics.get("recipe", RECIPES[0]) not in RECIPES:
         raise SpaceError(
             f"{adapter} was trained by recipes/{metrics['recipe']}.py; a Space is made for adapters of"
-            f" recipes/{RECIPE}.py alone"
+            f" {', '.join(f'recipes/{recipe}.py' for recipe in RECIPES)} alone"
         )
     return metrics
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlmcap.data.corpora import SEEN_CORPORA
@@ -105,6 +105,16 @@ model, processor = load_vit_llama({repo})""",
         untrained="before training",
     ),
 }
+RECIPES["dpo_qwen2vl_jp"] = replace(
+    RECIPES["sft_qwen2vl_jp"],
+    title="{base}, adapted to Japanese image captions and to preferences",
+    tags=("japanese", "lora", "qwen2_vl", "dpo"),
+)
+RECIPES["grpo_qwen2vl_jp"] = replace(
+    RECIPES["sft_qwen2vl_jp"],
+    title="{base}, adapted to Japanese image captions and trained on rewards",
+    tags=("japanese", "lora", "qwen2_vl", "grpo"),
+)
 
 
 def recipe_of(metrics: dict) -> Recipe:

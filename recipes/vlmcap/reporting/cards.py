@@ -205,6 +205,7 @@ def render_adapter_card(
                 }
                 for name in metrics.get("register_normalised", {}).get("scores", {})
             ],
+            started=_started(metrics, audit) if "start" in training else [],
             audit=audit,
             audited=_audited(audit) if audit else [],
             constraints=[
@@ -274,10 +275,24 @@ def _audited(audit: dict) -> list[dict]:
     """The rows of the audit's table, of what was audited."""
     ours, theirs = audit_rates(audit), audit_rates(audit["base"]) if "base" in audit else {}
     return [
-        {"label": label, "base": rate_text(theirs.get(path)), "adapter": rate_text(ours.get(path))}
+        {"path": path, "label": label, "base": rate_text(theirs.get(path)), "adapter": rate_text(ours.get(path))}
         for path, label in AUDITED.items()
         if path in ours
     ]
+
+
+def _started(metrics: dict, audit: dict | None) -> list[dict]:
+    """The rows of base, starting adapter and this one side by side: scores, and how often things are made up."""
+    base, start = metrics["base"], metrics["training"]["start"]
+    rows = [
+        {"label": score_label(name)}
+        | {"base": _score(base, name), "start": _score(start, name), "adapter": _score(metrics, name)}
+        for name in metrics["scores"]
+    ]
+    for row in _audited(audit) if audit else []:
+        if row["path"].startswith("hallucination."):
+            rows.append(row | {"start": rate_text(start["audit"].get(row["path"]))})
+    return rows
 
 
 def score_rows(metrics: dict) -> list[list[str]]:

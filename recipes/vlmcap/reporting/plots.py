@@ -37,7 +37,7 @@ def plot_scores(runs: dict[str, dict], path: str | Path, scores: Sequence[str] =
     panels = _panels(runs, scores)
     columns = min(PANELS, len(panels))
     rows = -(-len(panels) // columns)
-    with _house_style(path) as save:
+    with house_style(path) as save:
         figure = Figure(figsize=(WIDTH, rows * (0.75 + 0.27 * len(runs))), layout="constrained")
         axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for place, (key, (label, values)) in zip(axes.flat, panels.items(), strict=False):
@@ -59,7 +59,7 @@ def plot_quality_against_memory(runs: dict[str, dict], path: str | Path) -> Path
     """
     sizes, label = _sizes(runs)
     sized = {number: run for number, run in enumerate(runs.values()) if number in sizes}
-    with _house_style(path) as save:
+    with house_style(path) as save:
         figure = Figure(figsize=(WIDTH * 0.75, _height(runs)), layout="constrained")
         axes, points = figure.subplots(), []
         for number, run in sized.items():
@@ -73,7 +73,7 @@ def plot_quality_against_memory(runs: dict[str, dict], path: str | Path) -> Path
                 markersize=5.5,
                 linestyle="none",
                 clip_on=False,  # a score of 0 is a whole point too
-                **_look(number),
+                **style_of(number),
             )
             drawn.lines[0].set_gid(f"point-{number}")
             points.append(drawn)
@@ -98,7 +98,7 @@ def plot_training_curves(runs: dict[str, dict], path: str | Path) -> Path:
     names = [list(runs)[number] for number in logs]
     legend_columns = max(1, min(PANELS, int(12 * WIDTH) // (8 + max(map(len, names)))))  # 12 characters an inch
     height = rows * (CURVE_HEIGHT if rows == 1 else 0.8 * CURVE_HEIGHT) + 0.2 * -(-len(names) // legend_columns)
-    with _house_style(path) as save:
+    with house_style(path) as save:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         first, *places = figure.subplots(rows, columns, squeeze=False).flat
         for number, log in logs.items():
@@ -202,7 +202,7 @@ def _draw_bars(axes: Axes, key: str, values: list) -> None:
 def _draw_curve(axes: Axes, log: list[dict], key: str, number: int, **look) -> None:
     points = [(line["step"], line[key]) for line in log if key in line]
     if points:
-        look = _look(number) | look | {"markevery": max(1, len(points) // 12)}
+        look = style_of(number) | look | {"markevery": max(1, len(points) // 12)}
         (curve,) = axes.plot(*zip(*points, strict=True), linewidth=1.6, markersize=4, **look)
         curve.set_gid(f"{key}-{number}")
 
@@ -224,12 +224,14 @@ def _legend(figure: Figure, drawn: Sequence, names: list[str]) -> None:
     figure.legend(drawn, names, loc="outside right upper", frameon=False, fontsize=9)
 
 
-def _look(number: int) -> dict:
+def style_of(number: int) -> dict:
+    """Colour and marker of a run, by its number."""
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
 
 
 @contextmanager
-def _house_style(path: str | Path) -> Iterator:
+def house_style(path: str | Path) -> Iterator:
+    """Within it, figures look alike; yields the function that saves one to `path` and returns the path."""
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": Path(path).stem,

@@ -9,7 +9,7 @@ from vlmcap.data.lookup import find_dataset
 from vlmcap.errors import UserError, notice
 from vlmcap.evaluation.external import ScorerUnavailable, check_local_spice, check_meteor
 from vlmcap.evaluation.tokenise import tokenizer_signature
-from vlmcap.training.arguments import SplitArguments, TrainerFields
+from vlmcap.training.arguments import ScoredSplitArguments, TrainerFields
 from vlmcap.upload import check_push_rights
 
 # Trackers of transformers (`report_to`) and the modules of which each needs one; Kubeflow's needs none.
@@ -34,7 +34,7 @@ EXTRAS = ("tensorboard", "trackio", "wandb")
 UNFIT_LAUNCHES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
-def check_early(settings: TrainerFields, data_args: SplitArguments) -> None:
+def check_early(settings: TrainerFields, data_args: ScoredSplitArguments) -> None:
     """Needs no torch, and comes before it: with `use_cpu`, also of accelerate, torch sees no GPU.
 
     Says whether METEOR will be left out.

@@ -15,9 +15,12 @@ from vlmcap.data.images import (
     references_of,
     without_empty_captions,
 )
+from vlmcap.data.preferences import preferences_record
+from vlmcap.errors import notice
+from vlmcap.evaluation.audit_checks import picture_hashes
 from vlmcap.evaluation.scoring import check_references
 from vlmcap.training import checkpoints
-from vlmcap.training.arguments import SplitArguments
+from vlmcap.training.arguments import PreferenceArguments, ScoredSplitArguments, SplitArguments
 from vlmcap.training.collator import BadImages, drop_missing
 
 
@@ -90,14 +93,69 @@ def load_splits(
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         bad_images.begin(keep=bool(checkpoints.checkpoints(output_dir)))
-        scored = [(args.test_split, test), *([(args.validation_split, validation)] if validates else [])]
-        for split, rows in scored:
-            check_references(references_of(rows), args.tokenizer, f"{args.dataset} ({split})")
-        for split, rows in scored:
-            check_images(rows, split)
+        _check_scored(args, test, validation)
     train = drop_missing(train, bad_images, write=is_main)
     test_record = record | {"split": args.test_split}
     return Splits(train, validation, test, record, test_record, splits.get("validation"), bad_images, empty)
+
+
+def load_scored_splits(
+    args: PreferenceArguments, output_dir: Path, validates: bool, seed: int, preferences: datasets.Dataset
+) -> tuple[Splits, dict[str, int]]:
+    """Loads and checks the splits that a model trained on preferences is scored with, as `load_splits` does.
+
+    Images that are trained on, the same by image_id or by their file, are left out of them, and counted: people judge
+    captions of test images.
+
+    Args:
+        preferences: those to train on, as `read_preferences` returns them.
+
+    Returns:
+        The splits, in which `train` is the preferences with their chosen captions; and split -> images left out.
+
+    Raises:
+        DataError, ScoreError: as `load_splits`; or every image of a split is trained on.
+    """
+    record = dataset_record(args.dataset, args.test_split, args.dataset_revision)
+    source = {"image_dir": args.image_dir, "revision": record["revision"]}
+    ids, files = set(preferences["image_id"]), set(preferences["sha256"])
+    rows, left_out = {}, {}
+    for split in [args.test_split, *([args.validation_split] if validates else [])]:
+        with PartialState().local_main_process_first():
+            found = load_captions(args.dataset, split, **source)
+        hashes = dict(picture_hashes(found, f"pictures of {split}"))
+        places = enumerate(map(str, found["image_id"]))
+        kept = [place for place, image_id in places if image_id not in ids and hashes.get(image_id) not in files]
+        rows[split], left_out[split] = found.select(kept), len(found) - len(kept)
+        if not kept:
+            raise DataError(
+                f"all {len(found)} images of {args.dataset} ({split}) are in the preferences: trained on them, the"
+                " model cannot be scored with them. Name another split (--test_split, --validation_split)."
+            )
+        if left_out[split]:
+            notice(f"Left out of {split}: {left_out[split]:,} of {len(found):,} images, which preferences are about")
+    test, validation = _first(rows[args.test_split], args.max_test_images), None
+    if validates:
+        validation = _first(rows[args.validation_split].shuffle(seed=seed), args.max_validation_images)
+    bad_images = BadImages(output_dir / "bad_images.jsonl", limit=0)
+    if PartialState().is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        bad_images.begin(keep=False)
+        _check_scored(args, test, validation)
+    train = preferences.remove_columns(["chosen", "rejected"])
+    train = train.add_column("captions", [list(dict.fromkeys(texts)) for texts in preferences["chosen"]])
+    train = train.add_column("in_yj", [None] * len(train), feature=datasets.Value("bool"))
+    preferences_of = preferences_record(args.preferences, args.preferences_split, args.preferences_revision)
+    split_of = args.validation_split if validates else None
+    return Splits(train, validation, test, preferences_of, record, split_of, bad_images), left_out
+
+
+def _check_scored(args: ScoredSplitArguments, test: datasets.Dataset, validation: datasets.Dataset | None) -> None:
+    scored = [(args.test_split, test), *([(args.validation_split, validation)] if validation is not None else [])]
+    for split, rows in scored:
+        check_references(references_of(rows), args.tokenizer, f"{args.dataset} ({split})")
+    for split, rows in scored:
+        check_images(rows, split)
 
 
 def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:

@@ -36,6 +36,11 @@ class RunClock(TrainerCallback):
         control.should_log |= last  # the last loss, however few the steps
         control.should_evaluate |= last and args.eval_strategy != "no"  # or the last model could not be the best
 
+    def pause(self, seconds: float) -> None:
+        """Leaves out seconds that were no training."""
+        self.start += seconds
+        self.begin += seconds
+
     def seconds(self) -> float:
         return round(time.perf_counter() - self.start, 1)
 

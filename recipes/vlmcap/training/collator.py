@@ -82,19 +82,27 @@ def caption_examples(rows: datasets.Dataset, captions_per_image: int) -> dataset
 
 
 def read_example(rows: datasets.Dataset, example: dict, bad_images: BadImages) -> tuple[Image.Image, list[str]]:
-    """Picture and captions of an example of `caption_examples`.
+    """Picture and captions of an example of `caption_examples`; in place of a picture that cannot be decoded, another
+    (`read_picture`) with as many of its own captions as the example had."""
+    row, image = read_picture(rows, example["row"], bad_images)
+    if row == example["row"]:
+        return image, example["captions"]
+    return image, rows[row]["captions"][: len(example["captions"])]
 
-    A picture that cannot be decoded is never fed as a blank: it is listed in `bad_images`, and the next picture that
-    can be read takes its place with as many of its own captions as the example had.
+
+def read_picture(rows: datasets.Dataset, row: int, bad_images: BadImages) -> tuple[int, Image.Image]:
+    """The picture of a row, and the number of that row.
+
+    A picture that cannot be decoded is never fed as a blank: it is listed in `bad_images`, and the next one that can
+    be read takes its place.
     """
     for step in range(len(rows)):
-        record = rows[(example["row"] + step) % len(rows)]
+        number = (row + step) % len(rows)
+        record = rows[number]
         try:
-            image = open_image(record)
+            return number, open_image(record)
         except BadImageError as error:
             bad_images.add(record["image_id"], error.name, error.reason)
-            continue
-        return image, record["captions"][: len(example["captions"])] if step else example["captions"]
     raise DataError("none of the training pictures can be read")
 
 

@@ -33,7 +33,7 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         lse = logits.new_empty(len(logits), dtype=dtype)
         mean = torch.zeros_like(lse)
-        for rows in _chunks(logits):
+        for rows in chunks(logits):
             numbers = logits[rows].to(dtype)
             lse[rows] = numbers.logsumexp(1)
             if epsilon:
@@ -51,13 +51,14 @@ class _SmoothedCrossEntropy(torch.autograd.Function):
         kept = kept * grad_output
         weight = torch.zeros_like(lse).index_add_(0, sources, kept)
         grad = torch.empty_like(logits)
-        for rows in _chunks(logits):
+        for rows in chunks(logits):
             softmax = (logits[rows].to(lse.dtype) - lse[rows, None]).exp_()
             grad[rows] = ((softmax - ctx.epsilon / logits.shape[1]) * weight[rows, None]).to(grad.dtype)
         grad.index_put_((sources, labels), (-(1 - ctx.epsilon) * kept).to(grad.dtype), accumulate=True)
         return grad, None, None, None
 
 
-def _chunks(logits: torch.Tensor) -> list[slice]:
+def chunks(logits: torch.Tensor) -> list[slice]:
+    """Rows of (N, V) logits, `CHUNK_NUMBERS` numbers or one row at a time."""
     size = max(1, CHUNK_NUMBERS // logits.shape[1])
     return [slice(start, start + size) for start in range(0, len(logits), size)]

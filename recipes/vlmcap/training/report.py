@@ -114,7 +114,7 @@ def _data(trainer: CaptionTrainer) -> str:
     args, examples = trainer.args, trainer.train_dataset
     images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     captions = sum(map(len, examples["captions"]))
-    per_epoch = math.ceil(len(examples) / images)
+    per_epoch = math.ceil(len(trainer._get_train_sampler()) / images)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     return (

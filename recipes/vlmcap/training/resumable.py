@@ -24,7 +24,12 @@ from vlmcap.training.loss import smoothed_cross_entropy
 
 class ResumableTrainer:
     """Methods for a Trainer beside it: `class X(ResumableTrainer, Trainer)`, which calls `set_up_run` when it is built
-    and has `validate`, the scores of the model as it is."""
+    and has `validate`, the scores of the model as it is.
+
+    `accuracy` names the share that `hits_and_tokens` counts, in the log.
+    """
+
+    accuracy = "mean_token_accuracy"
 
     def set_up_run(self, must_match: dict | None = None) -> None:
         """The last line of a trainer's `__init__`. `must_match`: what else must be the same when the run resumes, in
@@ -237,8 +242,7 @@ class ResumableTrainer:
         with self.compute_loss_context_manager():
             scores = self.validate(self.accelerator.unwrap_model(self.model))
         seconds = time.perf_counter() - start
-        self.clock.start += seconds  # not training
-        self.clock.begin += seconds
+        self.clock.pause(seconds)
         metrics = {f"{metric_key_prefix}_{name}": round(score, 6) for name, score in scores.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(seconds, 1)
         self.log(metrics)
@@ -262,7 +266,7 @@ class ResumableTrainer:
             hits, tokens = self.accelerator.reduce(self.hits_and_tokens).tolist()
             self.hits_and_tokens.zero_()
             if tokens:
-                logs["mean_token_accuracy"] = hits / tokens
+                logs[self.accuracy] = hits / tokens
             if count := self.bad_images.count():
                 logs["bad_images"] = count
         super().log(logs, *args, **kwargs)
@@ -284,7 +288,7 @@ class ResumableTrainer:
                 "metric": self.args.metric_for_best_model,
                 "score": self.state.best_metric,
             }
-        kept = ("step", "epoch", "loss", "mean_token_accuracy", "elapsed_seconds")
+        kept = ("step", "epoch", "loss", self.accuracy, "elapsed_seconds")
         log = [
             {key: value for key, value in entry.items() if key in kept or key.startswith("eval_")}
             for entry in self.state.log_history

@@ -13,7 +13,7 @@ from vlmcap.training.checkpoints import CheckpointError
 # What says which examples a step is made of: with another value, a continued run would see some twice, others never.
 MUST_MATCH = (
     "seed data_seed per_device_train_batch_size gradient_accumulation_steps world_size captions_per_image"
-    " dataloader_drop_last"
+    " pairs_per_image dataloader_drop_last"
 ).split()
 # Where the rest of what must match comes from, where no setting has its name.
 SOURCES = {
@@ -24,9 +24,11 @@ SOURCES = {
 MAY_CHANGE = (
     "max_steps num_train_epochs learning_rate encoder_learning_rate decoder_learning_rate lr_scheduler_type"
     " lr_scheduler_kwargs warmup_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm optim optim_args"
-    " label_smoothing_factor bf16 fp16 gradient_checkpointing shared_prefix cache_image_features eval_strategy"
-    " eval_steps save_strategy save_steps logging_steps load_best_model_at_end metric_for_best_model"
-    " early_stopping_patience early_stopping_threshold ignore_data_skip"
+    " label_smoothing_factor beta loss_type label_smoothing bf16 fp16 gradient_checkpointing shared_prefix"
+    " cache_image_features eval_strategy eval_steps save_strategy save_steps logging_steps load_best_model_at_end"
+    " metric_for_best_model early_stopping_patience early_stopping_threshold ignore_data_skip num_generations"
+    " max_completion_length temperature top_p top_k use_bias_correction_kl epsilon epsilon_high scale_rewards"
+    " mask_truncated_completions reward_weights"
 ).split()
 
 

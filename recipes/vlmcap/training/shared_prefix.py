@@ -93,7 +93,12 @@ class SharedPrefixCollator:
         else:
             captions = [example["captions"] for example in examples]
             pictures = self.features.batch([example["row"] for example in examples])
-        grids = pictures["image_grid_thw"]
+        prefix = self.prefixes(pictures["image_grid_thw"])
+        return lay_out(*prefix, [self.encode(texts) for texts in captions]) | pictures
+
+    def prefixes(self, grids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, mask (int64, (B, P), padded on the left) and positions (int64, (3, B, P)) of images with their
+        prompt; `grids`: image_grid_thw."""
         prompt, image_token = self.encode.prompt, self.processor.image_token
         tokens = grids.prod(1) // self.processor.image_processor.merge_size**2
         prefix = self.processor.tokenizer(
@@ -108,7 +113,7 @@ class SharedPrefixCollator:
         position_ids, _ = self.get_rope_index(
             ids, mm_token_type_ids=is_image, image_grid_thw=grids, attention_mask=mask
         )
-        return lay_out(ids, mask, position_ids, [self.encode(texts) for texts in captions]) | pictures
+        return ids, mask, position_ids
 
 
 def lay_out(

@@ -10,7 +10,14 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from trl import SFTConfig
 
 from vlmcap.models.load import compute_dtype
-from vlmcap.training.arguments import CaptionerFields, CaptionSFTFields, FoodFields, TrainerFields
+from vlmcap.training.arguments import (
+    CaptionDPOFields,
+    CaptionerFields,
+    CaptionGRPOFields,
+    CaptionSFTFields,
+    FoodFields,
+    TrainerFields,
+)
 
 
 def choose_by_device(args: TrainerFields) -> None:
@@ -69,6 +76,26 @@ def check_optimizer(args: TrainingArguments) -> None:
 @dataclass
 class CaptionSFTConfig(CaptionSFTFields, SFTConfig):
     """SFTConfig with the defaults that caption training needs."""
+
+    def __post_init__(self):
+        choose_by_device(self)
+        super().__post_init__()
+        check_optimizer(self)
+
+
+@dataclass
+class CaptionDPOConfig(CaptionDPOFields, TrainingArguments):
+    """TrainingArguments with the settings of training on preferences."""
+
+    def __post_init__(self):
+        choose_by_device(self)
+        super().__post_init__()
+        check_optimizer(self)
+
+
+@dataclass
+class CaptionGRPOConfig(CaptionGRPOFields, TrainingArguments):
+    """TrainingArguments with the settings of GRPO."""
 
     def __post_init__(self):
         choose_by_device(self)
