@@ -114,7 +114,8 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
         (two, ["--eval_strategy", "no", "--early_stopping_patience", "3"], "rank the model by captions of"),
         (two, ["--output_dir", "hf_" + "a" * 34], "--output_dir holds a token"),
         (two, ["--hub_token", "x"], "--hub_token"),
-        (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--push_to_hub needs --hub_model_id USER/NAME"),
+        (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--hub_model_id adapter: give it as USER/NAME"),
+        (two, ["--push_to_hub"], "--push_to_hub needs --hub_model_id USER/NAME"),
         (RECIPES, ["--train_sampling_strategy", "sequential"], "--train_sampling_strategy must stay at its default"),
         (
             two[:1],
