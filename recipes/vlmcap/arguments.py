@@ -1,10 +1,11 @@
 """The command line of every script and recipe: dataclass fields, `--config file.yaml`, and the manual as help."""
 
 import argparse
+import errno
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -50,7 +51,9 @@ def run_main(
         if is_first_process():
             print(f"\nInterrupted. {interrupted}".rstrip(), file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (OSError, UserError) as error:
+    except OSError as error:
+        sys.exit(f"error: {redact(as_typed_here(_explained(error, arguments)))}")
+    except UserError as error:
         sys.exit(f"error: {redact(as_typed_here(str(error)))}")
 
 
@@ -75,6 +78,30 @@ def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None
         return arguments
     except (OSError, ValueError) as error:
         sys.exit(f"error: {redact(str(error))}")
+
+
+def _explained(error: OSError, arguments: tuple) -> str:
+    """What the system says of a file, with the option that named it, and what is needed there instead."""
+    path = error.filename2 or error.filename
+    if error.errno is None or not isinstance(path, str | Path):
+        return str(error)
+    option = next((f"--{name} " for name, value in _values(arguments) if value in (path, Path(path))), "")
+    if error.errno == errno.EISDIR:
+        files = sorted(entry.name for entry in Path(path).iterdir() if entry.is_file())[:5]
+        return f"{option}{path}: is a folder, and a file is needed{', such as ' * bool(files)}{', '.join(files)}"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{option}{path}: is a file, or is in one, and a folder is needed"
+    return f"{option}{path}: {error.strerror}"
+
+
+def _values(arguments: tuple) -> Iterator[tuple[str, object]]:
+    """(option, one of its values): of a list each, of NAME=FILE also the file."""
+    for group in arguments:
+        for name, value in vars(group).items():
+            for one in value if isinstance(value, list) else [value]:
+                yield name, one
+                if isinstance(one, str) and "=" in one:
+                    yield name, one.partition("=")[2]
 
 
 def _leave_out_revisions(arguments: object, config: dict, words: list[str]) -> None:

@@ -72,6 +72,7 @@ def test_what_scores_and_files_need_is_checked_early(arguments, tmp_path, monkey
     (tmp_path / "file").touch()
     data = arguments()
     here = {"dataset": data.dataset, "image_dir": data.image_dir}
+    capfd.readouterr()
     settings = SimpleNamespace(push_to_hub=False, output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
     settings.eval_strategy = "steps"
     check_early(settings, CaptionerDataArguments(**here))
