@@ -85,23 +85,31 @@ def _explained(error: OSError, arguments: tuple) -> str:
     path = error.filename2 or error.filename
     if error.errno is None or not isinstance(path, str | Path):
         return str(error)
-    option = next((f"--{name} " for name, value in _values(arguments) if value in (path, Path(path))), "")
+    path = Path(path)
+    near = [(name, value) for name, value in _values(arguments) if value and _is_near(path, Path(value))]
+    near.sort(key=lambda found: Path(found[1]) != path)  # what was named itself comes first
+    place = f"--{near[0][0]} {near[0][1]}: " if near else ""
+    place += "" if near and Path(near[0][1]) == path else f"{path} "
     if error.errno == errno.EISDIR:
-        files = sorted(entry.name for entry in Path(path).iterdir() if entry.is_file())[:5]
-        return f"{option}{path}: is a folder, and a file is needed{', such as ' * bool(files)}{', '.join(files)}"
+        files = sorted(str(entry) for entry in path.iterdir() if entry.is_file())[:3]
+        return f"{place}is a folder, and a file is needed{', such as ' * bool(files)}{', '.join(files)}"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{option}{path}: is a file, or is in one, and a folder is needed"
-    return f"{option}{path}: {error.strerror}"
+        return f"{place}is a file, or is in one, and a folder is needed"
+    return f"{place}{error.strerror}"
 
 
-def _values(arguments: tuple) -> Iterator[tuple[str, object]]:
-    """(option, one of its values): of a list each, of NAME=FILE also the file."""
+def _is_near(path: Path, named: Path) -> bool:
+    """Whether a path is the one that a setting names, or is in it, or the other way round."""
+    return named != Path() and (path.is_relative_to(named) or (named.is_relative_to(path) and path != Path()))
+
+
+def _values(arguments: tuple) -> Iterator[tuple[str, str]]:
+    """(option, one of its texts): of a list each; of NAME=FILE the file."""
     for group in arguments:
         for name, value in vars(group).items():
             for one in value if isinstance(value, list) else [value]:
-                yield name, one
-                if isinstance(one, str) and "=" in one:
-                    yield name, one.partition("=")[2]
+                if isinstance(one, str):
+                    yield name, one.partition("=")[2] or one
 
 
 def _leave_out_revisions(arguments: object, config: dict, words: list[str]) -> None:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from vlmcap.data.corpora import CORPORA, card_names
 from vlmcap.data.errors import DataError
-from vlmcap.data.lookup import find_dataset, no_such_dataset
+from vlmcap.data.lookup import a_file, find_dataset, no_such_dataset
 from vlmcap.data.picture_files import is_picture_file, open_picture, picture_finder
 from vlmcap.data.pictures import BadImageError, picture_size, read_picture
 from vlmcap.errors import notice
@@ -161,6 +161,8 @@ def check_splits(dataset: str, splits: dict[str, str], image_dir: str | None, re
 
 def _info(dataset: str, split: str, revision: str | None) -> datasets.DatasetInfo:
     """The splits of a dataset and, of parquet files, its features."""
+    if Path(dataset).is_file():
+        raise a_file(dataset)
     try:
         return datasets.get_dataset_config_info(dataset, revision=revision)
     # Any error of the libraries under datasets: its own, pyarrow's, the Hub's, httpx's, those of YAML and JSON.
@@ -441,6 +443,8 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
 
 def _card(dataset: str, revision: str | None) -> tuple[str | None, DatasetCardData]:
     """(revision, metadata of the card), as `dataset_record` has them."""
+    if Path(dataset).is_file():
+        raise a_file(dataset)
     if Path(dataset).exists():
         card, report = Path(dataset) / "README.md", Path(dataset) / "cleaning_report.json"
         try:

@@ -29,13 +29,12 @@ from tqdm.auto import tqdm
 from vlmcap.data.arguments import PublishArguments
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import check_paths, is_plain_path, null_rows, whole_reason
-from vlmcap.data.picture_files import Picture, PictureFile, picture_finder
+from vlmcap.data.picture_files import ENDINGS, Picture, PictureFile, picture_finder
 from vlmcap.data.readers import CorpusRows
 from vlmcap.data.sources import SourceFile, parse_source, read_source
 from vlmcap.errors import notice
 from vlmcap.strict_parsing import shown
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "img")
 CAPTION_COLUMNS = ("captions", "caption", "text", "texts", "sentences", "sentence", "title")
 TEXT_FIELDS = ("caption", "raw", "text", "sentence", "value")
@@ -121,7 +120,7 @@ def read_own(args: PublishArguments) -> CorpusRows:
 def _from_folder(folder: Path, args: PublishArguments) -> Iterator[_Entry]:
     names = list(_files_below(folder).values())
     metadata = [name for name in names if Path(name).name in METADATA]
-    pictures = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    pictures = [name for name in names if Path(name).suffix.lower() in ENDINGS]
     texts = {str(Path(name).with_suffix("")) for name in names if name.lower().endswith(".txt")}
     if metadata:
         for name in metadata:

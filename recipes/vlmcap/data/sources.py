@@ -139,6 +139,9 @@ def _joined(infos: list[dict], *keys: str) -> str:
 def read_source(path: str | Path) -> bytes:
     """The bytes of an annotation file or id list. Raises DataError when it is missing, no file, or above MAX_BYTES."""
     path = Path(path)
+    if path.is_dir():
+        files = ", ".join(sorted(str(entry) for entry in path.iterdir() if entry.is_file())[:3])
+        raise DataError(f"{path}: is a folder, and a file is needed{files and f', such as {files}'}.")
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
     if path.stat().st_size > MAX_BYTES:
