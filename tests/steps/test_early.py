@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from huggingface_hub import HfApi
 from PIL import Image
 
 from vlmcap.data.errors import DataError
@@ -75,7 +76,8 @@ def check(folder, dataset="own", image_dir="pictures", eval_strategy="steps", us
     settings = SimpleNamespace(use_cpu=use_cpu, eval_strategy=eval_strategy, output_dir=str(folder))
     settings.report_to, settings.push_to_hub = "none", False
     splits = {f"{split}_split": split for split in ("train", "validation", "test")}
-    data = {"dataset": str(folder / dataset), "dataset_revision": None, "tokenizer": "characters"}
+    here = folder / dataset
+    data = {"dataset": str(here) if here.exists() else dataset, "dataset_revision": None, "tokenizer": "characters"}
     data["image_dir"] = image_dir and str(folder / image_dir)
     check_early(settings, SimpleNamespace(**data | splits | options))
 
@@ -119,6 +121,15 @@ def test_what_a_dataset_lacks_is_named(tmp_path, name):
         (tmp_path / "own/data/train-0.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=message):
         check(tmp_path, **asked)
+
+
+def test_a_dataset_on_the_hub(hub, tmp_path):
+    write_dataset(tmp_path, splits=["train", "validation"])
+    HfApi().create_repo("user/some", repo_type="dataset")
+    HfApi().upload_folder(repo_id="user/some", repo_type="dataset", folder_path=tmp_path / "own")
+    with pytest.raises(DataError, match="(?s)user/some has no split 'test'; .*--annotations user/some --images"):
+        check(tmp_path, "user/some")
+    check(tmp_path, "user/some", test_split="validation")
 
 
 def test_no_validation_split_is_needed_without_validation(tmp_path):
