@@ -12,7 +12,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 from trl import TrlParser
 
 from vlmcap.credentials import redact, refuse_credentials
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, needs_file
 from vlmcap.places import as_typed_here, own_file
 from vlmcap.strict_parsing import parse_yaml, shown
 from vlmcap.versions import is_first_process, report_untested_versions
@@ -91,8 +91,7 @@ def _explained(error: OSError, arguments: tuple) -> str:
     place = f"--{near[0][0]} {near[0][1]}: " if near else ""
     place += "" if near and Path(near[0][1]) == path else f"{path} "
     if error.errno == errno.EISDIR:
-        files = sorted(str(entry) for entry in path.iterdir() if entry.is_file())[:3]
-        return f"{place}is a folder, and a file is needed{', such as ' * bool(files)}{', '.join(files)}"
+        return f"{place}{needs_file(path)}"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"{place}is a file, or is in one, and a folder is needed"
     return f"{place}{error.strerror}"
