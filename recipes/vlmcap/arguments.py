@@ -88,8 +88,9 @@ def _explained(error: OSError, arguments: tuple) -> str:
     path = Path(path)
     near = [(name, value) for name, value in _values(arguments) if value and _is_near(path, Path(value))]
     near.sort(key=lambda found: Path(found[1]) != path)  # what was named itself comes first
-    place = f"--{near[0][0]} {near[0][1]}: " if near else ""
-    place += "" if near and Path(near[0][1]) == path else f"{path} "
+    place = f"--{near[0][0]} {near[0][1]}: " if near else f"{path}: "
+    if near and Path(near[0][1]) != path:
+        place += f"{path} "
     if error.errno == errno.EISDIR:
         return f"{place}{needs_file(path)}"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):

@@ -84,7 +84,7 @@ def test_what_scores_and_files_need_is_checked_early(arguments, tmp_path, monkey
     with pytest.raises(UserError, match="spice_dir .*lacks spice-1.0.jar, lib/stanford"):
         check_early(settings, CaptionerDataArguments(**here, spice_dir=str(tmp_path)))
     settings.output_dir = str(tmp_path / "file/out")
-    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file/"):
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file"):
         check_early(settings, CaptionerDataArguments(**here))
     for fields, chain, metric in (
         (CaptionSFTFields, SFT_CONFIG, "loss"),
