@@ -461,6 +461,7 @@ REFUSED = {
         "m.jsonl: line 1: the column caption holds 5, expected a text",
     ),
     "a line that is not JSON": (table('{"image": "b.png"\n', "m.jsonl"), "m.jsonl: line 1: line 1, column"),
+    "a document that is no list": (table("5", "m.json"), "m.json: 5, expected a list of rows, or COCO's form"),
     "a line that is a list": (table("[1]\n", "m.jsonl"), "m.jsonl: line 1: \\[1\\], expected an object"),
     "an id that is a list": (
         table('{"image": "b.png", "image_id": [1], "caption": "x"}', "m.jsonl"),

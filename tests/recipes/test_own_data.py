@@ -64,6 +64,7 @@ RELATIVES = {"sft_blip_vi": "adapter", "sft_vit_gpt2_food": "model", "sft_vit_ll
 def test_own_pictures_through_the_relatives(run_script, english, without_meteor, tmp_path, recipe):
     """Two steps each: through training, captions, scores and card."""
     config = ["--config", f"recipes/configs/{recipe}/demo.yaml", "--tokenizer", "english"]
+    config += ["--early_stopping_patience", 0]
     run_script(f"recipes/{recipe}.py", *config, *SETTINGS, "--dataset", english, "--output_dir", tmp_path / "run")
     trained = tmp_path / "run" / RELATIVES[recipe]
     metrics, said = read(trained / "metrics.json"), captions(trained / "predictions.jsonl")

@@ -179,7 +179,10 @@ def _no_split(
     language: object = None,
 ) -> str:
     """What to say of a split that a dataset does not have."""
-    without = ", train without validation (--eval_strategy no)" if option == "--validation_split" else ""
+    without = (
+        ", train without validation (--eval_strategy no --load_best_model_at_end false --early_stopping_patience 0)"
+    )
+    without = without if option == "--validation_split" else ""
     return (
         f"{dataset} has no split {split!r}; it has {', '.join(info.splits)}. Name one of them with {option}{without},"
         " or draw new splits of all its pictures and give that folder as --dataset:\n "

@@ -159,6 +159,8 @@ def _records(path: Path, args: PublishArguments) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: not a .csv, .tsv, .json or .jsonl file, a folder, or the id of a dataset.")
     if suffix == ".json":
         values = parse_source(path, read_source(path))
+        if not isinstance(values, list):
+            raise DataError(f"{path}: {shown(values)}, expected a list of rows, or COCO's form.")
         found = [(f"{path}: entry {number}", value) for number, value in enumerate(values, 1)]
     else:
         lines = _text(path, args.language).split("\n")
