@@ -46,6 +46,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.atomic_write import check_output
 from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.errors import UserError
 from vlmcap.evaluation.tokenise import TOKENIZERS
@@ -142,6 +143,8 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     where = "output_dir" if args.prompts else "output"
     if not args.list and not ((args.model or args.baseline) and args.dataset and getattr(args, where)):
         raise UserError(f"--model or --baseline, --dataset and --{where} are needed; --help shows examples")
+    if args.output:
+        check_output(Path(args.output))
 
     import torch
     from accelerate import PartialState

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +114,8 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
         (two, ["--eval_strategy", "no", "--early_stopping_patience", "3"], "rank the model by captions of"),
         (two, ["--output_dir", "hf_" + "a" * 34], "--output_dir holds a token"),
         (two, ["--hub_token", "x"], "--hub_token"),
-        (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--push_to_hub needs --hub_model_id USER/NAME"),
+        (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--hub_model_id adapter: give it as USER/NAME"),
+        (two, ["--push_to_hub"], "--push_to_hub needs --hub_model_id USER/NAME"),
         (RECIPES, ["--train_sampling_strategy", "sequential"], "--train_sampling_strategy must stay at its default"),
         (
             two[:1],
@@ -135,6 +138,18 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
     for (program, words, message), answer in zip(commands, found, strict=True):
         assert is_quick(answer) and answer["status"] in (1, 2), (program, words)
         assert message in answer["output"], (program, words, answer["output"])
+
+
+def test_what_a_dataset_lacks_is_named_before_torch(answers, tmp_path):
+    """tests/steps/test_early.py has all that it can lack."""
+    (tmp_path / "own/data").mkdir(parents=True)
+    (tmp_path / "own/README.md").write_text("---\nlicense: mit\n---\n")
+    rows = pa.table({"image_id": [1], "file_name": ["1.png"], "captions": [["犬"]]})
+    pq.write_table(rows, tmp_path / "own/data/train-0.parquet")
+    words = ["--dataset", "own", "--image_dir", ".", "--output_dir", "out", "--tokenizer", "characters"]
+    for recipe, answer in zip(RECIPES, answers(*([recipe, *words] for recipe in RECIPES)), strict=True):
+        assert answer["status"] == 1 and "torch" not in answer["modules"], recipe
+        assert "own has no split 'test'; it has train. Name one of them with --test_split" in answer["output"]
 
 
 def test_what_scripts_miss_at_once(answers):

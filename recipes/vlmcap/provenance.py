@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 
 import psutil
-import torch
 
 from vlmcap.credentials import redact
 from vlmcap.versions import installed_versions
@@ -39,6 +38,8 @@ def git_commit() -> str | None:
 
 def hardware() -> dict:
     """The device the work ran on. Memory sizes are bytes; `device_memory_bytes` is None on a CPU."""
+    import torch  # names, versions and times are asked for where it is not loaded
+
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "device": gpu.name if gpu else "CPU",

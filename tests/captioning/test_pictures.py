@@ -25,6 +25,7 @@ from vlmcap.captioning.pictures import (
 from vlmcap.data.images import BadImageError
 
 NAMES = ["a b.jpg", "100%.PNG", "写真 😀.webp", unicodedata.normalize("NFD", "がぎ.jpeg"), "-dash.gif"]
+NAMES += ["phone.HEIC", "new.avif"]
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def test_a_folder_with_its_subfolders(folder):
     (folder / "photos/notes.txt").write_text("no picture")
     draw(folder / "photos/._a b.jpg")  # macOS's notes on a picture
     found = find_pictures(["photos"])
-    assert found[:5] == [f"photos/{name}" for name in sorted(NAMES)]
-    assert found[5:] == ["photos/one/same.jpg", "photos/two/same.jpg"]
+    assert found[:7] == [f"photos/{name}" for name in sorted(NAMES)]
+    assert found[7:] == ["photos/one/same.jpg", "photos/two/same.jpg"]
     assert all(read_picture(path).size == (4, 3) for path in found)
 
 

@@ -13,11 +13,9 @@ from PIL import Image
 
 from vlmcap.captioning.stream import CaptionStream
 from vlmcap.data.images import BadImageError, open_image
+from vlmcap.data.picture_files import ENDINGS
 from vlmcap.errors import UserError
 
-# Endings of the kinds that are read (vlmcap.data.pictures.FORMATS). They choose files in folders and patterns; a file
-# that is named itself is opened whatever its name is.
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".mpo")
 READ_AHEAD = 8  # pictures that wait for the model,
 WAITING_PIXELS = 200_000_000  # and their pixels: 0.6 GB as RGB, 16 photographs of 12 megapixels
 

@@ -21,6 +21,7 @@ from vlmcap.captioning.predictions import weights_hash
 from vlmcap.captioning.settings import settings_of, write_settings
 from vlmcap.captioning.stream import caption_images
 from vlmcap.data.images import load_captions, open_image
+from vlmcap.data.picture_files import ENDINGS
 from vlmcap.errors import UserError
 from vlmcap.models.blip import load_blip_adapter
 from vlmcap.models.load import load_adapter, load_model, load_processor, resolve_revision
@@ -36,7 +37,6 @@ DTYPES = ("float16", "bfloat16", "float32")
 MERGE = "merge.json"
 METRICS, AUDIT = "adapter_metrics.json", "adapter_audit.json"
 WEIGHTS = "model*.safetensors*"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LICENCE = ("license", "license_name", "license_link")
 BLIP = "sft_blip_vi"
 # Recipes whose results cannot be merged, or need not be.
@@ -257,9 +257,9 @@ def pictures(args, scored_on: dict) -> tuple[str, list[dict]]:
         DataError: as `load_captions`.
     """
     if args.image_dir and not args.dataset:
-        files = sorted(path for path in Path(args.image_dir).glob("*") if path.suffix.lower() in PICTURES)
+        files = sorted(path for path in Path(args.image_dir).glob("*") if path.suffix.lower() in ENDINGS)
         if not files:
-            raise ExportError(f"--image_dir {args.image_dir} holds no picture ({', '.join(PICTURES)})")
+            raise ExportError(f"--image_dir {args.image_dir} holds no picture ({', '.join(ENDINGS)})")
         return local_name(args.image_dir), [
             {"image_id": path.name, "file_name": path.name, "image": {"bytes": None, "path": str(path)}}
             for path in files[: args.check_images]
