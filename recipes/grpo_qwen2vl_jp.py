@@ -1,5 +1,5 @@
 """Train a captioning adapter of sft_qwen2vl_jp.py further on rewards (GRPO): on the metric that it is measured with,
-and on what its captions shall not do. Measure the result beside the base model and the adapter that it started from.
+and on what its captions must not do. Measure the result beside the base model and the adapter that it started from.
 
 One GPU with 16 GB or more, settings of recipes/configs/grpo_qwen2vl_jp/base.yaml:
 

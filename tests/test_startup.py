@@ -105,6 +105,12 @@ def test_a_configuration_with_an_unknown_key(answers, tmp_path):
         assert is_quick(answer) and answer["status"] == 1 and "typo.yaml" in answer["output"], program
 
 
+def needed_by(recipe: str) -> list[str]:
+    """What a recipe must be given: those that train an adapter further, an adapter."""
+    further = recipe.removeprefix("recipes/").startswith(("grpo", "dpo"))
+    return ["--adapter", "x"] if further else []
+
+
 def test_what_recipes_refuse_at_once(answers, tmp_path):
     two = ["recipes/sft_qwen2vl_jp.py", "recipes/sft_blip_vi.py"]  # of either kind: SFTConfig, TrainingArguments
     refused = [
@@ -133,7 +139,9 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
         (RECIPES, ["--dataset", "data/one/more/none"], "data/one/more/none is not a folder"),
     ]
     (tmp_path / "changed.yaml").write_text("dataset: x\noutput_dir: x\nloss_type: dft\n")
-    commands = [(program, words, message) for programs, words, message in refused for program in programs]
+    commands = [
+        (program, words + needed_by(program), message) for programs, words, message in refused for program in programs
+    ]
     found = answers(*([program, *words] for program, words, _ in commands))
     for (program, words, message), answer in zip(commands, found, strict=True):
         assert is_quick(answer) and answer["status"] in (1, 2), (program, words)
@@ -147,7 +155,9 @@ def test_what_a_dataset_lacks_is_named_before_torch(answers, tmp_path):
     rows = pa.table({"image_id": [1], "file_name": ["1.png"], "captions": [["犬"]]})
     pq.write_table(rows, tmp_path / "own/data/train-0.parquet")
     words = ["--dataset", "own", "--image_dir", ".", "--output_dir", "out", "--tokenizer", "characters"]
-    for recipe, answer in zip(RECIPES, answers(*([recipe, *words] for recipe in RECIPES)), strict=True):
+    for recipe, answer in zip(
+        RECIPES, answers(*([recipe, *words, *needed_by(recipe)] for recipe in RECIPES)), strict=True
+    ):
         assert answer["status"] == 1 and "torch" not in answer["modules"], recipe
         assert "own has no split 'test'; it has train. Name one of them with --test_split" in answer["output"]
 

@@ -189,7 +189,7 @@ class BranchGenerator:
         generator: of the samples.
         endings: token ids that end the prompt, for several prompts of each picture: what they begin with, the picture
             too, runs once for all. A picture gets a caption for each ending.
-        draws: of the samples instead, for those that shall not depend on which pictures are in work together: number
+        draws: of the samples instead, which then do not depend on which pictures are in work together: number
             of a picture -> uniform numbers in [0, 1), float32, (num_return_sequences, max_new_tokens).
     """
 
