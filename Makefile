@@ -23,8 +23,8 @@ export GOMP_SPINCOUNT = 20000
 # 2.0 times slower, two are up to 7.5 times (scripts/bench_threads.py, 2 cores, AVX2, one round): one thread is never bad.
 demo demo-family demo-smollm2 demo-reward ablation serve-check test test-all: export OMP_NUM_THREADS = 1
 
-.PHONY: setup setup-test test test-all lint fuzz demo demo-family demo-smollm2 demo-reward rehearsal ablation serve-check \
-	miniature clean
+.PHONY: setup setup-test test test-all lint fuzz demo demo-family demo-smollm2 demo-reward rehearsal ablation gpu-check \
+	serve-check miniature clean
 
 setup: $(VENV)/.ready
 
@@ -143,6 +143,10 @@ rehearsal: setup
 ablation: export HF_HUB_OFFLINE = 1
 ablation: setup $(DEMO)/dataset/README.md
 	$(VENV_PYTHON) scripts/run_ablation.py --config recipes/configs/sft_qwen2vl_jp/ablation_demo.yaml
+
+# On a GPU, in nine minutes: what the READMEs say of GPUs. GPU_CHECK="--minutes 30" changes an option.
+gpu-check: setup
+	$(VENV_PYTHON) scripts/gpu_check.py --json outputs/gpu_check.json $(GPU_CHECK)
 
 # The demo's adapter as one model, on a real vLLM and on transformers' server: their captions against transformers' own.
 # Not part of `make test-all`: the servers' environments take 10 GB and minutes to build.

@@ -29,8 +29,10 @@ model's, finds the captions that were cut at max_new_tokens; without it the last
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.atomic_write import check_output
 from vlmcap.captioning.arguments import HELD_BACK
 from vlmcap.errors import UserError
 
@@ -82,6 +84,7 @@ def load_rows(dataset: str, split: str, image_dir: str | None):
 def main(args: AuditArguments) -> None:
     if args.predictions is None and not args.compare:
         raise UserError("give --predictions FILE, or --compare with two audits")
+    check_output(Path(args.output))
 
     from transformers import AutoTokenizer
 

@@ -8,7 +8,7 @@ The same pictures go through four engines, in turn, so that other work on the ma
     stock          `generate`, beam 3, batches of 16, as a careful user writes it
     branches       beams as branches of one sequence, continuous batching (vlmcap/captioning/branches.py)
     stock_both     `generate` with the base model, then with the adapter
-    branches_both  both in one pass, the vision encoder once for both (vlmcap/captioning/both.py)
+    branches_both  both in one pass, the vision encoder once for both (vlmcap/captioning/engines.py)
 
 Weights are random. Captions end at lengths that are drawn from real STAIR captions, the same for all engines. Resizing
 pictures is part of the time, reading them from disk is not. A speed is that of the fastest round.
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.atomic_write import write_atomically
 from vlmcap.experiments.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,10 +32,16 @@ ENGINES = ("stock", "branches", "stock_both", "branches_both")
 class BenchArguments:
     preset: str = field(default="cpu_proxy", metadata={"help": f"One of {', '.join(PRESETS)}."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint of that size; left out, random weights are drawn."}
+    )
+    json: str | None = field(
+        default=None, metadata={"help": "File to write the figures to, after every round those until then."}
+    )
     engines: list[str] = field(default_factory=lambda: list(ENGINES), metadata={"help": f"Of {', '.join(ENGINES)}."})
     images: int = field(default=32, metadata={"help": "Pictures, of 640 x 480 pixels."})
     batch_size: int = field(default=16, metadata={"help": "Pictures at once."})
+    max_new_tokens: int = field(default=64, metadata={"help": "A caption is cut after this many tokens."})
     num_beams: int = field(default=3, metadata={"help": "Beam width."})
     rounds: int = field(default=2, metadata={"help": "Rounds; in each, every engine runs in turn."})
     max_pixels: int = field(default=313_600, metadata={"help": "313600 gives 391 image tokens, 200704 gives 247."})
@@ -59,7 +66,7 @@ def main(args: BenchArguments) -> None:
     import torch
 
     from vlmcap.experiments.bench import build_checkpoint
-    from vlmcap.experiments.captioning_bench import Bench, measure, summarise
+    from vlmcap.experiments.captioning_bench import Bench, draw_lengths, measure, random_model, summarise
     from vlmcap.models.load import load_processor
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -68,13 +75,16 @@ def main(args: BenchArguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
-        build_checkpoint(preset, processor, folder / "model", args.seed)
-        bench = Bench(args, preset, folder, processor)
-        result = summarise(args, bench, measure(bench, args.engines, args.rounds, args.device))
+        if args.model is None:
+            build_checkpoint(preset, processor, folder / "model", args.seed)
+        model = random_model(args.model or folder / "model", preset, args.seed)
+        bench = Bench(args, model, processor, draw_lengths(args.images, args.seed))
+        for measured in measure(bench, args.engines, args.rounds, args.device):
+            result = summarise(args, bench, measured)
+            if args.json:
+                write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
     print()
     print(table(result))
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlmcap.arguments import run_main
+from vlmcap.atomic_write import write_atomically
 from vlmcap.experiments.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -49,13 +50,18 @@ ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_pref
 
 @dataclass
 class BenchArguments:
-    preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (106M parameters) or qwen2vl_2b."})
+    preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (106M parameters), qwen2vl_2b, or tiny."})
     method: Literal["sft", "dpo", "grpo"] = field(
         default="sft",
         metadata={"help": "Training on captions, on preferences (a pair of each image) or on rewards (five samples)."},
     )
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder of a checkpoint of that size; left out, random weights are drawn."}
+    )
+    json: str | None = field(
+        default=None, metadata={"help": "File to write the figures to, after every round those until then."}
+    )
     engines: list[str] = field(
         default_factory=lambda: list(ENGINES)[:3], metadata={"help": f"Of {', '.join(ENGINES)} (CUDA only)."}
     )
@@ -97,6 +103,7 @@ def main(args: BenchArguments) -> None:
         sys.exit("error: --memory_gib bounds a GPU's memory: add --device cuda")
 
     import torch
+    from transformers import PrinterCallback
 
     from vlmcap.experiments import bench
     from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
@@ -113,41 +120,42 @@ def main(args: BenchArguments) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
-        bench.build_checkpoint(preset, processor, folder / "model", args.seed)
+        if args.model is None:
+            bench.build_checkpoint(preset, processor, folder / "model", args.seed)
         rows = bench.build_rows(args.images, folder, args.seed)
         if args.method != "sft":
-            return report(*_of_captions_compared(args, preset, folder, processor, rows), args.json)
+            return compare_captions(args, preset, folder, processor, rows)
         trainers = {e: bench.build_trainer(e, args, preset, folder, processor, rows) for e in args.engines}
         watches = {engine: bench.Watch(args.device) for engine in trainers}
         for engine, trainer in trainers.items():
             trainer.add_callback(watches[engine])
+            trainer.remove_callback(PrinterCallback)
         adapter = bench.random_adapter(next(iter(trainers.values())).model, args.seed)
         first = bench.compare_first_steps(trainers, watches, adapter)
+        examples = [{"row": number, "captions": row["captions"]} for number, row in enumerate(rows)]
+        bad_images = BadImages(folder / "bad_images.jsonl", limit=0)
+        model = base_model(next(iter(trainers.values())).model)
+        batch = SharedPrefixCollator(rows, processor, JAPANESE_PROMPT, bad_images, model)(examples)
         for number in range(args.rounds):
             for engine, trainer in trainers.items():
                 for _ in range(ENGINES[engine]):
                     bench.step(trainer, adapter)
                 print(f"round {number + 1}: {engine:<16}{watches[engine].seconds[-1]:9.3f} s a step", flush=True)
-        examples = [{"row": number, "captions": row["captions"]} for number, row in enumerate(rows)]
-        bad_images = BadImages(folder / "bad_images.jsonl", limit=0)
-        model = base_model(next(iter(trainers.values())).model)
-        batch = SharedPrefixCollator(rows, processor, JAPANESE_PROMPT, bad_images, model)(examples)
-        result = bench.summarise(args, preset, trainers, watches, first, batch)
-    report(result, table(result), args.json)
+            result = bench.summarise(args, preset, trainers, watches, first, batch)
+            if args.json:
+                write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
+    print(f"\n{table(result)}")
 
 
-def _of_captions_compared(args: BenchArguments, *what) -> tuple[dict, str]:
+def compare_captions(args: BenchArguments, *what) -> None:
+    """The methods that learn from captions compared with each other."""
     from vlmcap.experiments import preference_bench, reward_bench
 
     bench = {"dpo": preference_bench, "grpo": reward_bench}[args.method]
     result = bench.measure(args, *what)
-    return result, bench.table(result)
-
-
-def report(result: dict, lines: str, path: str | None) -> None:
-    print(f"\n{lines}")
-    if path:
-        Path(path).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{bench.table(result)}")
+    if args.json:
+        write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def main(args: CaptionArguments) -> None:
     from vlmcap.captioning.output import caption_paths, journal_path, read_journal, write_formatted
     from vlmcap.captioning.pictures import (
         PictureError,
-        caption_batches,
+        caption_pictures,
         find_pictures,
         printable,
         read_picture,
@@ -49,16 +49,16 @@ def main(args: CaptionArguments) -> None:
 
     paths = find_pictures(args.pictures)
     if args.server:
-        from vlmcap.captioning.server import open_server, server_batches
+        from vlmcap.captioning.server import open_server, server_captions
 
         server = open_server(args)
-        caption, record = partial(server_batches, server=server, concurrency=args.concurrency), server.record()
+        caption, record = partial(server_captions, server=server, concurrency=args.concurrency), server.record()
         japanese = True
     else:
         from vlmcap.captioning.captioner import load_captioner
 
         captioner = load_captioner(args)
-        caption = partial(caption_batches, caption=captioner, batch_size=args.batch_size, workers=args.workers)
+        caption = partial(caption_pictures, stream=captioner.stream, workers=args.workers)
         record, japanese = captioner.record, captioner.record["prompt"] is not None
     failed = caption_paths(paths, caption, args, record)
 

@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.atomic_write import check_writable
+from vlmcap.atomic_write import check_output
 from vlmcap.evaluation.caption_files import ScoreError, read_references
 from vlmcap.evaluation.scoring import ScoreOptions, score_table, write_idf, write_metrics
 from vlmcap.evaluation.tokenise import TOKENIZERS
@@ -76,7 +76,7 @@ def main(args: EvalArguments, options: ScoreOptions) -> None:
         raise ScoreError("give the references either as --references FILE or as --dataset ID_OR_DIR, one of the two")
     if (args.predictions is None) == (args.write_idf is None):
         raise ScoreError("give either --predictions FILE to score or --write_idf FILE to write an idf, one of the two")
-    check_writable(Path(args.write_idf or args.output).parent)
+    check_output(Path(args.write_idf or args.output))
     if args.references is not None:
         references = read_references(args.references)
     else:

@@ -42,11 +42,11 @@ An interrupted run continues when the same command is run again. Several GPUs sh
 launch`, except for models in an environment of their own.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlmcap.arguments import run_main
+from vlmcap.atomic_write import check_output
 from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.errors import UserError
 from vlmcap.evaluation.tokenise import TOKENIZERS
@@ -143,6 +143,8 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     where = "output_dir" if args.prompts else "output"
     if not args.list and not ((args.model or args.baseline) and args.dataset and getattr(args, where)):
         raise UserError(f"--model or --baseline, --dataset and --{where} are needed; --help shows examples")
+    if args.output:
+        check_output(Path(args.output))
 
     import torch
     from accelerate import PartialState
@@ -156,9 +158,9 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         table_text,
         without_prompt,
     )
-    from vlmcap.captioning.generate import generate
     from vlmcap.captioning.isolated import generate_isolated, isolated_record, start_isolated
     from vlmcap.captioning.predictions import model_record
+    from vlmcap.captioning.split import caption_split_prompts
     from vlmcap.data.images import check_images, dataset_record, load_captions, references_of
     from vlmcap.evaluation.scoring import check_references
     from vlmcap.models.load import (
@@ -220,14 +222,17 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         record["model"] = model_record(model, name, revision, args.adapter, adapter and adapter.revision)
     if row:
         record["model"] |= {"baseline": row.key, "license": row.license}
-    with isolated or nullcontext():
-        for folder, (kind, prompt) in prompts.items():
-            output = Path(args.output_dir, folder, "predictions.jsonl") if args.prompts else Path(args.output)
-            asked = replace(generation_args, prompt=prompt)
-            if isolated:
-                generate_isolated(isolated, rows, output, asked, record | {"prompt_kind": kind})
-            else:
-                generate(model, processor, rows, output, asked, record | {"prompt_kind": kind})
+    files, asked = [], []
+    for folder, (kind, prompt) in prompts.items():
+        output = Path(args.output_dir, folder, "predictions.jsonl") if args.prompts else Path(args.output)
+        files.append((output, record | {"prompt_kind": kind}))
+        asked.append(replace(generation_args, prompt=prompt))
+    if isolated:
+        with isolated:
+            for file, one in zip(files, asked, strict=True):
+                generate_isolated(isolated, rows, file[0], one, file[1])
+    else:
+        caption_split_prompts(model, processor, rows, files, asked)
     if not PartialState().is_main_process:
         return
     if args.prompts:

@@ -16,7 +16,6 @@ The Space is private unless --public is given. For a private adapter, put a toke
 secret HF_TOKEN.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from vlmcap.arguments import run_main
@@ -36,10 +35,8 @@ class PublishSpaceArguments:
 def main(args: PublishSpaceArguments) -> None:
     from vlmcap.upload import check_push_rights
 
-    if args.repo_id and "/" not in args.repo_id:
-        sys.exit(f"error: --repo_id {args.repo_id}: give it as USER/NAME")
     if args.repo_id:
-        check_push_rights(args.repo_id, "--repo_id", "space", private=not args.public)
+        check_push_rights(args.repo_id, "--repo_id", "space", private=not args.public, asked="--repo_id")
 
     from vlmcap.reporting.caption_space import push_caption_space, write_caption_space
 

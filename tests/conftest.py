@@ -83,6 +83,8 @@ SLOW = [
     ("reporting/test_snippets.py", "adapter", "models that cards load"),
     ("reporting/test_caption_space.py", "adapter", "models that cards load"),
     ("experiments/test_bench.py", "run_script", "a benchmark"),
+    ("experiments/test_gpu_check.py", "run_script", "a benchmark"),
+    ("experiments/test_serving.py", "server", "Python started anew"),
     ("training/test_validation.py", "", "whole training runs"),
     ("training/test_trackers.py", "make", "whole training runs"),
     ("invariants/test_precision.py", "", "whole training runs"),

@@ -125,14 +125,23 @@ def test_a_program_may_have_a_configuration_of_its_own(tmp_path, monkeypatch, wo
     assert seen[0].steps == steps
 
 
-@pytest.mark.parametrize("error", [UserError("a.json: no caption. Add one."), OSError(28, "No space left", "a")])
-def test_what_the_user_can_fix_ends_with_its_message(error):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("a.json: no caption. Add one."), "a.json: no caption. Add one."),
+        (OSError(28, "No space left", "a"), "--output_dir a: No space left"),
+        (OSError(28, "No space left", "a/b"), "--output_dir a: a/b No space left"),
+        (OSError(28, "No space left", "elsewhere"), "elsewhere: No space left"),
+        (OSError("no words of the system's"), "no words of the system's"),
+    ],
+)
+def test_what_the_user_can_fix_ends_with_its_message(error, message):
     def main(arguments: Arguments) -> None:
         raise error
 
     with pytest.raises(SystemExit) as ended:
         run_main(main, MANUAL, Arguments, command_line=["--output_dir", "a"])
-    assert ended.value.code == f"error: {error}"
+    assert ended.value.code == f"error: {message}"
 
 
 def test_ctrl_c_ends_with_a_line_and_its_status(monkeypatch, capsys):

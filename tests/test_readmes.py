@@ -34,6 +34,7 @@ RUN_BY = {
     "scripts/eval_captioning.py": "tests/evaluation/test_eval_script.py",
     "scripts/export_model.py": "tests/steps/test_export.py",
     "scripts/fetch_images.py": "tests/data/test_fetch.py",
+    "scripts/gpu_check.py": "tests/experiments/test_gpu_check.py",
     "scripts/hold_out_captions.py": "tests/evaluation/test_eval_script.py",
     "scripts/human_eval.py": "tests/human/test_human.py",
     "scripts/infer_baseline.py": "tests/captioning/test_baselines_script.py",

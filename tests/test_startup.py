@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +105,12 @@ def test_a_configuration_with_an_unknown_key(answers, tmp_path):
         assert is_quick(answer) and answer["status"] == 1 and "typo.yaml" in answer["output"], program
 
 
+def needed_by(recipe: str) -> list[str]:
+    """What a recipe must be given: those that train an adapter further, an adapter."""
+    further = recipe.removeprefix("recipes/").startswith(("grpo", "dpo"))
+    return ["--adapter", "x"] if further else []
+
+
 def test_what_recipes_refuse_at_once(answers, tmp_path):
     two = ["recipes/sft_qwen2vl_jp.py", "recipes/sft_blip_vi.py"]  # of either kind: SFTConfig, TrainingArguments
     refused = [
@@ -112,7 +120,8 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
         (two, ["--eval_strategy", "no", "--early_stopping_patience", "3"], "rank the model by captions of"),
         (two, ["--output_dir", "hf_" + "a" * 34], "--output_dir holds a token"),
         (two, ["--hub_token", "x"], "--hub_token"),
-        (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--push_to_hub needs --hub_model_id USER/NAME"),
+        (two, ["--push_to_hub", "--hub_model_id", "adapter"], "--hub_model_id adapter: give it as USER/NAME"),
+        (two, ["--push_to_hub"], "--push_to_hub needs --hub_model_id USER/NAME"),
         (RECIPES, ["--train_sampling_strategy", "sequential"], "--train_sampling_strategy must stay at its default"),
         (
             two[:1],
@@ -130,17 +139,33 @@ def test_what_recipes_refuse_at_once(answers, tmp_path):
         (RECIPES, ["--dataset", "data/one/more/none"], "data/one/more/none is not a folder"),
     ]
     (tmp_path / "changed.yaml").write_text("dataset: x\noutput_dir: x\nloss_type: dft\n")
-    commands = [(program, words, message) for programs, words, message in refused for program in programs]
+    commands = [
+        (program, words + needed_by(program), message) for programs, words, message in refused for program in programs
+    ]
     found = answers(*([program, *words] for program, words, _ in commands))
     for (program, words, message), answer in zip(commands, found, strict=True):
         assert is_quick(answer) and answer["status"] in (1, 2), (program, words)
         assert message in answer["output"], (program, words, answer["output"])
 
 
+def test_what_a_dataset_lacks_is_named_before_torch(answers, tmp_path):
+    """tests/steps/test_early.py has all that it can lack."""
+    (tmp_path / "own/data").mkdir(parents=True)
+    (tmp_path / "own/README.md").write_text("---\nlicense: mit\n---\n")
+    rows = pa.table({"image_id": [1], "file_name": ["1.png"], "captions": [["犬"]]})
+    pq.write_table(rows, tmp_path / "own/data/train-0.parquet")
+    words = ["--dataset", "own", "--image_dir", ".", "--output_dir", "out", "--tokenizer", "characters"]
+    for recipe, answer in zip(
+        RECIPES, answers(*([recipe, *words, *needed_by(recipe)] for recipe in RECIPES)), strict=True
+    ):
+        assert answer["status"] == 1 and "torch" not in answer["modules"], recipe
+        assert "own has no split 'test'; it has train. Name one of them with --test_split" in answer["output"]
+
+
 def test_what_scripts_miss_at_once(answers):
     missing = {
         "scripts/audit_captions.py": ([], "give --predictions FILE"),
-        "scripts/bench_training.py": (["--preset", "tiny"], "'tiny' is none of"),
+        "scripts/bench_training.py": (["--preset", "huge"], "'huge' is none of"),
         "scripts/bench_time_to_quality.py": (["--timing_rounds", "0"], "timing.json does not exist"),
         "scripts/caption.py": (["photo.jpg"], "--adapter, --model or --server are needed"),
         "scripts/eval_captioning.py": ([], "give the references"),

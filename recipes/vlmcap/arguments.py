@@ -1,17 +1,18 @@
 """The command line of every script and recipe: dataclass fields, `--config file.yaml`, and the manual as help."""
 
 import argparse
+import errno
 import signal
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from trl import TrlParser
 
 from vlmcap.credentials import redact, refuse_credentials
-from vlmcap.errors import UserError
+from vlmcap.errors import UserError, needs_file
 from vlmcap.places import as_typed_here, own_file
 from vlmcap.strict_parsing import parse_yaml, shown
 from vlmcap.versions import is_first_process, report_untested_versions
@@ -50,7 +51,9 @@ def run_main(
         if is_first_process():
             print(f"\nInterrupted. {interrupted}".rstrip(), file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (OSError, UserError) as error:
+    except OSError as error:
+        sys.exit(f"error: {redact(as_typed_here(_explained(error, arguments)))}")
+    except UserError as error:
         sys.exit(f"error: {redact(as_typed_here(str(error)))}")
 
 
@@ -75,6 +78,38 @@ def parse(manual: str, *dataclasses: type, command_line: list[str] | None = None
         return arguments
     except (OSError, ValueError) as error:
         sys.exit(f"error: {redact(str(error))}")
+
+
+def _explained(error: OSError, arguments: tuple) -> str:
+    """What the system says of a file, with the option that named it, and what is needed there instead."""
+    path = error.filename2 or error.filename
+    if error.errno is None or not isinstance(path, str | Path):
+        return str(error)
+    path = Path(path)
+    near = [(name, value) for name, value in _values(arguments) if value and _is_near(path, Path(value))]
+    near.sort(key=lambda found: Path(found[1]) != path)  # what was named itself comes first
+    place = f"--{near[0][0]} {near[0][1]}: " if near else f"{path}: "
+    if near and Path(near[0][1]) != path:
+        place += f"{path} "
+    if error.errno == errno.EISDIR:
+        return f"{place}{needs_file(path)}"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{place}is a file, or is in one, and a folder is needed"
+    return f"{place}{error.strerror}"
+
+
+def _is_near(path: Path, named: Path) -> bool:
+    """Whether a path is the one that a setting names, or is in it, or the other way round."""
+    return named != Path() and (path.is_relative_to(named) or (named.is_relative_to(path) and path != Path()))
+
+
+def _values(arguments: tuple) -> Iterator[tuple[str, str]]:
+    """(option, one of its texts): of a list each; of NAME=FILE the file."""
+    for group in arguments:
+        for name, value in vars(group).items():
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, str):
+                    yield name, one.partition("=")[2] or one
 
 
 def _leave_out_revisions(arguments: object, config: dict, words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Files that are whole or not there."""
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -26,8 +27,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def check_writable(folder: Path) -> None:
     """Raises OSError unless a file can be made in the folder or, where it does not exist, in the nearest that does."""
-    with tempfile.TemporaryFile(dir=next(path for path in (folder, *folder.absolute().parents) if path.exists())):
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    with tempfile.TemporaryFile(dir=there):
         pass
+
+
+def check_output(path: Path) -> None:
+    """Raises OSError unless a file can be written there: before work whose result it will hold."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    check_writable(path.parent)
 
 
 def git_blob_id(content: bytes) -> str:

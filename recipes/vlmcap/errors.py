@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -9,6 +10,12 @@ class UserError(ValueError):
 
     Scripts and recipes end with the message instead of a traceback, see `vlmcap.arguments.run_main`.
     """
+
+
+def needs_file(folder: Path) -> str:
+    """What to say where a folder was given for a file, with files that are in it."""
+    files = [str(path) for path in sorted(folder.glob("*")) if path.is_file()]
+    return f"is a folder, and a file is needed{', such as ' if files else ''}{', '.join(files[:3])}"
 
 
 def notice(text: str) -> None:

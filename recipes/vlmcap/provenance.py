@@ -4,13 +4,12 @@ import datetime
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import psutil
-import torch
 
 from vlmcap.credentials import redact
+from vlmcap.versions import installed_versions
 
 LIBRARIES = (
     "vlmcap torch torchvision transformers trl peft bitsandbytes datasets accelerate huggingface-hub fugashi "
@@ -19,8 +18,8 @@ LIBRARIES = (
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that shape a result."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES}
+    """Versions of Python and of the libraries that shape a result; what is not installed is left out."""
+    return {"python": platform.python_version()} | installed_versions(LIBRARIES)
 
 
 def git_commit() -> str | None:
@@ -39,6 +38,8 @@ def git_commit() -> str | None:
 
 def hardware() -> dict:
     """The device the work ran on. Memory sizes are bytes; `device_memory_bytes` is None on a CPU."""
+    import torch  # names, versions and times are asked for where it is not loaded
+
     gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "device": gpu.name if gpu else "CPU",

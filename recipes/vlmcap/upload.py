@@ -132,19 +132,26 @@ def push_folder(
 
 
 def check_push_rights(
-    repo_id: str | None, option: str = "--hub_model_id", repo_type: RepoType = "model", private: bool = True
+    repo_id: str | None,
+    option: str = "--hub_model_id",
+    repo_type: RepoType = "model",
+    private: bool = True,
+    asked: str = "--push_to_hub",
 ) -> None:
     """Asks before hours of work whether `push_folder` may do what it will do then.
 
     Args:
         option: the one that names `repo_id`, for the error's message.
+        asked: the one without which nothing is pushed.
 
     Raises:
         PushError: `repo_id` is not the name of a repository, the Hub's token may not write to its namespace, or the
             repository exists with another visibility.
     """
-    if not repo_id or "/" not in repo_id:
-        raise PushError(f"--push_to_hub needs {option} USER/NAME, not {repo_id!r}")
+    if not repo_id:
+        raise PushError(f"{asked} needs {option} USER/NAME")
+    if "/" not in repo_id:
+        raise PushError(f"{option} {repo_id}: give it as USER/NAME")
     api = HfApi()
     try:
         validate_repo_id(repo_id)
@@ -153,15 +160,17 @@ def check_push_rights(
     try:
         account = patiently(api.whoami)
     except FAILURES as error:
-        fix = "`hf auth login` logs in" if is_refused(error) else "start again when it can, or without --push_to_hub"
-        raise PushError(f"--push_to_hub: the Hub does not say who you are: {reason(error)}; {fix}") from error
+        fix = "`hf auth login` logs in" if is_refused(error) else f"start again when it can, or without {asked}"
+        raise PushError(f"{asked}: the Hub does not say who you are: {reason(error)}; {fix}") from error
     namespaces = [account["name"], *(org["name"] for org in account.get("orgs", []))]
     if repo_id.split("/")[0] not in namespaces:
         raise PushError(f"{option} {repo_id}: {account['name']} can push to {', '.join(namespaces)} only")
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise PushError(f"--push_to_hub: the token of {account['name']} may only read; log in with one that may write")
+        raise PushError(f"{asked}: the token of {account['name']} may only read; log in with one that may write")
     try:
-        _check_visibility(patiently(lambda: api.repo_info(repo_id, repo_type=repo_type)), private)
+        there = patiently(lambda: api.repo_info(repo_id, repo_type=repo_type))
+        # Recipes push privately and have no --public.
+        _check_visibility(there, private, later=option == "--hub_model_id")
     except RepositoryNotFoundError:
         return  # the push will make it
     except FAILURES as error:
@@ -247,12 +256,17 @@ def is_refused(error: Exception) -> bool:
     return isinstance(cause, LocalTokenNotFoundError)
 
 
-def _check_visibility(there: RepoInfo, private: bool) -> None:
+def _check_visibility(there: RepoInfo, private: bool, later: bool = False) -> None:
+    """Raises ValueError where the repository has another visibility. `later`: --public is an option of push_adapter.py
+    alone."""
     if there.private != private:
         is_now, asked = ("public", "private") if private else ("private", "public")
+        option = "pass --public" if private else "leave out --public"
+        if later:
+            option = "push later with scripts/push_adapter.py --public"
         raise ValueError(
             f"the repository exists and is {is_now}, but {asked} was asked for. Change its visibility in its "
-            f"settings on the Hub, or {'pass' if private else 'leave out'} --public"
+            f"settings on the Hub, or {option}"
         )
 
 

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 
 # Libraries whose private methods this project overrides or calls (library_overrides.yaml). setup.cfg accepts these
@@ -26,9 +28,18 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Name -> version of the packages that are installed. With the clone on PYTHONPATH, vlmcap is none of them."""
+    found = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def untested_versions() -> str | None:
     """A line that names each library of another minor version than the tested ones, and those; None without any."""
-    found = {name: metadata.version(name) for name in TESTED}
+    found = installed_versions(TESTED)
     others = [
         f"{name} {version} is installed, and tested is {' and '.join(TESTED[name])}"
         for name, version in found.items()

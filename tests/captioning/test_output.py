@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmcap.captioning.arguments import CaptionArguments
 from vlmcap.captioning.output import caption_paths, journal_path, read_journal, write_formatted
-from vlmcap.captioning.pictures import PictureError, caption_batches
+from vlmcap.captioning.pictures import PictureError, caption_pictures
 from vlmcap.captioning.predictions import PredictionsError
 from vlmcap.evaluation.caption_files import read_predictions
 
@@ -33,19 +33,23 @@ class Model:
     def __init__(self, kill_at=None, captions=1):
         self.seen, self.kill_at, self.captions = [], kill_at, captions
 
-    def __call__(self, images):
-        if self.kill_at is not None and len(self.seen) >= self.kill_at:
-            os._exit(9)
-        self.seen += [image.getpixel((0, 0))[0] for image in images]
-        return [[f"色 {image.getpixel((0, 0))[0]}, {n}" for n in range(self.captions)] for image in images]
+    def prepare(self, image):
+        return image.getpixel((0, 0))[0]
 
-    def batches(self, paths):
-        return caption_batches(paths, self, batch_size=2, workers=2)
+    def run(self, colours):
+        for colour in colours:
+            if self.kill_at is not None and len(self.seen) >= self.kill_at:
+                os._exit(9)
+            self.seen.append(colour)
+            yield [f"色 {colour}, {n}" for n in range(self.captions)]
+
+    def stream(self, paths):
+        return caption_pictures(paths, self, workers=2)
 
 
 def run(paths, model, record=RECORD, **options):
     args = CaptionArguments(pictures=paths, num_captions=model.captions, **options)
-    return args, caption_paths(paths, model.batches, args, record)
+    return args, caption_paths(paths, model.stream, args, record)
 
 
 def text(name: str) -> str:
@@ -80,12 +84,12 @@ def test_json_lines_are_predictions_and_continue(paths):
 @pytest.mark.parametrize(
     "options", [{"output": "c.jsonl"}, {"output": "c.csv"}, {"output": "c.jsonl", "sidecar": True}]
 )
-def test_killed_at_any_batch_it_continues(paths, kill_at, options):
+def test_killed_at_any_picture_it_continues(paths, kill_at, options):
     status = in_fork(lambda: run(paths, Model(kill_at), **options))
     assert status == 9
     journal = journal_path(CaptionArguments(**options))
     kept = journal.read_bytes().count(b"\n")
-    assert kept >= kill_at - 1  # of nine: all but those of the batch in work
+    assert kept == kill_at
     with journal.open("ab") as file:
         file.write(b'{"image_id": "half')  # as a kill in the middle of a write leaves it
     model = Model()
@@ -179,20 +183,20 @@ def test_what_is_not_continued(paths):
 
 def test_two_commands_do_not_write_one_file(paths):
     class Second(Model):
-        def __call__(self, images):
+        def run(self, colours):
             with pytest.raises(PictureError, match="another command is writing c.jsonl"):
                 run(paths, Model(), output="c.jsonl")
-            return super().__call__(images)
+            return super().run(colours)
 
     run(paths[:2], Second(), output="c.jsonl")
 
 
 def test_a_full_disk_keeps_what_is_written(paths):
-    def batches(todo):
-        yield from list(Model().batches(todo))[:2]
+    def full(todo):
+        yield from list(Model().stream(todo))[:4]
         raise OSError(28, "No space left on device")
 
     args = CaptionArguments(pictures=paths, output="c.jsonl")
     with pytest.raises(PictureError, match="No space left on device.*run the same command again"):
-        caption_paths(paths, batches, args, RECORD)
+        caption_paths(paths, full, args, RECORD)
     assert len(list(read_journal(journal_path(args)))) == 3

@@ -6,6 +6,7 @@ import sys
 import threading
 import unicodedata
 import weakref
+from collections import deque
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,7 @@ from PIL import Image
 from vlmcap.captioning import pictures
 from vlmcap.captioning.pictures import (
     PictureError,
-    batches_of,
-    caption_batches,
+    caption_pictures,
     find_pictures,
     printable,
     read_ahead,
@@ -25,6 +25,7 @@ from vlmcap.captioning.pictures import (
 from vlmcap.data.images import BadImageError
 
 NAMES = ["a b.jpg", "100%.PNG", "写真 😀.webp", unicodedata.normalize("NFD", "がぎ.jpeg"), "-dash.gif"]
+NAMES += ["phone.HEIC", "new.avif"]
 
 
 @pytest.fixture
@@ -45,8 +46,8 @@ def test_a_folder_with_its_subfolders(folder):
     (folder / "photos/notes.txt").write_text("no picture")
     draw(folder / "photos/._a b.jpg")  # macOS's notes on a picture
     found = find_pictures(["photos"])
-    assert found[:5] == [f"photos/{name}" for name in sorted(NAMES)]
-    assert found[5:] == ["photos/one/same.jpg", "photos/two/same.jpg"]
+    assert found[:7] == [f"photos/{name}" for name in sorted(NAMES)]
+    assert found[7:] == ["photos/one/same.jpg", "photos/two/same.jpg"]
     assert all(read_picture(path).size == (4, 3) for path in found)
 
 
@@ -128,10 +129,27 @@ def test_order_and_errors_of_reading_ahead():
     assert isinstance(found[3][1], BadImageError)
 
 
+class Stream:
+    """In place of CaptionStream: says what `say` makes of a picture, three pictures after it took it."""
+
+    def __init__(self, say):
+        self.say = say
+
+    def prepare(self, image):
+        return image
+
+    def run(self, images):
+        waiting = deque()
+        for image in images:
+            waiting.append(self.say(image))
+            if len(waiting) > 3:
+                yield waiting.popleft()
+        yield from waiting
+
+
 @pytest.mark.parametrize("count", [100, 1000])
 def test_few_pictures_are_alive_whatever_their_number(count):
-    """Those of one batch at the model, and those that wait: never more, for any number of pictures."""
-    batch_size, workers = 8, 3
+    workers = 3
     lock, alive, most = threading.RLock(), 0, 0  # a finalizer may run while the lock is held
 
     def gone():
@@ -147,34 +165,24 @@ def test_few_pictures_are_alive_whatever_their_number(count):
         weakref.finalize(image, gone)
         return image
 
-    def caption(images):
+    def say(image):
         nonlocal most
         most = max(most, alive)
-        return [["a caption"]] * len(images)
+        return ["a caption"]
 
-    done = 0
-    for batch in caption_batches(map(str, range(count)), caption, batch_size, workers, read):
-        done += len(batch)
-    assert done == count
-    assert batch_size <= most <= 2 * batch_size + workers + 2  # two: on their way from one place to the other
+    found = list(caption_pictures(map(str, range(count)), Stream(say), workers, read))
+    assert [path for path, _ in found] == list(map(str, range(count)))
+    assert 2 <= most <= pictures.READ_AHEAD + workers + 3  # three: on their way from one place to the other
 
 
-def test_large_pictures_wait_in_smaller_numbers(monkeypatch):
-    monkeypatch.setattr(pictures, "WAITING_PIXELS", 250)
-    images = [Image.new("RGB", (10, 10)) for _ in range(7)] + [Image.new("RGB", (30, 10))]
-    batches = [[path for path, _ in batch] for batch in batches_of(zip("abcdefgh", images, strict=True), 3)]
-    assert batches == [["a", "b"], ["c", "d"], ["e", "f"], ["g"], ["h"]]
-    batches = [[path for path, _ in batch] for batch in batches_of([(p, BadImageError(p, "x")) for p in "abcd"], 3)]
-    assert batches == [["a", "b", "c"], ["d"]]
+@pytest.mark.parametrize("broken", ["x..y", "xx..", "..xx", "x", "xxxx", "....."])
+def test_captions_are_those_of_their_pictures_whatever_cannot_be_read(broken):
+    def read(path):
+        if broken[int(path)] == "x":
+            raise BadImageError(path, "broken")
+        return Image.new("RGB", (1 + int(path), 1))
 
-
-def test_a_batch_without_a_readable_picture(folder):
-    draw(folder / "a.jpg")
-
-    def caption(images):
-        assert images
-        return [[f"{len(images)} pictures"] for _ in images]
-
-    found = [entry for batch in caption_batches(["x.jpg", "a.jpg", "y.jpg"], caption, 1, 1) for entry in batch]
-    assert [path for path, _ in found] == ["x.jpg", "a.jpg", "y.jpg"]
-    assert found[1][1] == ["1 pictures"] and isinstance(found[0][1], BadImageError)
+    found = list(caption_pictures(map(str, range(len(broken))), Stream(lambda image: [image.width]), 2, read))
+    assert [path for path, _ in found] == list(map(str, range(len(broken))))
+    for path, said in found:
+        assert isinstance(said, BadImageError) if broken[int(path)] == "x" else said == [1 + int(path)]

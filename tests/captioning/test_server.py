@@ -12,7 +12,7 @@ from PIL import Image
 from vlmcap.captioning import server as server_module
 from vlmcap.captioning.arguments import CaptionArguments
 from vlmcap.captioning.output import caption_paths, read_journal
-from vlmcap.captioning.server import TRIES, AnswerError, ChatServer, ServerError, data_uri, server_batches
+from vlmcap.captioning.server import TRIES, AnswerError, ChatServer, ServerError, data_uri, server_captions
 
 PROMPT = "説明してください。"
 
@@ -99,11 +99,11 @@ def test_a_picture_that_is_refused_is_listed_and_the_others_captioned(chat, path
     chat.script = [None, 400]
     args = CaptionArguments(pictures=paths, output="c.jsonl")
     served = client(chat)
-    failed = caption_paths(paths, lambda todo: server_batches(todo, served, 1), args, served.record())
+    failed = caption_paths(paths, lambda todo: server_captions(todo, served, 1), args, served.record())
     assert list(failed.values()) == ['the server answers 400: {"error": {"message": "injected 400"}}']
     assert len(list(read_journal(Path("c.jsonl")))) == 11
     again = client(chat)
-    assert not caption_paths(paths, lambda todo: server_batches(todo, again, 4), args, again.record())
+    assert not caption_paths(paths, lambda todo: server_captions(todo, again, 4), args, again.record())
     assert len(chat.requests) == 13  # the eleven are not asked again
     assert dict(read_journal(Path("c.jsonl"))) == {f"{n}.png": [f"色 {n},0,0"] for n in range(12)}
 
@@ -112,11 +112,11 @@ def test_a_server_that_fails_for_all_ends_the_run(chat, paths, monkeypatch):
     for status, message in ((401, "answers 401"), (404, "answers 404")):
         chat.always = status
         with pytest.raises(ServerError, match=message):
-            list(server_batches(paths, client(chat), 2))
+            list(server_captions(paths, client(chat), 2))
     monkeypatch.setattr(server_module, "TRIES", 1)
     chat.always = 500
     with pytest.raises(ServerError, match="no caption for 10 pictures one after another"):
-        list(server_batches(paths, client(chat), 2))
+        list(server_captions(paths, client(chat), 2))
 
 
 def test_a_server_that_is_not_there(chat, paths):
@@ -125,12 +125,12 @@ def test_a_server_that_is_not_there(chat, paths):
     chat.server_close()
     args = CaptionArguments(pictures=paths, output="c.jsonl")
     with pytest.raises(ServerError, match="cannot be reached.*the same command continues"):
-        caption_paths(paths, lambda todo: server_batches(todo, served, 2), args, served.record())
+        caption_paths(paths, lambda todo: server_captions(todo, served, 2), args, served.record())
 
 
 def test_requests_at_once_are_bounded(chat, paths):
     chat.together = threading.Barrier(3)  # answers when three have come: fewer at once would never be answered
-    assert len(list(server_batches(paths, client(chat, concurrency=3), 3))) == 12
+    assert len(list(server_captions(paths, client(chat, concurrency=3), 3))) == 12
     assert chat.most == 3
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import DatasetCard
 from PIL import Image
@@ -139,12 +141,14 @@ def test_every_form_becomes_the_same_dataset(folder, form, embedded):
 
 
 def test_a_dataset_of_load_dataset(tmp_path):
-    """Pictures inside, captions as records, an id that is a number; two splits become one, drawn again."""
+    """Pictures inside, captions as records, an id that is a number; two splits become one, drawn again. A row without
+    a picture is listed; a picture that is any file of this machine is refused."""
     rows = [
         {"pic": picture(n), "image_id": n, "answers": [{"raw": text, "id": 1} for text in texts]}
         for n, texts in enumerate(CAPTIONS.values())
     ]
-    for split, part in (("train", rows[:3]), ("test", rows[3:])):
+    empty = {"pic": None, "image_id": 9, "answers": [{"raw": "無", "id": 1}]}
+    for split, part in (("train", [*rows[:3], empty]), ("test", rows[3:])):
         features = datasets.Features(
             {
                 "pic": datasets.Image(),
@@ -154,11 +158,20 @@ def test_a_dataset_of_load_dataset(tmp_path):
         )
         datasets.Dataset.from_list(part, features=features).to_parquet(tmp_path / f"hub/data/{split}-0.parquet")
     args = own(tmp_path / "hub", image_column="pic", caption_column=["answers"])
-    build(args)
+    assert build(args)["left_out"]["rules"][1] | {"description": ""} == {
+        "name": "no_image_name",
+        "description": "",
+        "count": 1,
+    }
     splits = datasets.load_dataset(args.output_dir)
     found = {row["image_id"]: row for split in splits.values() for row in split}
     assert {n: row["captions"] for n, row in found.items()} == dict(enumerate(CAPTIONS.values()))
     assert all(row["image"].tobytes() == picture(n).tobytes() for n, row in found.items())
+    picture(1).save(tmp_path / "secret.png")
+    outside = rows[0] | {"pic": {"bytes": None, "path": str(tmp_path / "secret.png")}}
+    pq.write_table(pa.Table.from_pylist([outside]), tmp_path / "hub/data/test-0.parquet")
+    with pytest.raises(DataError, match="secret.png' is not in the dataset but a path out of it"):
+        build(args)
 
 
 # Rows of one picture, splits
@@ -203,8 +216,13 @@ def test_splits_are_drawn_by_picture_seeded_and_may_be_left_out(tmp_path):
         drawn(val_size=10, test_size=20)
     args = own(folder / "m.csv", val_size=0, test_size=0)
     build(args)
-    with pytest.raises(DataError, match="no split 'test'; it has train.*own` takes --val_size and --test_size"):
+    with pytest.raises(DataError, match="no split 'test'; it has train. Name one of them with --split, or draw"):
         load_captions(args.output_dir, "test", str(folder))
+    assert [len(ids) for ids in drawn(val_size=0.1, test_size=0.01).values()] == [26, 3, 1]
+    for size, source in ((1.5, "own"), (-0.1, "own"), (0.1, "stair"), (float("nan"), "own")):
+        with pytest.raises(DataError, match=f"--test_size {size:g}: expected a number of images"):
+            language = "ja" if source == "own" else None
+            build(own(folder / "m.csv", test_size=size, source=source, language=language, tokenizer="x"))
 
 
 # Names and places
@@ -443,6 +461,7 @@ REFUSED = {
         "m.jsonl: line 1: the column caption holds 5, expected a text",
     ),
     "a line that is not JSON": (table('{"image": "b.png"\n', "m.jsonl"), "m.jsonl: line 1: line 1, column"),
+    "a document that is no list": (table("5", "m.json"), "m.json: 5, expected a list of rows, or COCO's form"),
     "a line that is a list": (table("[1]\n", "m.jsonl"), "m.jsonl: line 1: \\[1\\], expected an object"),
     "an id that is a list": (
         table('{"image": "b.png", "image_id": [1], "caption": "x"}', "m.jsonl"),

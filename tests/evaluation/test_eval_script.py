@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
 
+from vlmcap.data.errors import DataError
 from vlmcap.data.images import dataset_references
 from vlmcap.evaluation.caption_files import read_predictions, read_references
 from vlmcap.evaluation.scoring import ScoreOptions, score, write_metrics
@@ -103,6 +104,12 @@ def test_references_of_a_dataset_on_the_hub(hub, dataset):
     HfApi().create_repo("user/captions", repo_type="dataset")
     HfApi().upload_folder(repo_id="user/captions", repo_type="dataset", folder_path=dataset)
     assert dataset_references("user/captions", "test") == {str(i): captions for i, captions in REFERENCES.items()}
+    with pytest.raises(
+        DataError, match="user/captions has no split 'tset'; it has test. Name one of them with --split"
+    ):
+        dataset_references("user/captions", "tset")
+    with pytest.raises(DataError, match=r"user/none \(test\) cannot be loaded: DatasetNotFoundError"):
+        dataset_references("user/none", "test")
 
 
 def test_coco_results_and_annotations_score_like_lines(run_script, tmp_path):
@@ -159,7 +166,7 @@ def test_mistakes_stop_the_script_with_what_to_do(run_script, tmp_path, predicti
     missing = run_script(
         "eval_captioning.py", "--predictions", tmp_path / "none", "--references", references, expect=1
     )
-    assert f"No such file or directory: '{tmp_path / 'none'}'" in missing.stderr
+    assert f"--predictions {tmp_path / 'none'}: No such file or directory" in missing.stderr
     output = tmp_path / "metrics.json"
     files = ["--predictions", predictions, "--references", references, "--output", output, *LEAN]
     unknown = run_script("eval_captioning.py", *files, "--tokenizer", "mecab", expect=1)

@@ -70,8 +70,8 @@ def test_bench_captioning_on_small_pictures(run_script, tmp_path):
 
 def test_unknown_names_are_refused(run_script):
     assert (
-        "'tiny' is none of cpu_proxy, qwen2vl_2b"
-        in run_script("bench_training.py", "--preset", "tiny", expect=1).stderr
+        "'huge' is none of cpu_proxy, qwen2vl_2b"
+        in run_script("bench_training.py", "--preset", "huge", expect=1).stderr
     )
     refused = run_script("bench_training.py", "--engines", "shared_prefix", "fast", expect=1)
     assert "'fast' is none of trl_stock, trl_stock_lean" in refused.stderr

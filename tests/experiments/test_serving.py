@@ -11,7 +11,7 @@ from vlmcap.experiments.serving import SERVERS, ServeError, Server, build_enviro
 
 # Answers every picture with one caption, as OpenAI's chat interface does; checks what it is asked for.
 PROGRAM = """
-import json, sys
+import json, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class Handler(BaseHTTPRequestHandler):
@@ -22,6 +22,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.answer(200, {})
     def do_POST(self):
+        time.sleep(0.2)  # so that a kill comes between two captions
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         picture, text = asked["messages"][0]["content"]
         fits = picture["image_url"]["url"].startswith("data:image/png;base64,") and asked["temperature"] == 0
@@ -47,15 +48,28 @@ def server(tmp_path, monkeypatch):
 
 
 def test_captions_are_counted_and_those_that_differ_are_written_down(server, miniature_dir, tmp_path, capsys):
-    said = serving.own_captions(miniature_dir, [next(serving.scenes(1, seed=7, held_out=True)).draw()], 1)[0]
-    assert said
-    for caption, equal in ((said, True), ("赤い丸", False)):
-        server(caption)
-        assert serve_check(miniature_dir, ["small"], 1, tmp_path, tmp_path / "out/serve.json") is equal
-        found = json.loads((tmp_path / "out/serve.json").read_text(encoding="utf-8"))["small"]
-        assert (found["images"], found["equal"]) == (1, int(equal))
-        assert found["different"] == ([] if equal else [{"transformers": said, "small": caption}])
-        assert f"small (greedy): {int(equal)} of 1 captions" in capsys.readouterr().out
+    """Of four scenes; scripts/caption.py is killed half way, and captions the others afterwards."""
+    scenes = [scene.draw() for scene in serving.scenes(4, seed=7, held_out=True)]
+    said = serving.own_captions(miniature_dir, scenes, 1)
+    assert said[0]
+    server(said[0])
+    assert not serve_check(miniature_dir, ["small"], 4, tmp_path, tmp_path / "out/serve.json")
+    found = json.loads((tmp_path / "out/serve.json").read_text(encoding="utf-8"))["small"]
+    equal, different = said.count(said[0]), [{"transformers": s, "small": said[0]} for s in said if s != said[0]]
+    assert different and (found["images"], found["equal"], found["different"]) == (4, equal, different)
+    script = found["caption_script"]
+    assert 2 <= script["killed_after"] <= 4 and (script["equal"], script["different"]) == (equal, different)
+    printed = capsys.readouterr().out
+    assert f"small (greedy): {equal} of 4 captions" in printed and f"; {equal} of 4 by scripts/caption.py" in printed
+
+
+def test_equal_captions_and_a_script_that_fails(server, miniature_dir, tmp_path):
+    scene = next(serving.scenes(1, seed=7, held_out=True)).draw()
+    (said,) = serving.own_captions(miniature_dir, [scene], 1)
+    server(said)
+    assert serve_check(miniature_dir, ["small"], 1, tmp_path, tmp_path / "serve.json")
+    with pytest.raises(ServeError, match=r"(?s)caption.py --server ftp://x failed:.*an address such as"):
+        serving.script_captions("ftp://x", "small", [scene])
 
 
 def test_a_server_that_refuses_or_ends_is_reported_with_its_last_lines(server, miniature_dir, tmp_path):

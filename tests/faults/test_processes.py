@@ -94,13 +94,14 @@ def captioning(folder: Path, how: str) -> None:
     PartialState(cpu=True)
     rows = datasets.Dataset.from_dict({"image_id": list(range(9))})
 
-    def caption(batch) -> list[str]:
-        if rank() == 1 and 4 in batch["image_id"]:
-            fail(folder, how)
-        return ["画像"] * len(batch)
+    def caption(numbers):
+        for number in numbers:
+            if rank() == 1 and number == 4:
+                fail(folder, how)
+            yield ["画像"]
 
     record = {"model": {}, "dataset": {}, "saw": {}, "prompt": "何?", "decoding": {"batch_size": 1}}
-    write_captions(caption, rows, folder / "predictions.jsonl", record, lambda: None)
+    write_captions(caption, rows, [(folder / "predictions.jsonl", record)], lambda: None)
 
 
 # Where one of three processes fails, and how.

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import shutil
 import tarfile
 import unicodedata
 import zipfile
@@ -20,13 +21,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from PIL import Image
 from safetensors.numpy import save
 
-from tests.fuzz.strategies import json_files, jsonl_files, mutated, places, replaced, texts, yaml_files
+from tests.fuzz.strategies import json_files, jsonl_files, mutated, places, recoded, replaced, texts, yaml_files
 from tests.reporting.documents import adapter_document, family_document
 from vlmcap.arguments import parse
 from vlmcap.captioning.arguments import GenerationArguments
@@ -250,6 +252,74 @@ def read_titles(path: Path) -> None:
 
 
 reader("titles", "titles.csv", csv_files() | mutated(TITLES), DataError, read_titles, TITLES)
+
+
+# One's own captions: a table, COCO's form or a text beside a picture, of two pictures that are there.
+OWN_ROWS = (
+    {"file_name": "a.png", "caption": "赤い丸", "image_id": "1"},
+    {"file_name": "b.png", "caption": ["空", {"raw": "青い空"}], "image_id": "x"},
+)
+OWN_COCO = {
+    "images": [{"id": 1, "file_name": "a.png"}, {"id": "x", "file_name": "b.png"}],
+    "annotations": [{"image_id": 1, "caption": "赤い丸"}, {"image_id": "x", "caption": "空"}],
+}
+OWN_CSV = 'file_name,caption\na.png,赤い丸\nb.png,"空, 青い"\n'
+OWN_TEXT = "赤い丸\n丸い形\n"
+
+
+@st.composite
+def own_tables(draw) -> bytes:
+    """CSV with any texts in its cells, mostly of pictures that are there."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, delimiter=draw(st.sampled_from(",;\t")))
+    writer.writerow(
+        draw(st.sampled_from([["file_name", "caption"], ["image", "text", "image_id"], ["image", "image"]]))
+    )
+    for _ in range(draw(st.integers(0, 4))):
+        name = draw(st.sampled_from(["a.png", "b.png", "b.png", "./a.png", "..\\a.png", ""]) | texts())
+        writer.writerow([name, *draw(st.lists(texts(), min_size=1, max_size=2))])
+    encodings = ["utf-8", "utf-8-sig", "utf-16", "cp932"]
+    return buffer.getvalue().encode(draw(st.sampled_from(encodings)), "replace")
+
+
+OWN_FILES = {
+    "rows.csv": own_tables() | mutated(OWN_CSV.encode()) | recoded(OWN_CSV),
+    "rows.jsonl": jsonl_files(*OWN_ROWS),
+    "rows.json": json_files(list(OWN_ROWS), OWN_COCO),
+    "a.txt": st.one_of(texts().map(str.encode), mutated(OWN_TEXT.encode()), recoded(OWN_TEXT)),
+    "metadata.jsonl": jsonl_files(*OWN_ROWS),
+}
+OWN_FILE = st.sampled_from(list(OWN_FILES)).flatmap(lambda name: st.tuples(st.just(name), OWN_FILES[name]))
+
+
+@target("own", st.tuples(OWN_FILE, st.sampled_from(["ja", "en", "none"]), st.sampled_from([0, 0.5])))
+def check_own(given: tuple, folder: Path) -> None:
+    (name, data), language, share = given
+    place = folder / "own"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for picture, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (2, 2), colour).save(place / picture)
+    (place / name).write_bytes(data)
+    annotations = place if name in ("a.txt", "metadata.jsonl") else place / name
+    output_dir = folder / "own_built"
+    args = PublishArguments("own", str(output_dir), annotations=[str(annotations)], language=language, overwrite=True)
+    args.val_size, args.test_size = 0, share
+    try:
+        summary = build(args)
+    except UserError as refused:
+        assert len(str(refused)) < 5_000
+        return
+    rows = [
+        row
+        for split in summary["splits"]
+        for row in pq.read_table(next(output_dir.glob(f"data/{split}-*"))).to_pylist()
+    ]
+    json.dumps(rows, ensure_ascii=False).encode()
+    assert len({row["image_id"] for row in rows}) == len(rows) <= 2
+    assert all(row["captions"] and all(map(str.strip, row["captions"])) for row in rows)
+    assert {row["file_name"] for row in rows} <= {"a.png", "b.png"}
+    assert summary["cleaning"]["captions_out"] == sum(len(row["captions"]) for row in rows)
 
 
 # Predictions, references, the files beside them --------------------------------------------------------------------

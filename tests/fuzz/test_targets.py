@@ -14,6 +14,7 @@ from tests.fuzz.targets import TARGETS, Target
 # What takes a tenth of a second an input and more.
 SLOW = {
     "dataset_card": 5,
+    "own": 20,
     "model_card": 20,
     "rater_page": 10,
     "sample_page": 10,

@@ -8,9 +8,9 @@ from peft import get_peft_model
 from transformers import GenerationConfig, LogitsProcessorList
 
 from tests.invariants import tiny
-from vlmcap.captioning.both import run_both
 from vlmcap.captioning.branches import BranchGenerator, supports_branches
 from vlmcap.captioning.constraints import constraints
+from vlmcap.captioning.engines import ADAPTER, BASE, run_engines
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, chat_prompt, load_model, load_processor, lora_config
 
@@ -108,13 +108,15 @@ def test_random_models_prompts_and_settings(architecture, part):
     assert len(lengths) > 3, "the captions of random models should end at many lengths"
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
 def test_attention_implementations(attention):
-    model = randomised("qwen2_vl", 1, attention)
+    model = randomised("qwen2_vl", 1, "eager" if attention == "eager" else "sdpa")
+    model.config.get_text_config()._attn_implementation = attention  # flex_attention is for the language model alone
     reference = randomised("qwen2_vl", 1)
     config = configuration(model, eos_token_id=list(range(10, 10 + ENDS)), num_return_sequences=3)
     inputs = inputs_of("qwen2_vl", pictures(4))
     found = ours(model, inputs, config)
+    assert model.config.get_text_config()._attn_implementation == attention
     for caption, one in zip(found, inputs, strict=True):
         assert torch.equal(caption.tokens, stock(reference, one, config)[0])
 
@@ -268,8 +270,8 @@ def test_base_and_adapter_in_one_pass(architecture):
     runs = []
     block = model.get_base_model().model.visual.blocks[0]
     hook = block.register_forward_hook(lambda *call: runs.append(len(call[2])))
-    engines = [BranchGenerator(model, config, LogitsProcessorList(), rows=4) for _ in range(2)]
-    found = sorted(run_both(model, *engines, inputs), key=lambda pair: (pair[0], pair[1].number))
+    engines = {which: BranchGenerator(model, config, LogitsProcessorList(), rows=4) for which in (BASE, ADAPTER)}
+    found = sorted(run_engines(model, engines, inputs), key=lambda pair: (pair[0], pair[1].number))
     hook.remove()
     assert sum(runs) == sum(int(one["image_grid_thw"].prod()) for one in inputs)
     for (which, caption), expected in zip(found, adapted + based, strict=True):

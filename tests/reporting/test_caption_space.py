@@ -115,6 +115,7 @@ def test_what_the_page_loads_is_what_was_measured_and_what_it_says_is_the_card(s
     assert written["base"]["id"] == str(miniature_dir.resolve()) and written["base"]["quantization"] == "nf4"
     assert written["prompt"] == metrics["prompt"] and written["decoding"] == SETTINGS
     assert written["limits"] in render_adapter_card(metrics) and "coloured shapes only" in written["limits"]
+    assert "scores above" not in written["limits"]  # the page has no scores
     _, head, text = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     metadata = yaml.safe_load(head)
     assert (metadata["sdk"], metadata["app_file"]) == ("gradio", "app.py") and written["limits"] in text

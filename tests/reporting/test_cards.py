@@ -408,6 +408,16 @@ def test_published_figures_are_quoted_as_theirs_and_for_their_data_alone():
         assert "0.524" not in card and "no number here comes from anywhere else." in card
 
 
+@pytest.mark.parametrize("recipe", ["sft_qwen2vl_jp", "sft_blip_vi", "sft_vit_gpt2_food", "sft_vit_llama_food"])
+def test_limits_of_what_was_trained_on_own_data_name_no_corpus_of_others(recipe):
+    metrics = adapter_document() if recipe == "sft_qwen2vl_jp" else family_document(recipe)
+    for dataset in (metrics["dataset"], metrics["base"]["dataset"], metrics["training"]["dataset"]):
+        dataset["corpus"] = "own"
+    ending = render_adapter_card(metrics).split("## Limits and risks")[1]
+    assert "It makes things up" in ending and "It knows what it was trained on" in ending
+    assert not [word for word in ("COCO", "sport", "dish", "recipe site", "YJ") if word in ending]
+
+
 def test_what_the_licence_of_llama_asks_for_is_on_the_card():
     metrics = family_document("sft_vit_llama_food")
     card = render_adapter_card(metrics, "user/Llama-3.2-1B-dishes")

@@ -144,13 +144,34 @@ def test_an_incomplete_folder_is_named_before_anything_is_sent(hub, adapter_dir)
 
 def test_rights_are_checked_before_the_work(hub):
     check_push_rights("user/adapter")
-    with pytest.raises(PushError, match="needs --hub_model_id USER/NAME, not None"):
+    with pytest.raises(PushError, match="--push_to_hub needs --hub_model_id USER/NAME"):
         check_push_rights(None)
     with pytest.raises(PushError, match="other/adapter: user can push to user only"):
         check_push_rights("other/adapter")
     hub.fail(path="/api/whoami-v2", status=401)
     with pytest.raises(PushError, match="401.*`hf auth login` logs in"):
         check_push_rights("user/adapter")
+
+
+@pytest.mark.parametrize("repo_type", ["model", "dataset", "space"])
+def test_what_is_refused_names_the_options_of_the_command(hub, monkeypatch, repo_type):
+    """A recipe has no --public, and publish_space.py no --push_to_hub."""
+    words, option, push, fix = {
+        "model": ((), "--hub_model_id", "--push_to_hub", "push later with scripts/push_adapter.py --public"),
+        "dataset": (("--repo_id", "dataset"), "--repo_id", "--push_to_hub", "pass --public"),
+        "space": (("--repo_id", "space", True, "--repo_id"), "--repo_id", "--repo_id", "pass --public"),
+    }[repo_type]
+    HfApi().create_repo("user/seen", private=False, repo_type=repo_type, space_sdk="gradio")
+    refused = {"seen": f"{option} seen: give it as", "user/seen": f"{option} user/seen: .* on the Hub, or {fix}"}
+    for name, message in refused.items():
+        with pytest.raises(PushError, match=message):
+            check_push_rights(name, *words)
+    hub.fail(path="/api/whoami-v2", status=401)
+    with pytest.raises(PushError, match=f"^{push}: the Hub does not say who you are"):
+        check_push_rights("user/new", *words)
+    monkeypatch.setenv("HF_TOKEN", "hf_user_read")
+    with pytest.raises(PushError, match=f"^{push}: the token of user may only read"):
+        check_push_rights("user/new", *words)
 
 
 def family_folder(adapter_dir, recipe, **options):

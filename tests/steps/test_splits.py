@@ -67,11 +67,14 @@ def test_captions_that_would_stop_the_run_later_stop_it_at_the_start(arguments, 
         load_splits(arguments, tmp_path / "out", True, 0)
 
 
-def test_what_scores_and_files_need_is_checked_early(tmp_path, monkeypatch, capfd):
+def test_what_scores_and_files_need_is_checked_early(arguments, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("VLMCAP_METEOR_JAR", "none.jar")
     (tmp_path / "file").touch()
-    here = {"dataset": str(tmp_path)}
+    data = arguments()
+    here = {"dataset": data.dataset, "image_dir": data.image_dir}
+    capfd.readouterr()
     settings = SimpleNamespace(push_to_hub=False, output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
+    settings.eval_strategy = "steps"
     check_early(settings, CaptionerDataArguments(**here))
     assert not (tmp_path / "out").exists()
     said = "METEOR will be left out: $VLMCAP_METEOR_JAR names none.jar, which is not a file"
@@ -81,7 +84,7 @@ def test_what_scores_and_files_need_is_checked_early(tmp_path, monkeypatch, capf
     with pytest.raises(UserError, match="spice_dir .*lacks spice-1.0.jar, lib/stanford"):
         check_early(settings, CaptionerDataArguments(**here, spice_dir=str(tmp_path)))
     settings.output_dir = str(tmp_path / "file/out")
-    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file/"):
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file"):
         check_early(settings, CaptionerDataArguments(**here))
     for fields, chain, metric in (
         (CaptionSFTFields, SFT_CONFIG, "loss"),

@@ -13,18 +13,19 @@ The search is that of transformers (`GenerationMixin._beam_search`, `_sample`), 
 candidates, length penalty and stopping rules. tests/invariants/test_branches.py compares it token for token.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
     BatchFeature,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -46,12 +47,16 @@ def supports_branches(model: PreTrainedModel) -> bool:
 
 @dataclass
 class Caption:
-    """What the engine found for a picture: `tokens` (int64, (R, T)), padded, best first, and `scores` (float32, (R,)):
-    sums of log-probabilities over length ** length_penalty; zeros without beams."""
+    """What the engine found for a picture and an ending of its prompt.
+
+    tokens: int64, (R, T), padded, the best first.
+    scores: float32, (R,): sums of log-probabilities over length ** length_penalty; zeros without beams.
+    """
 
     number: int
     tokens: torch.Tensor
     scores: torch.Tensor
+    ending: int = 0
 
 
 class BranchLayer(CacheLayerMixin):
@@ -99,15 +104,17 @@ class BranchCache(Cache):
         super().__init__(layers=[BranchLayer(self) for _ in range(layers)])
 
     def append(self, row: int, prefixes: DynamicCache, mask: torch.Tensor, branches: int) -> None:
-        """Copies prefixes, padded on the left (mask: int64, (n, P)), into the rows from `row` on; `branches`: entries
-        that will come after them at most."""
+        """Copies prefixes, without their padding (mask: int64, (n, P)), into the rows from `row` on; `branches`:
+        entries that will come after them at most."""
+        lengths = mask.sum(1).tolist()
         for layer, new in zip(self.layers, prefixes.layers, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(new.keys, new.values)
-            layer.grow(int(mask.sum(1).max()) + branches)
-            for index, length in enumerate(mask.sum(1).tolist()):
-                layer.keys[row + index, :, :length] = new.keys[index, :, -length:]
-                layer.values[row + index, :, :length] = new.values[index, :, -length:]
+            layer.grow(max(lengths) + branches)
+            for index, seen in enumerate(mask.bool()):
+                length = lengths[index]
+                layer.keys[row + index, :, :length] = new.keys[index, :, seen]
+                layer.values[row + index, :, :length] = new.values[index, :, seen]
 
     def move(self, source: int, target: int) -> None:
         for layer in self.layers:
@@ -116,11 +123,11 @@ class BranchCache(Cache):
 
 @dataclass
 class Rows:
-    """The pictures in work, B of them with K branches each: what the next step needs to know.
+    """The captions in work, B of them with K branches each: what the next step needs to know.
 
     Attributes:
-        number: of each picture, int64, (B,).
-        prompt: token ids of each prefix, padded on the left with -1, int64, (B, P).
+        number: of each picture, times the number of endings, plus that of the ending; int64, (B,).
+        prompt: token ids of each prefix, padded with -1, int64, (B, P).
         prefix, step, position: entries of the prefix, tokens written, position of the next token; int64, (B,).
         visible: entries of the cache that a branch sees, bool, (B, K, C).
         logits: of the next token, float32, (B, K, V).
@@ -178,9 +185,11 @@ class BranchGenerator:
         config: num_beams, or do_sample with num_return_sequences, temperature, top_k and top_p; max_new_tokens,
             length_penalty, early_stopping, repetition_penalty; eos_token_id and pad_token_id.
         limits: processors of the scores; they are given the tokens of the captions alone.
-        rows: pictures in work at once.
+        rows: captions in work at once (of as many pictures, unless there are several endings).
         generator: of the samples.
-        draws: of the samples instead, where they must not depend on which pictures are in work together: number
+        endings: token ids that end the prompt, for several prompts of each picture: what they begin with, the picture
+            too, runs once for all. A picture gets a caption for each ending.
+        draws: of the samples instead, which then do not depend on which pictures are in work together: number
             of a picture -> uniform numbers in [0, 1), float32, (num_return_sequences, max_new_tokens).
     """
 
@@ -191,10 +200,12 @@ class BranchGenerator:
         limits: LogitsProcessorList,
         rows: int,
         generator: torch.Generator | None = None,
+        endings: Sequence[list[int]] = ((),),
         draws: Callable[[int], torch.Tensor] | None = None,
     ):
-        self.model, self.config, self.limits, self.rows = model, config, limits, rows
+        self.model, self.config, self.limits, self.endings = model, config, limits, endings
         self.generator, self.draws = generator, draws
+        self.rows = max(rows, len(endings))
         self.inner, self.device = base_model(model), model.device
         self.text = self.inner.config.get_text_config()
         self.returned = config.num_return_sequences or 1
@@ -209,7 +220,7 @@ class BranchGenerator:
             RepetitionPenaltyLogitsProcessor(config.repetition_penalty) if config.repetition_penalty != 1.0 else None
         )
         self.warpers = sampling_warpers(config) if config.do_sample else LogitsProcessorList()
-        self.cache, self.work = BranchCache(self.text.num_hidden_layers, rows), None
+        self.cache, self.work = BranchCache(self.text.num_hidden_layers, self.rows), None
 
     def run(self, pictures: Iterable[dict]) -> Iterator[Caption]:
         """Captions, each as soon as it is complete; `Caption.number` counts the pictures from 0.
@@ -227,18 +238,19 @@ class BranchGenerator:
 
     @property
     def free(self) -> int:
-        """How many more pictures can be in work."""
-        return self.rows - (len(self.work) if self.work else 0)
+        """How many more pictures can be taken into work."""
+        return (self.rows - (len(self.work) if self.work else 0)) // len(self.endings)
 
     @property
     def has_room(self) -> bool:
         """Whether enough rows are free for another prefill: several pictures at once are faster than one at a time."""
-        return self.free >= max(1, self.rows // 4)
+        return self.free >= max(1, self.rows // 4 // len(self.endings))
 
     @torch.inference_mode()
     def add(self, group: list[tuple[int, dict]]) -> None:
         """Takes pictures into work, `free` at most: (number, inputs) of each."""
-        new = self._prefill(group)
+        with without_flex(self.text):
+            new = self._prefill(group)
         self.work = self.work.join(new) if self.work else new
 
     @torch.inference_mode()
@@ -248,7 +260,8 @@ class BranchGenerator:
         complete = self._captions(self.work.select(done.nonzero()[:, 0]))
         self.work = self._compact(self.work, parents, done)
         if self.work:
-            self._forward(self.work)
+            with without_flex(self.text):
+                self._forward(self.work)
         return complete
 
     def _prefill(self, group: list[tuple[int, dict]]) -> Rows:
@@ -256,8 +269,12 @@ class BranchGenerator:
         inputs = _batched([one for _, one in group]).to(self.device)
         prefixes = DynamicCache()
         outputs = self.model(**inputs, past_key_values=prefixes, use_cache=True, logits_to_keep=1)
-        mask, ids = inputs["attention_mask"], inputs["input_ids"]
-        count, kept, longest = len(group), self.branches, self.config.max_new_tokens
+        ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], outputs.logits[:, -1:]
+        # Positions of text are those in the prompt plus what the picture takes less than its tokens.
+        shift = self.inner.model.rope_deltas[:, 0].to(self.device)
+        if any(self.endings):
+            ids, mask, shift, logits = self._end_prompts(ids, mask, shift, prefixes)
+        count, kept, longest = len(ids), self.branches, self.config.max_new_tokens
         self.cache.append(len(self.work) if self.work else 0, prefixes, mask, kept * longest)
         prefix = mask.sum(1)
         capacity = int(prefix.max()) + kept * longest
@@ -265,21 +282,23 @@ class BranchGenerator:
         tokens = torch.full((count, kept, longest), self.pad, device=self.device)
         scores = torch.full((count, kept), NEVER, device=self.device)
         first = torch.arange(kept, device=self.device) == 0  # else all beams would begin alike
+        several = len(self.endings)
+        numbers = [number * several + ending for number, _ in group for ending in range(several)]
         return Rows(
-            number=torch.tensor([number for number, _ in group], device=self.device),
+            number=torch.tensor(numbers, device=self.device),
             prompt=ids.masked_fill(mask == 0, -1),
             prefix=prefix,
             step=torch.zeros_like(prefix),
-            position=prefix + self.inner.model.rope_deltas[:, 0].to(self.device),
+            position=prefix + shift,
             visible=visible[:, None].repeat(1, kept, 1),
-            logits=outputs.logits[:, -1:].float().repeat(1, kept, 1),
+            logits=logits.float().repeat(1, kept, 1),
             tokens=tokens,
             scores=torch.where(first, 0.0, scores),
             best=tokens.clone(),
             best_scores=scores,
             ended=torch.zeros((count, kept), dtype=torch.bool, device=self.device),
             hope=torch.ones((count, 1), dtype=torch.bool, device=self.device),
-            draws=self._draw([number for number, _ in group]).to(self.device),
+            draws=self._draw(numbers).to(self.device),
         )
 
     def _draw(self, numbers: list[int]) -> torch.Tensor:
@@ -289,6 +308,34 @@ class BranchGenerator:
             device = self.generator.device if self.generator else self.device
             return torch.rand((len(numbers), *shape), generator=self.generator, device=device)
         return torch.stack([self.draws(number) for number in numbers])
+
+    def _end_prompts(
+        self, ids: torch.Tensor, mask: torch.Tensor, shift: torch.Tensor, prefixes: DynamicCache
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Runs the endings after what all prompts of a picture begin with: ids, mask, shift, logits of each prompt.
+
+        Args:
+            ids, mask, shift: of the prefixes; int64, (n, P), (n, P) and (n,).
+            prefixes: their cache; it becomes that of the prompts, n times as many as there are endings.
+        """
+        pictures, several = len(ids), len(self.endings)
+        endings = [torch.tensor(ending, dtype=torch.long, device=self.device) for ending in self.endings]
+        lengths = torch.tensor(list(map(len, endings)), device=self.device).repeat(pictures)
+        endings = nn.utils.rnn.pad_sequence(endings, batch_first=True).repeat(pictures, 1)
+        ids, mask, shift = (value.repeat_interleave(several, 0) for value in (ids, mask, shift))
+        prefixes.batch_repeat_interleave(several)
+        steps = torch.arange(endings.shape[1], device=self.device)
+        position = (mask.sum(1) + shift)[:, None] + steps
+        ids, mask = torch.cat([ids, endings], 1), torch.cat([mask, (steps < lengths[:, None]).long()], 1)
+        outputs = self.model(
+            input_ids=endings,
+            position_ids=position.expand(3, -1, -1),
+            attention_mask=mask,
+            past_key_values=prefixes,
+            use_cache=True,
+        )
+        logits = outputs.logits[torch.arange(len(ids), device=self.device), lengths - 1]
+        return ids, mask, shift, logits[:, None]
 
     def _limited(self, work: Rows, scores: torch.Tensor) -> torch.Tensor:
         """Scores of the next token, (B, K, V), after the limits; these look at what was written."""
@@ -375,7 +422,10 @@ class BranchGenerator:
         if self.config.do_sample or self.branches == 1:
             tokens, scores = complete.tokens, torch.zeros_like(scores)
         found = zip(complete.number.tolist(), tokens, scores, strict=True)
-        return [Caption(number, texts[: self.returned], best[: self.returned]) for number, texts, best in found]
+        several, kept = len(self.endings), self.returned
+        return [
+            Caption(number // several, texts[:kept], best[:kept], number % several) for number, texts, best in found
+        ]
 
     def _compact(self, work: Rows, parents: torch.Tensor, done: torch.Tensor) -> Rows | None:
         """The pictures that are not done, in the first rows; their branches see what their parents saw."""
@@ -406,18 +456,25 @@ class BranchGenerator:
         )
         work.logits = outputs.logits.float()
 
-    def _mask(self, visible: torch.Tensor) -> torch.Tensor | BlockMask:
+    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
         """`visible` (B, K, L) in the form that the model's attention takes as it is."""
-        attention = self.text._attn_implementation
-        if attention == "flex_attention":
-            batch, kept, width = visible.shape
-            return create_block_mask(
-                lambda b, head, query, key: visible[b, query, key], batch, None, kept, width, device=visible.device
-            )
-        if attention == "eager":  # adds the mask to the attention scores
+        if self.text._attn_implementation == "eager":  # adds the mask to the attention scores
             mask = torch.zeros(visible.shape, dtype=self.inner.dtype, device=visible.device)
             return mask.masked_fill_(~visible, torch.finfo(self.inner.dtype).min)[:, None]
         return visible[:, None]
+
+
+@contextmanager
+def without_flex(config: PreTrainedConfig) -> Iterator[None]:
+    """Within it a language model that was loaded with FlexAttention uses sdpa: FlexAttention is compiled for the shape
+    of its mask, and that changes with every step."""
+    own = config._attn_implementation
+    if own == "flex_attention":
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def sampling_warpers(config: GenerationConfig) -> LogitsProcessorList:

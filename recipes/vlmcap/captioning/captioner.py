@@ -1,17 +1,18 @@
 """One model, however it was made, as a function from pictures to captions: adapters, whole models, bases alone."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from peft import PeftModel
-from PIL import Image
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from vlmcap.captioning.arguments import CaptionArguments, GenerationArguments, check_num_captions
-from vlmcap.captioning.generate import caption_batch, decoding_record, image_size_record
+from vlmcap.captioning.generate import decoding_record, image_size_record
 from vlmcap.captioning.predictions import model_record
 from vlmcap.captioning.settings import NAME, CaptioningSettings, read_settings
+from vlmcap.captioning.stream import CaptionStream
 from vlmcap.errors import UserError, notice
 from vlmcap.models.blip import load_blip_adapter
 from vlmcap.models.load import (
@@ -33,7 +34,7 @@ OF_PROMPTED = "model model_revision prompt japanese_only avoid_words load_in_4bi
 
 @dataclass(frozen=True)
 class Captioner:
-    """A loaded model with its settings. Called with PIL images, it returns `num_captions` captions of each.
+    """A loaded model with its settings. `stream` captions pictures, `num_captions` of each.
 
     `record` is "model", "prompt" and "decoding" of a run record; captions are continued only by a model with the same.
     """
@@ -44,8 +45,9 @@ class Captioner:
     num_captions: int
     record: dict
 
-    def __call__(self, images: list[Image.Image]) -> list[list[str]]:
-        return caption_batch(self.model, self.processor, images, self.args, self.num_captions)
+    @cached_property
+    def stream(self) -> CaptionStream:
+        return CaptionStream(self.model, self.processor, self.args, self.num_captions)
 
 
 def find_settings(args: CaptionArguments) -> tuple[str, str | None, CaptioningSettings | None]:

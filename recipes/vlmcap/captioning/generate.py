@@ -1,17 +1,15 @@
-"""Captions by beam search, in batches."""
+"""Captions by transformers' beam search, in batches, and how captions are asked for."""
 
 import inspect
 from pathlib import Path
 
-import datasets
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
 from vlmcap.captioning.constraints import constraints
-from vlmcap.captioning.predictions import ASKED, PredictionsError, read_done, write_captions
-from vlmcap.data.images import open_image
+from vlmcap.captioning.predictions import ASKED, PredictionsError, read_done
 from vlmcap.models.load import base_model, chat_prompt, takes_pixel_bounds, takes_prompt
 from vlmcap.places import own_file
 
@@ -109,30 +107,30 @@ def check_beams(
         )
 
 
+def takes_special_tokens(processor: ProcessorMixin, text: str) -> bool:
+    """Whether the tokenizer is to add what begins a text: Gemma 3's template has written it already."""
+    bos = processor.tokenizer.bos_token
+    return not (bos and text.startswith(bos))
+
+
 @torch.inference_mode()
 def caption_with_prompt(
     model: PreTrainedModel | PeftModel,
     processor: ProcessorMixin,
     images: list,
     args: GenerationArguments,
-    features: dict[str, torch.Tensor] | None = None,
     num_captions: int = 1,
 ) -> list[str]:
-    """Captions of a list of PIL images, by one beam search over the batch; `num_captions` of each, the best first.
-
-    `features` stands in for what the processor makes of the pictures, for a model that takes cached features
-    (vlmcap.training.features).
-    """
-    text, bos = chat_prompt(processor, args.prompt), processor.tokenizer.bos_token
+    """Captions of a list of PIL images, by one beam search over the batch; `num_captions` of each, the best first."""
+    text = chat_prompt(processor, args.prompt)
     inputs = processor(
         images=[[image] for image in images],
         text=[text] * len(images),
         padding=True,
         padding_side="left",
-        add_special_tokens=not (bos and text.startswith(bos)),  # Gemma 3's template writes it already
+        add_special_tokens=takes_special_tokens(processor, text),
         return_tensors="pt",
     )
-    inputs.update(features or {})
     inputs = inputs.to(model.device, dtype=base_model(model).dtype)
     inputs.pop("labels", None)  # PaliGemma's processor makes them, also without a text to learn
     prompt_length = inputs["input_ids"].shape[1]
@@ -179,57 +177,25 @@ def caption_batch(
     args: BeamArguments,
     num_captions: int = 1,
 ) -> list[list[str]]:
-    """`num_captions` captions of each PIL image, the best first: a batch of pictures becomes captions here alone.
+    """`num_captions` captions of each PIL image, the best first, with a prompt for a model that takes one.
 
     Args:
         args: GenerationArguments for a model that takes a prompt.
         num_captions: `args.num_beams` at most.
     """
     ask = caption_with_prompt if takes_prompt(processor) else caption_without_prompt
-    said = ask(model, processor, images, args, num_captions=num_captions)
+    said = ask(model, processor, images, args, num_captions)
     return [said[first : first + num_captions] for first in range(0, len(said), num_captions)]
 
 
-def generate(
-    model: PreTrainedModel | PeftModel,
-    processor: ProcessorMixin,
-    rows: datasets.Dataset,
-    output: Path,
-    args: BeamArguments,
-    record: dict,
-) -> None:
-    """Captions every row with a loaded model and writes `output` and its run record, as `write_captions` does.
-
-    A model whose processor has no place for a prompt is given the pictures alone; its record has the prompt null.
-
-    Args:
-        rows: as `load_captions` returns them.
-        args: GenerationArguments for a model that takes a prompt.
-        record: "model", "dataset" and "saw" of the run record.
-    """
-    record = record | _asked_of(processor, args)
-    model.eval()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-    def caption(batch: datasets.Dataset) -> list[str]:
-        images = [open_image(row) for row in batch]
-        return [captions[0] for captions in caption_batch(model, processor, images, args)]
-
-    def peak_memory() -> int | None:
-        return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
-
-    write_captions(caption, rows, output, record, peak_memory)
-
-
 def check_predictions(processor: ProcessorMixin, output: Path, args: BeamArguments, record: dict) -> None:
-    """Raises PredictionsError if `generate` with these arguments could not write or continue `output`: it was started
-    with other settings, or is damaged. Recipes ask before they train."""
-    record = record | _asked_of(processor, args)
+    """Raises PredictionsError if `caption_split` with these arguments could not write or continue `output`: it was
+    started with other settings, or is damaged. Recipes ask before they train."""
+    record = record | asked_of(processor, args)
     read_done(output, {key: record[key] for key in ASKED})
 
 
-def _asked_of(processor: ProcessorMixin, args: BeamArguments) -> dict:
+def asked_of(processor: ProcessorMixin, args: BeamArguments) -> dict:
     """ "prompt" and "decoding" of a run record."""
     decoding, prompted = decoding_record(args) | image_size_record(processor), takes_prompt(processor)
     if not prompted and ("japanese_only" in decoding or "avoid_words" in decoding):

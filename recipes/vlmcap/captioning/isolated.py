@@ -260,7 +260,7 @@ def isolated_record(model: IsolatedModel, name: str, revision: str | None) -> di
 def generate_isolated(
     model: IsolatedModel, rows: datasets.Dataset, output: Path, args: GenerationArguments, record: dict
 ) -> None:
-    """What `generate` does, with a model in its own environment: one image at a time, a line a caption.
+    """What `caption_split` does, with a model in its own environment: one image at a time, a line a caption.
 
     Args:
         record: "model", "dataset" and "saw" of the run record.
@@ -274,5 +274,8 @@ def generate_isolated(
         "environment": {"requirements": model.row.requirements, "versions": model.about["versions"]},
     }
     write_captions(
-        lambda batch: model.caption(batch, args.prompt), rows, output, record, lambda: model.peak_memory_bytes
+        lambda numbers: (model.caption(rows.select([row]), args.prompt) for row in numbers),
+        rows,
+        [(output, record)],
+        lambda: model.peak_memory_bytes,
     )

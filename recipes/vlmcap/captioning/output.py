@@ -26,7 +26,7 @@ from vlmcap.data.images import BadImageError
 
 ASKED = ("model", "prompt", "decoding")
 Captions = list[str] | Exception
-Batches = Callable[[list[str]], Iterable[list[tuple[str, Captions]]]]
+Stream = Callable[[list[str]], Iterable[tuple[str, Captions]]]
 
 
 def journal_path(args: CaptionArguments) -> Path | None:
@@ -36,12 +36,12 @@ def journal_path(args: CaptionArguments) -> Path | None:
     return Path(args.output if args.format == "jsonl" else f"{args.output}.jsonl")
 
 
-def caption_paths(paths: list[str], caption: Batches, args: CaptionArguments, record: dict) -> dict[str, str]:
+def caption_paths(paths: list[str], caption: Stream, args: CaptionArguments, record: dict) -> dict[str, str]:
     """Captions the pictures that are not captioned yet, and writes journal, sidecars or stdout as `args` asks.
 
     Args:
         paths: as `find_pictures` returns them.
-        caption: paths -> batches of (path, captions or why there is none), such as `caption_batches`.
+        caption: paths -> (path, captions or why there is none) of each, such as `caption_pictures`.
         record: "model", "prompt" and "decoding" of the run record.
 
     Returns:
@@ -102,7 +102,7 @@ def _open_journal(journal: Path, record: dict, output: Path) -> Iterator[tuple[d
 
 def _caption(
     paths: list[str],
-    caption: Batches,
+    caption: Stream,
     args: CaptionArguments,
     done: dict,
     failed: dict[str, str],
@@ -111,19 +111,19 @@ def _caption(
     todo = [path for path in paths if shown_name(path) not in done and path not in failed]
     write = None if file else _Printer(args)
     with tqdm(total=len(paths), initial=len(paths) - len(todo), desc="captions", file=sys.stderr) as bar:
-        for batch in caption(todo) if todo else ():
-            said = [(path, captions) for path, captions in batch if not isinstance(captions, Exception)]
-            failed |= {path: _reason(error) for path, error in batch if isinstance(error, Exception)}
-            lines = [_entry(path, captions) for path, captions in said]
-            if file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-                file.flush()
+        for path, captions in caption(todo) if todo else ():
+            if isinstance(captions, Exception):
+                failed[path] = _reason(captions)
             else:
-                write(lines)
-            if args.sidecar:
-                for path, captions in said:
+                line = _entry(path, captions)
+                if file:
+                    file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                    file.flush()
+                else:
+                    write([line])
+                if args.sidecar:
                     _write_sidecar(path, captions, args, failed)
-            bar.update(len(batch))
+            bar.update()
             bar.set_postfix(failed=len(failed), refresh=False)
 
 

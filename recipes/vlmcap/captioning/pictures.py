@@ -11,14 +11,13 @@ from typing import TypeVar
 
 from PIL import Image
 
+from vlmcap.captioning.stream import CaptionStream
 from vlmcap.data.images import BadImageError, open_image
+from vlmcap.data.picture_files import ENDINGS
 from vlmcap.errors import UserError
 
-# Endings of the kinds that are read (vlmcap.data.pictures.FORMATS). They choose files in folders and patterns; a file
-# that is named itself is opened whatever its name is.
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".mpo")
-# Pixels that wait decoded for the model: 0.6 GB as RGB, 16 photographs of 12 megapixels.
-WAITING_PIXELS = 200_000_000
+READ_AHEAD = 8  # pictures that wait for the model,
+WAITING_PIXELS = 200_000_000  # and their pixels: 0.6 GB as RGB, 16 photographs of 12 megapixels
 
 T = TypeVar("T")
 
@@ -145,37 +144,29 @@ def _pixels(waiting: Iterable[tuple[str, Future]]) -> int:
     return sum(result.width * result.height for result in results if isinstance(result, Image.Image))
 
 
-def batches_of(
-    pictures: Iterable[tuple[str, Image.Image | Exception]], size: int
-) -> Iterator[list[tuple[str, Image.Image | Exception]]]:
-    """At most `size` pictures, and at most WAITING_PIXELS of them, unless one has more; errors come along."""
-    batch, pixels = [], 0
-    for path, image in pictures:
-        more = 0 if isinstance(image, Exception) else image.width * image.height
-        if batch and (len(batch) == size or pixels + more > WAITING_PIXELS):
-            yield batch
-            batch, pixels = [], 0
-        batch.append((path, image))
-        pixels += more
-        del image
-    if batch:
-        yield batch
+def caption_pictures(
+    paths: Iterable[str], stream: CaptionStream, workers: int, read: Callable[[str], Image.Image] = read_picture
+) -> Iterator[tuple[str, list[str] | Exception]]:
+    """(path, captions of the picture, or why it cannot be read), in order.
 
-
-def caption_batches(
-    paths: Iterable[str],
-    caption: Callable[[list[Image.Image]], list[list[str]]],
-    batch_size: int,
-    workers: int,
-    read: Callable[[str], Image.Image] = read_picture,
-) -> Iterator[list[tuple[str, list[str] | Exception]]]:
-    """(path, captions of the picture, or why it cannot be read), batch by batch.
-
-    Memory does not grow with the number of pictures: about `batch_size` of them wait while as many are captioned.
+    Memory does not grow with the number of pictures.
     """
-    for batch in batches_of(read_ahead(paths, read, workers, batch_size), batch_size):
-        images = [image for _, image in batch if not isinstance(image, Exception)]
-        said = iter(caption(images) if images else [])
-        captions = [(path, image if isinstance(image, Exception) else next(said)) for path, image in batch]
-        del images, batch
-        yield captions
+    waiting: deque[tuple[str, Exception | None]] = deque()  # those that `stream` took, and those that cannot be read
+
+    def readable() -> Iterator:
+        for path, prepared in read_ahead(paths, lambda path: stream.prepare(read(path)), workers, READ_AHEAD):
+            if isinstance(prepared, Exception):
+                waiting.append((path, prepared))
+            else:
+                waiting.append((path, None))
+                yield prepared
+            del prepared
+
+    def failed() -> Iterator[tuple[str, Exception]]:
+        while waiting and waiting[0][1] is not None:
+            yield waiting.popleft()
+
+    for captions in stream.run(readable()):
+        yield from failed()
+        yield waiting.popleft()[0], captions
+    yield from failed()

@@ -5,7 +5,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import datasets
@@ -95,21 +98,26 @@ def cut_half_line(path: Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
-def write_captions(
-    caption: Callable[[datasets.Dataset], list[str]],
-    rows: datasets.Dataset,
-    output: Path,
-    record: dict,
-    peak_memory: Callable[[], int | None],
-) -> None:
-    """Captions every row and writes `output` (JSON lines) and its run record; continues where an earlier call stopped.
+@dataclass(frozen=True)
+class OpenPredictions:
+    """A predictions file in work: the numbers of the rows that this process has still to caption, and how a caption
+    of one of them is written."""
 
-    Every process captions its share and appends it, batch by batch, to a file of its own (`shares`). When all are done
-    process 0 writes `output` in the order of the rows, whole or not at all, and removes the shares. It may be killed
-    at any moment, and continued by another number of processes.
+    todo: list[int]
+    write: Callable[[int, str], None]
+
+
+@contextmanager
+def open_predictions(
+    rows: datasets.Dataset, output: Path, record: dict, peak_memory: Callable[[], int | None]
+) -> Iterator[OpenPredictions]:
+    """Predictions (JSON lines) and their run record, continued where an earlier run stopped.
+
+    Every process captions its share of the rows, in any order, and appends each caption to a file of its own
+    (`shares`). When all are done process 0 writes `output` in the order of the rows, whole or not at all, and removes
+    the shares. It may be killed at any moment, and continued by another number of processes.
 
     Args:
-        caption: captions of a few rows, `record["decoding"]["batch_size"]` at most.
         rows: as `load_captions` returns them.
         record: "model", "dataset", "saw", "prompt" and "decoding" of the run record.
         peak_memory: bytes of device memory that were held at most, None on a CPU; asked at the end.
@@ -120,7 +128,7 @@ def write_captions(
         PredictionsError: `output` was started with other settings, is damaged, or cannot be written (a full disk).
     """
     try:
-        _write_captions(caption, rows, output, record, peak_memory)
+        yield from _open_predictions(rows, output, record, peak_memory)
     except BadImageError:  # an OSError too
         raise
     except OSError as error:
@@ -130,20 +138,16 @@ def write_captions(
         ) from error
 
 
-def _write_captions(
-    caption: Callable[[datasets.Dataset], list[str]],
-    rows: datasets.Dataset,
-    output: Path,
-    record: dict,
-    peak_memory: Callable[[], int | None],
-) -> None:
+def _open_predictions(
+    rows: datasets.Dataset, output: Path, record: dict, peak_memory: Callable[[], int | None]
+) -> Iterator[OpenPredictions]:
     state = PartialState()
     output.parent.mkdir(parents=True, exist_ok=True)
-    batch_size = record["decoding"]["batch_size"]
     asked = {key: record[key] for key in ASKED}
     run_record = run_record_path(output)
     done, earlier = read_done(output, asked)
-    todo = [i for i, image_id in enumerate(rows["image_id"]) if image_id not in done]
+    image_ids = rows["image_id"]
+    todo = [row for row, image_id in enumerate(image_ids) if image_id not in done]
     before, start = earlier.get("seconds", 0.0), time.perf_counter()
     finished = not todo and output.exists() and "created" in earlier
 
@@ -154,32 +158,27 @@ def _write_captions(
             write_atomically(run_record, text)
 
     state.wait_for_everyone()  # all have read the same before one writes
-    if not finished:
+    if finished:
+        yield OpenPredictions([], lambda row, caption: None)
+    else:
         write_record()
         state.wait_for_everyone()  # no share without the record that says what it is of
         share = output.with_suffix(f".rank{state.process_index}.jsonl")
         cut_half_line(share)
-        mine = todo[state.process_index :: state.num_processes]
-        with (
-            share.open("ab") as file,
-            tqdm(
-                total=len(rows),
-                initial=len(rows) - len(todo),
-                desc=f"captions {output.parent.name}",
-                disable=not state.is_main_process,
-            ) as bar,
-        ):
-            for begin in range(0, len(mine), batch_size):
-                batch = rows.select(mine[begin : begin + batch_size])
-                said = zip(batch["image_id"], caption(batch), strict=True)
-                file.write(_lines({"image_id": image_id, "caption": text} for image_id, text in said))
+        with share.open("ab") as file:
+            written = count(1)
+
+            def write(row: int, caption: str) -> None:
+                file.write(_lines([{"image_id": image_ids[row], "caption": caption}]))
                 file.flush()
-                write_record()  # with the time so far, so that a continued run reports all of it
-                bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
+                if next(written) % record["decoding"]["batch_size"] == 0:
+                    write_record()  # with the time so far, so that a continued run reports all of it
+
+            yield OpenPredictions(todo[state.process_index :: state.num_processes], write)
         state.wait_for_everyone()
         if state.is_main_process:
             done = read_done(output, asked)[0]
-            write_atomically(output, _lines(({i: done[i] for i in rows["image_id"]} | done).values()))
+            write_atomically(output, _lines(({i: done[i] for i in image_ids} | done).values()))
         seconds = before + time.perf_counter() - start
         write_record(
             hardware=provenance.hardware(),
@@ -193,6 +192,50 @@ def _write_captions(
         for path in shares(output):
             path.unlink()
     state.wait_for_everyone()
+
+
+# Numbers of rows -> captions of each, one for each file, in their order.
+Captions = Callable[[list[int]], Iterable[Sequence[str]]]
+
+
+def write_captions(
+    caption: Captions,
+    rows: datasets.Dataset,
+    files: list[tuple[Path, dict]],
+    peak_memory: Callable[[], int | None],
+    alone: Sequence[Captions] = (),
+) -> None:
+    """Captions every row and writes predictions and run record of each file, as `open_predictions` does.
+
+    Args:
+        files: path and run record of each.
+        alone: what captions the rows that only one of several files still needs.
+
+    Raises as `open_predictions`.
+    """
+    with ExitStack() as stack:
+        predictions = [stack.enter_context(open_predictions(rows, *file, peak_memory)) for file in files]
+        wanted = [set(one.todo) for one in predictions]
+        together = set.intersection(*wanted)
+        passes = [(caption, together, predictions)]
+        if len(files) > 1:
+            rest = (rows_of_one - together for rows_of_one in wanted)
+            passes += zip(alone, rest, ([one] for one in predictions), strict=True)
+        state = PartialState()
+        left = len(set.union(*wanted)) * state.num_processes
+        names = " and ".join(dict.fromkeys(path.parent.name for path, _ in files))
+        with tqdm(
+            total=len(rows),
+            initial=max(0, len(rows) - left),
+            desc=f"captions {names}",
+            disable=not state.is_main_process,
+        ) as bar:
+            for its_caption, needed, targets in passes:
+                numbers = sorted(needed)
+                for row, said in zip(numbers, its_caption(numbers) if numbers else (), strict=True):
+                    for target, text in zip(targets, said, strict=True):
+                        target.write(row, text)
+                    bar.update(min(state.num_processes, bar.total - bar.n))
 
 
 def _lines(entries: Iterable[dict]) -> bytes:

@@ -189,9 +189,9 @@ def data_uri(image: Image.Image, max_pixels: int) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def server_batches(
+def server_captions(
     paths: Iterable[str], server: ChatServer, concurrency: int
-) -> Iterator[list[tuple[str, list[str] | Exception]]]:
+) -> Iterator[tuple[str, list[str] | Exception]]:
     """(path, its caption or why there is none), one by one in order, `concurrency` requests at once.
 
     Raises:
@@ -208,7 +208,7 @@ def server_batches(
                     f"{server.address} gave no caption for {IN_A_ROW} pictures one after another; of the last: {said}."
                     " The captions so far are kept: the same command continues."
                 )
-            yield [(path, said)]
+            yield path, said
     finally:
         server.stop()
 

@@ -58,13 +58,15 @@ class PublishArguments:
         default=None, metadata=_of_some("val_ids", "file of validation image ids, one a line.")
     )
     test_ids: str | None = field(default=None, metadata=_of_some("test_ids", "file of test image ids, one a line."))
-    val_size: int | None = field(
+    val_size: float | None = field(
         default=None,
         metadata=_of_some(
-            "val_size", "validation images to draw, for stair when no ids are given. Default: 5000; of own a tenth."
+            "val_size",
+            "validation images to draw, for stair when no ids are given; for own also their share, e.g. 0.1. "
+            "Default: 5000; of own a tenth.",
         ),
     )
-    test_size: int | None = field(
+    test_size: float | None = field(
         default=None, metadata=_of_some("test_size", "test images to draw, as val_size. own takes 0, no such split.")
     )
     holdout: float = field(
@@ -162,5 +164,11 @@ def check_arguments(args: PublishArguments) -> None:
             raise DataError(f"--source {args.source} needs --{option}, e.g. --{option} {example}.")
     if not args.annotations and not corpus.archive:
         raise DataError(f"--source {args.source} needs --annotations: {corpus.annotations}.")
+    own = args.source == "own"
+    for option in ("val_size", "test_size"):
+        size = getattr(args, option)
+        if size is not None and not float(size).is_integer() and not (own and 0 < size < 1):
+            share = ", or their share, between 0 and 1" if own else ""
+            raise DataError(f"--{option} {size:g}: expected a number of images{share}.")
     if not 0 < args.holdout < 0.5:
         raise DataError(f"--holdout {args.holdout}: expected a share between 0 and 0.5.")

@@ -31,6 +31,7 @@ from urllib3.util import Retry
 
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, check_columns, is_plain_path, open_image, whole_reason
+from vlmcap.data.lookup import a_file
 from vlmcap.errors import UserError, notice
 
 ATTEMPTS = 5
@@ -90,6 +91,8 @@ def fetch_dataset_images(
 
     Raises what `fetch_images` raises, and DataError when the dataset cannot be loaded or lacks a split or a column.
     """
+    if Path(dataset).is_file():
+        raise a_file(dataset)
     try:
         loaded = datasets.load_dataset(dataset, revision=revision)
     except Exception as error:  # any error of the libraries under datasets, as in `load_captions`

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,15 +15,15 @@ import httpx2
 import numpy as np
 import pyarrow as pa
 import yaml
-from huggingface_hub import DatasetCard, hf_hub_download
+from huggingface_hub import DatasetCard, DatasetCardData, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vlmcap.data.corpora import card_names
+from vlmcap.data.corpora import CORPORA, card_names
 from vlmcap.data.errors import DataError
-from vlmcap.data.lookup import find_dataset, no_such_dataset
+from vlmcap.data.lookup import a_file, find_dataset, no_such_dataset
 from vlmcap.data.picture_files import is_picture_file, open_picture, picture_finder
 from vlmcap.data.pictures import BadImageError, picture_size, read_picture
 from vlmcap.errors import notice
@@ -44,7 +45,10 @@ TYPES = {
     "file_name": (_is_text, "texts"),
     "coco_url": (_is_text, "texts"),
     "captions": (lambda kind: _is_list(kind) and _is_text(kind.value_type), "lists of texts"),
+    "image": (lambda kind: pa.types.is_struct(kind) or pa.types.is_binary(kind) or _is_text(kind), "pictures"),
 }
+REQUIRED = ("image_id", "captions", "file_name")
+OWN_LANGUAGES = CORPORA["own"].languages  # what --language of publish_datasets.py own knows
 # What rows of one image must agree in.
 OF_IMAGE = ("file_name", "coco_url", "license", "in_yj", "image")
 UNSEEN = ("Cc", "Cf")  # Unicode's categories of control and format characters, such as the zero-width space
@@ -74,11 +78,7 @@ def load_captions(
     if "image" in rows.column_names:
         return rows
     if not image_dir:
-        raise DataError(
-            f"{dataset} ({split}) holds captions but no images. Fetch the photographs with `python"
-            f" scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir images` and add `--image_dir"
-            " images`, or build the dataset with `publish_datasets.py --images DIR`."
-        )
+        raise DataError(_no_pictures(f"{dataset} ({split})", dataset, rows.column_names, split))
     find, paths = picture_finder(image_dir), []
     for name in rows["file_name"]:
         if not is_plain_path(name):
@@ -107,26 +107,114 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
             dataset.
     """
     revision = None if Path(dataset).exists() else revision
+    info = _info(dataset, split, revision)
+    if split not in info.splits:
+        raise DataError(_no_split(dataset, split, info, "--split"))
     try:
-        splits = datasets.get_dataset_split_names(dataset, revision=revision)
-        if split in splits:
-            rows = datasets.load_dataset(dataset, split=split, revision=revision)
-    # Any error of the libraries under datasets: its own, pyarrow's, the Hub's, httpx's, those of YAML and JSON.
-    except Exception as error:
+        rows = datasets.load_dataset(dataset, split=split, revision=revision)
+    except Exception as error:  # as in `_info`
         raise DataError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
-    if split not in splits:
-        raise DataError(
-            f"{dataset} has no split {split!r}; it has {', '.join(splits)}. Name another one, or publish the dataset"
-            " again with one: `publish_datasets.py own` takes --val_size and --test_size."
-        )
-    check_columns(rows, f"{dataset} ({split})", ["image_id", "captions", "file_name"])
+    check_columns(rows, f"{dataset} ({split})", REQUIRED)
     if "image" in rows.column_names:
         try:
             rows = rows.cast_column("image", datasets.Image(decode=False))
         except (TypeError, ValueError, pa.ArrowException) as error:
             raise DataError(f"{dataset} ({split}): the column image holds no images ({error})") from error
-        check_paths(rows, dataset, split)
+        if null_rows(rows, "image"):
+            raise DataError(f"{dataset} ({split}): the column image has empty places (null)")
+        check_paths(rows, f"{dataset} ({split})", dataset)
     return one_row_per_image(_without_nulls(rows), f"{dataset} ({split})")
+
+
+def check_splits(dataset: str, splits: dict[str, str], image_dir: str | None, revision: str | None = None) -> None:
+    """Asks before a run, and without torch, for what it will need of a dataset. No row is read: of parquet files the
+    schema says which columns there are; of others nobody asks for them here.
+
+    Args:
+        splits: option that names a split -> the split, e.g. {"--test_split": "test"}.
+
+    Raises:
+        DataError: as `dataset_record`; and as `load_captions` where a split or a column is missing or is of another
+            type, or where there are no pictures.
+    """
+    language = _card(dataset, revision)[1].get("language")
+    revision = None if Path(dataset).exists() else revision
+    info = _info(dataset, next(iter(splits.values())), revision)
+    for option, split in splits.items():
+        place = f"{dataset} ({split})"
+        if split not in info.splits:
+            raise DataError(_no_split(dataset, split, info, option, image_dir, language))
+        if info.features is None:
+            continue
+        if missing := [name for name in REQUIRED if name not in info.features]:
+            command = _own_command(dataset, info, image_dir, language)
+            raise DataError(
+                f"{place} has no column {missing[0]}; it has {', '.join(info.features)}. Build a dataset of it with"
+                f" all columns, and give that folder as --dataset:\n  {command}"
+            )
+        _check_types(info.features, place, [name for name in TYPES if name in info.features])
+        if "image" not in info.features:
+            if not image_dir:
+                raise DataError(_no_pictures(place, dataset, info.features, split))
+            picture_finder(image_dir)
+
+
+def _info(dataset: str, split: str, revision: str | None) -> datasets.DatasetInfo:
+    """The splits of a dataset and, of parquet files, its features."""
+    if Path(dataset).is_file():
+        raise a_file(dataset)
+    try:
+        return datasets.get_dataset_config_info(dataset, revision=revision)
+    # Any error of the libraries under datasets: its own, pyarrow's, the Hub's, httpx's, those of YAML and JSON.
+    except Exception as error:
+        raise DataError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
+
+
+def _no_split(
+    dataset: str,
+    split: str,
+    info: datasets.DatasetInfo,
+    option: str,
+    image_dir: str | None = None,
+    language: object = None,
+) -> str:
+    """What to say of a split that a dataset does not have."""
+    without = (
+        ", train without validation (--eval_strategy no --load_best_model_at_end false --early_stopping_patience 0)"
+    )
+    without = without if option == "--validation_split" else ""
+    return (
+        f"{dataset} has no split {split!r}; it has {', '.join(info.splits)}. Name one of them with {option}{without},"
+        " or draw new splits of all its pictures and give that folder as --dataset:\n "
+        f" {_own_command(dataset, info, image_dir, language)}"
+    )
+
+
+def _own_command(dataset: str, info: datasets.DatasetInfo, image_dir: str | None, language: object) -> str:
+    """The command that makes a dataset with all columns and splits of one that lacks some.
+
+    Args:
+        language: of its card, one or a list.
+    """
+    languages = [language] if isinstance(language, str) else language or []
+    pictures = ["--image_column", "image"] if "image" in (info.features or ()) else ["--images", image_dir or "FOLDER"]
+    words = ["python", "scripts/publish_datasets.py", "own", "--annotations", dataset, *pictures]
+    words += ["--language", next((name for name in languages if name in OWN_LANGUAGES), "none")]
+    words += ["--output_dir", f"data/{Path(dataset).name}_split", "--val_size", "0.1", "--test_size", "0.1"]
+    return shlex.join(words)
+
+
+def _no_pictures(place: str, dataset: str, columns: Iterable[str], split: str) -> str:
+    """What to say where no picture is embedded and no folder was named."""
+    fix = (
+        f"Fetch the photographs with `python scripts/fetch_images.py --dataset {dataset} --split {split} --output_dir"
+        " images` and add `--image_dir images`"
+        if "coco_url" in columns
+        else "Name the folder of the pictures with --image_dir"
+    )
+    return (
+        f"{place} holds captions but no images. {fix}, or build the dataset with --images DIR of publish_datasets.py."
+    )
 
 
 def references_of(rows: datasets.Dataset) -> dict[str, list[str]]:
@@ -140,15 +228,23 @@ def dataset_references(dataset: str, split: str, revision: str | None = None) ->
     Reads no picture, and takes ids that are texts too. Null captions are empty ones.
 
     Raises:
-        DataError: a column is missing; rows of one image have different file names.
+        DataError: the dataset cannot be loaded or has no such split; a column is missing; rows of one image have
+            different file names.
     """
+    revision = None if Path(dataset).exists() else revision
+    info = _info(dataset, split, revision)
+    if split not in info.splits:
+        raise DataError(_no_split(dataset, split, info, "--split"))
     source = {"path": dataset, "split": split, "revision": revision, "streaming": True}
-    there = datasets.load_dataset(**source).column_names
+    try:
+        there = datasets.load_dataset(**source).column_names
+        # Streaming reads these columns alone: no photograph is downloaded or decoded.
+        columns = [name for name in REQUIRED if name in there]
+        rows = list(datasets.load_dataset(columns=columns, **source))
+    except Exception as error:  # as in `_info`
+        raise DataError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
     if missing := [name for name in ("image_id", "captions") if name not in there]:
         raise DataError(f"{dataset} ({split}) has no column {', '.join(missing)}; it has {', '.join(there)}")
-    # Streaming reads these columns alone: no photograph is downloaded or decoded.
-    columns = [name for name in ("image_id", "captions", "file_name") if name in there]
-    rows = list(datasets.load_dataset(columns=columns, **source))
     return {
         str(image_id): [caption or "" for number in numbers for caption in rows[number]["captions"] or []]
         for image_id, numbers in group_by_image(rows, f"{dataset} ({split})").items()
@@ -253,16 +349,21 @@ def whole_reason(error: BaseException) -> str:
     return "; ".join(dict.fromkeys(reasons))
 
 
-def check_columns(rows: datasets.Dataset, place: str, names: list[str]) -> None:
+def check_columns(rows: datasets.Dataset, place: str, names: Iterable[str]) -> None:
     """Raises DataError when a column is missing, has another type than in `TYPES`, or holds null (captions may)."""
+    _check_types(rows.features, place, names)
     for name in names:
-        if name not in rows.column_names:
-            raise DataError(f"{place} has no column {name}; it has {', '.join(rows.column_names)}")
-        kind, (test, wanted) = rows.features.arrow_schema.field(name).type, TYPES[name]
-        if not test(kind):
-            raise DataError(f"{place}: the column {name} is {kind}, expected {wanted}")
         if name != "captions" and _has_nulls(rows, name):
             raise DataError(f"{place}: the column {name} has empty places (null)")
+
+
+def _check_types(features: datasets.Features, place: str, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in features:
+            raise DataError(f"{place} has no column {name}; it has {', '.join(features)}")
+        kind, (test, wanted) = features.arrow_schema.field(name).type, TYPES[name]
+        if not test(kind):
+            raise DataError(f"{place}: the column {name} is {kind}, expected {wanted}")
 
 
 def _has_nulls(rows: datasets.Dataset, name: str) -> bool:
@@ -271,17 +372,15 @@ def _has_nulls(rows: datasets.Dataset, name: str) -> bool:
     return any(chunk.null_count or _is_list(chunk.type) and chunk.flatten().null_count for chunk in chunks)
 
 
-def check_paths(rows: datasets.Dataset, dataset: str, split: str) -> None:
-    """Raises DataError when a picture is null, or neither embedded nor a file of the dataset: a path in a dataset
-    may name any file of this machine."""
-    if any(chunk.null_count for chunk in rows.select_columns("image").with_format("arrow")[:]["image"].chunks):
-        raise DataError(f"{dataset} ({split}): the column image has empty places (null)")
+def check_paths(rows: datasets.Dataset, place: str, dataset: str, column: str = "image") -> None:
+    """Raises DataError when a picture is neither embedded nor a file of the dataset: a path in a dataset may name any
+    file of this machine. Empty places are skipped."""
     roots = [folder.resolve() for folder in (Path(dataset), *map(Path, CACHES)) if folder.is_dir()]
-    for _, path in _outside(rows):
+    for _, path in _outside(rows, column):
         if path and ("\0" in path or not any(Path(path).resolve().is_relative_to(root) for root in roots)):
             raise DataError(
-                f"{dataset} ({split}): the picture {path!r} is not in the dataset but a path out of it. Embed the"
-                " pictures, or leave the column image out and give --image_dir."
+                f"{place}: the picture {path!r} is not in the dataset but a path out of it. Embed the pictures, or"
+                " leave the column image out and give --image_dir."
             )
 
 
@@ -333,6 +432,22 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     Raises:
         DataError: there is no such folder and no such dataset on the Hub, or it has no card.
     """
+    commit, data = _card(dataset, revision)
+    tags = data.get("tags")
+    corpus = next((name for name in card_names() if isinstance(tags, list) and f"{name}-captions" in tags), None)
+    return {
+        "id": public_name(dataset),
+        "revision": commit,
+        "split": split,
+        "license": data.get("license"),
+        "corpus": corpus,
+    }
+
+
+def _card(dataset: str, revision: str | None) -> tuple[str | None, DatasetCardData]:
+    """(revision, metadata of the card), as `dataset_record` has them."""
+    if Path(dataset).is_file():
+        raise a_file(dataset)
     if Path(dataset).exists():
         card, report = Path(dataset) / "README.md", Path(dataset) / "cleaning_report.json"
         try:
@@ -355,18 +470,9 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
             " scripts/publish_datasets.py, or write one that begins with the lines `---`, `license: NAME`, `---`"
         )
     try:
-        data = DatasetCard.load(card).data
+        return revision, DatasetCard.load(card).data
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{card}: no dataset card with metadata that can be read ({error})") from error
-    tags = data.get("tags")
-    corpus = next((name for name in card_names() if isinstance(tags, list) and f"{name}-captions" in tags), None)
-    return {
-        "id": public_name(dataset),
-        "revision": revision,
-        "split": split,
-        "license": data.get("license"),
-        "corpus": corpus,
-    }
 
 
 def check_no_overlap(train: datasets.Dataset, other: datasets.Dataset, split: str = "test") -> None:
@@ -384,11 +490,17 @@ def missing_files(rows: datasets.Dataset) -> list[int]:
     return [row for row, path in _outside(rows) if not path or not is_picture_file(path)]
 
 
-def _outside(rows: datasets.Dataset) -> Iterator[tuple[int, str | None]]:
+def null_rows(rows: datasets.Dataset, column: str) -> set[int]:
+    """Indices of the rows without a value in a column."""
+    chunks = rows.select_columns(column).with_format("arrow")[:][column]
+    return set(np.flatnonzero(chunks.is_null()).tolist())
+
+
+def _outside(rows: datasets.Dataset, column: str = "image") -> Iterator[tuple[int, str | None]]:
     """(row, path) of the pictures that are not embedded. Reads no embedded picture."""
     start = 0
-    for batch in rows.select_columns("image").with_format("arrow").iter(1_000):
-        cells = batch["image"].combine_chunks()
+    for batch in rows.select_columns(column).with_format("arrow").iter(1_000):
+        cells = batch[column].combine_chunks()
         paths = cells.field("path")
         for row in np.flatnonzero(cells.field("bytes").is_null()):
             yield start + int(row), paths[int(row)].as_py()

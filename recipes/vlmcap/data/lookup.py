@@ -13,14 +13,24 @@ def find_dataset(dataset: str, revision: str | None = None) -> str | None:
     """The commit of a dataset on the Hub; None for a folder.
 
     Raises:
-        DataError: there is no such folder and no such dataset on the Hub.
+        DataError: it is a file; or there is no such folder and no such dataset on the Hub.
     """
+    if Path(dataset).is_file():
+        raise a_file(dataset)
     if Path(dataset).exists():
         return None
     try:
         return HfApi().dataset_info(dataset, revision=revision).sha
     except (httpx2.HTTPError, OSError, HFValidationError) as error:
         raise no_such_dataset(dataset, error) from error
+
+
+def a_file(dataset: str) -> DataError:
+    """Says that a file is not a dataset, and how to build one of it."""
+    return DataError(
+        f"{dataset} is a file, and a dataset is a folder or an id on the Hub. Build it with: python"
+        f" scripts/publish_datasets.py own --annotations {dataset} --language ja --output_dir data/own"
+    )
 
 
 def no_such_dataset(dataset: str, error: Exception) -> DataError:

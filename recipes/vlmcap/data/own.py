@@ -28,14 +28,13 @@ from tqdm.auto import tqdm
 
 from vlmcap.data.arguments import PublishArguments
 from vlmcap.data.errors import DataError
-from vlmcap.data.images import is_plain_path, whole_reason
-from vlmcap.data.picture_files import Picture, PictureFile, picture_finder
+from vlmcap.data.images import check_paths, is_plain_path, null_rows, whole_reason
+from vlmcap.data.picture_files import ENDINGS, Picture, PictureFile, picture_finder
 from vlmcap.data.readers import CorpusRows
 from vlmcap.data.sources import SourceFile, parse_source, read_source
 from vlmcap.errors import notice
 from vlmcap.strict_parsing import shown
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 IMAGE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "img")
 CAPTION_COLUMNS = ("captions", "caption", "text", "texts", "sentences", "sentence", "title")
 TEXT_FIELDS = ("caption", "raw", "text", "sentence", "value")
@@ -121,7 +120,7 @@ def read_own(args: PublishArguments) -> CorpusRows:
 def _from_folder(folder: Path, args: PublishArguments) -> Iterator[_Entry]:
     names = list(_files_below(folder).values())
     metadata = [name for name in names if Path(name).name in METADATA]
-    pictures = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    pictures = [name for name in names if Path(name).suffix.lower() in ENDINGS]
     texts = {str(Path(name).with_suffix("")) for name in names if name.lower().endswith(".txt")}
     if metadata:
         for name in metadata:
@@ -160,6 +159,8 @@ def _records(path: Path, args: PublishArguments) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: not a .csv, .tsv, .json or .jsonl file, a folder, or the id of a dataset.")
     if suffix == ".json":
         values = parse_source(path, read_source(path))
+        if not isinstance(values, list):
+            raise DataError(f"{path}: {shown(values)}, expected a list of rows, or COCO's form.")
         found = [(f"{path}: entry {number}", value) for number, value in enumerate(values, 1)]
     else:
         lines = _text(path, args.language).split("\n")
@@ -303,14 +304,20 @@ def _from_datasets(name: str, args: PublishArguments) -> Iterator[_Entry]:
         embedded = isinstance(rows.features[image], datasets.Image)
         if embedded:
             rows = rows.cast_column(image, datasets.Image(decode=False))
+            check_paths(rows, f"{name} ({split})", name, image)
+            empty = null_rows(rows, image)
         for number, row in enumerate(rows.remove_columns([image]) if embedded else rows):
             place = f"{name} ({split}): row {number}"
             texts = [text for column in captions for text in _texts(row[column], f"{place}: the column {column}")]
             facts = {"image_id": _id(row.get("image_id"), place)}
-            if embedded:
-                facts["picture"] = _InDataset(rows, number, image)
-            else:
-                facts["name"] = row[image] or ""
+            named = row.get("file_name" if embedded else image)
+            if embedded and number not in empty:
+                plain = isinstance(named, str) and is_plain_path(named)
+                facts |= {"picture": _InDataset(rows, number, image), "name": named if plain else ""}
+            elif not embedded and not isinstance(named, str | None):
+                raise DataError(f"{place}: the column {image} is {shown(named)}, expected pictures or names of files.")
+            elif not embedded:
+                facts["name"] = named or ""
             yield _entry(place, texts, **facts)
 
 
@@ -404,8 +411,10 @@ def _group(
             digest = hashlib.sha256(picture.read()).hexdigest() if picture else None
         except OSError:  # it is checked, and named, with all pictures
             digest = None
-        name = name or f"{digest[:16]}"
-        image_id = entry.image_id if numbers else _nfc(name if entry.image_id is None else str(entry.image_id))
+        code = (digest or hashlib.sha256(entry.place.encode()).hexdigest())[:16]  # of a picture without a name
+        name = name or code
+        image_id = (code if entry.picture else name) if entry.image_id is None else str(entry.image_id)
+        image_id = entry.image_id if numbers else _nfc(image_id)
         row = by_bytes.get(digest) if digest else None
         same += row is not None and row["image_id"] != image_id
         row = row or by_id.get(image_id)
@@ -432,9 +441,8 @@ def _group(
 
 def _split(rows: list[dict], args: PublishArguments) -> tuple[dict[str, list[dict]], str]:
     """Pictures by split, drawn in the order of sha256("{seed}:{image_id}"), like `splits.draw_ids`."""
-    tenth = len(rows) // 10
     sizes = {"validation": args.val_size, "test": args.test_size}
-    sizes = {split: tenth if size is None else size for split, size in sizes.items()}
+    sizes = {split: _count(size, len(rows)) for split, size in sizes.items()}
     if min(sizes.values()) < 0 or sum(sizes.values()) >= len(rows):
         raise DataError(
             f"--val_size {sizes['validation']} and --test_size {sizes['test']} leave no picture to train on: there are"
@@ -449,6 +457,13 @@ def _split(rows: list[dict], args: PublishArguments) -> tuple[dict[str, list[dic
         by_split[place.get(row["image_id"], "train")].append(row)
     drawn = " and ".join(f"{size:,} for {split}" for split, size in sizes.items())
     return by_split, f"drawn by picture in this build (seed {args.seed}): {drawn}, the others train"
+
+
+def _count(size: float | None, pictures: int) -> int:
+    """How many pictures a size is: itself, or a share of all and then one at least. None: a tenth, perhaps none."""
+    if size is None:
+        return pictures // 10
+    return max(1, round(size * pictures)) if 0 < size < 1 else int(size)
 
 
 _KANA, _HAN = regex.compile(r"[\p{Hiragana}\p{Katakana}]"), regex.compile(r"\p{Han}")

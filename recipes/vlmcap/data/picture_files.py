@@ -13,6 +13,10 @@ from typing import BinaryIO, Protocol
 
 from vlmcap.data.errors import DataError
 
+# How names of pictures end (vlmcap.data.pictures.FORMATS). In folders they choose files; a file that is named itself
+# is opened whatever its name is. HEIC is among them without pillow-heif too: reading it says what is missing.
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".mpo")
+ENDINGS += (".avif", ".heic", ".heif")
 # COCO's official folders; its zip files have the same names and hold these folders.
 COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 # The same photograph is COCO_val2014_000000391895.jpg in COCO 2014 and 000000391895.jpg in COCO 2017.

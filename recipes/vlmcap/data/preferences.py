@@ -205,7 +205,7 @@ def _of_dataset(source: str, image_dir: str | None, split: str, revision: str | 
 
     images = rows.select_columns(column).map(cell, remove_columns=[column], features=PICTURE)
     if not image_dir:
-        check_paths(images, source, split)
+        check_paths(images, f"{source} ({split})", source)
     return rows.remove_columns(column), images, lambda number: f"{source} ({split}), row {number}"
 
 

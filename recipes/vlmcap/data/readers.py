@@ -60,7 +60,7 @@ def read_stair(args: PublishArguments) -> CorpusRows:
     splits.flag_yj(rows, yj_ids)
     held_out, origin = _held_out_ids(args)
     if not held_out:
-        sizes = [DRAWN if size is None else size for size in (args.val_size, args.test_size)]
+        sizes = [DRAWN if size is None else int(size) for size in (args.val_size, args.test_size)]
         held_out = splits.draw_ids(rows, *sizes, args.seed)
         origin = (
             f"a Karpathy-style partition drawn by this build (seed {args.seed}), not Karpathy's own: scores on it do "

@@ -23,6 +23,7 @@ from vlmcap.atomic_write import git_blob_id
 from vlmcap.data.corpora import CORPORA
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import is_plain_path
+from vlmcap.errors import needs_file
 from vlmcap.strict_parsing import parse_json, shown
 
 # COCO's own licence table, the same in all its annotation files; UIT-ViIC has the numbers and not the table.
@@ -139,6 +140,8 @@ def _joined(infos: list[dict], *keys: str) -> str:
 def read_source(path: str | Path) -> bytes:
     """The bytes of an annotation file or id list. Raises DataError when it is missing, no file, or above MAX_BYTES."""
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: {needs_file(path)}.")
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
     if path.stat().st_size > MAX_BYTES:

@@ -18,11 +18,9 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 
 import fugashi
-import ipadic
-import unidic_lite
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from vlmcap.errors import UserError
@@ -77,8 +75,8 @@ def tokenizer_signature(tokenizer: str = "unidic-lite") -> str:
 
 def _splitter(tokenizer: str) -> Callable[[str], list[str]]:
     splitters = {
-        "unidic-lite": lambda text: _words(text, unidic_lite.DICDIR),
-        "ipadic": lambda text: _words(text, ipadic.DICDIR),
+        "unidic-lite": lambda text: _words(text, "unidic_lite"),
+        "ipadic": lambda text: _words(text, "ipadic"),
         "characters": _characters,
         "vietnamese": _vietnamese_words,
         "english": _english_words,
@@ -89,8 +87,8 @@ def _splitter(tokenizer: str) -> Callable[[str], list[str]]:
     return splitters[tokenizer]
 
 
-def _words(text: str, dictionary: str) -> list[str]:
-    words = tagger(dictionary, "-Owakati").parse(_normalise(text)).split()
+def _words(text: str, package: str) -> list[str]:
+    words = tagger(package, "-Owakati").parse(_normalise(text)).split()
     return [word for word in words if _has_letter_or_digit(word)]
 
 
@@ -129,7 +127,8 @@ def _has_letter_or_digit(token: str) -> bool:
 
 
 @cache
-def tagger(dictionary: str = unidic_lite.DICDIR, output: str = "") -> fugashi.GenericTagger:
-    """MeCab with a dictionary, unidic-lite by default; `output`: an option such as -Owakati."""
+def tagger(package: str = "unidic_lite", output: str = "") -> fugashi.GenericTagger:
+    """MeCab with the dictionary of a package; `output`: an option such as -Owakati."""
+    dictionary = import_module(package).DICDIR  # hundreds of MB, which a machine that only trains may lack
     # The dictionary by its path: fugashi.Tagger() would take the full unidic wherever that is installed.
     return fugashi.GenericTagger(f'-r "{dictionary}/mecabrc" -d "{dictionary}" {output}')

@@ -30,10 +30,15 @@ from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
 # NVIDIA's data sheets: dense 16-bit tensor-core operations a second.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
+# What a model is loaded in on a GPU for a precision, as the recipe does on one that has no other.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def build_checkpoint(preset: dict, processor, folder: Path, seed: int) -> None:
-    """A random Qwen2-VL of the preset's size, saved in bfloat16 as the real one is published."""
+def build_checkpoint(preset: dict, processor, folder: Path, seed: int, device: str = "cpu") -> None:
+    """A random Qwen2-VL of the preset's size, saved in bfloat16 as the real one is published.
+
+    device: where the weights are drawn. A GPU draws other numbers, and is done in a second.
+    """
     token = processor.tokenizer.convert_tokens_to_ids
     text = dict(preset["text"])
     rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": text.pop("mrope_section")}
@@ -51,8 +56,10 @@ def build_checkpoint(preset: dict, processor, folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
-    Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
+    with torch.device(device):
+        model = Qwen2VLForConditionalGeneration(config)
     torch.set_default_dtype(default)
+    model.save_pretrained(folder)
 
 
 def build_rows(images: int, folder: Path, seed: int) -> datasets.Dataset:
@@ -96,8 +103,9 @@ def build_trainer(engine: str, args, preset: dict, folder: Path, processor, rows
         "seed": args.seed,
     }
     model = load_model(
-        str(folder / "model"),
+        str(args.model or folder / "model"),
         load_in_4bit=preset["load_in_4bit"],
+        dtype=DTYPES.get(args.precision) if args.device == "cuda" else None,
         attn_implementation="flex_attention" if engine == "shared_prefix_flex" else "sdpa",
     )
     # Without dropout, so that losses and gradients can be compared.
@@ -130,7 +138,7 @@ def build_trainer(engine: str, args, preset: dict, folder: Path, processor, rows
         processing_class=processor,
         peft_config=peft_config,
     )
-    if recipe.fp16:  # the GradScaler fails on TRL's bfloat16 trainables
+    if not recipe.bf16:  # neither float32 on a CPU nor the GradScaler takes TRL's bfloat16 trainables
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -5,18 +5,19 @@ every engine ends its caption there.
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, ProcessorMixin
 
 from vlmcap import provenance
 from vlmcap.captioning.arguments import GenerationArguments
-from vlmcap.captioning.both import run_both
 from vlmcap.captioning.branches import BranchGenerator, Rows
+from vlmcap.captioning.engines import ADAPTER, BASE, run_engines
 from vlmcap.captioning.generate import search_config
 from vlmcap.experiments.bench import Watch, random_adapter
 from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
@@ -61,24 +62,29 @@ class EndingGenerator(BranchGenerator):
         return torch.stack([end_at(row, step, self.lengths[number], self.end) for row, step, number in places])
 
 
-class Bench:
-    """Engines on one model with a random adapter; each method returns the captions of all pictures, as token ids.
+def random_model(folder: str | Path, preset: dict, seed: int, dtype: torch.dtype | None = None) -> PeftModel:
+    """The checkpoint in a folder, with a random adapter. `dtype`: see `load_model`."""
+    model = load_model(str(folder), load_in_4bit=preset["load_in_4bit"], dtype=dtype)
+    arguments = ModelArguments(model_name_or_path=str(folder), lora_dropout=0.0)
+    model = get_peft_model(model, lora_config(model, arguments)).eval()
+    for name, value in random_adapter(model, seed).items():
+        model.get_parameter(name).data.copy_(value)
+    return model
 
-    args: the script's arguments.
+
+class Bench:
+    """Engines on one model; each method returns the captions of all pictures, as token ids.
+
+    args: images, seed, num_beams, max_new_tokens and batch_size, which may be changed between two captionings.
+    lengths: where the caption of each picture ends; None: where the model ends it.
     """
 
-    def __init__(self, args, preset: dict, folder: Path, processor: ProcessorMixin):
-        self.args, self.processor = args, processor
-        model = load_model(str(folder / "model"), load_in_4bit=preset["load_in_4bit"])
-        arguments = ModelArguments(model_name_or_path=args.preset, lora_dropout=0.0)
-        self.model = get_peft_model(model, lora_config(model, arguments)).eval()
-        for name, value in random_adapter(self.model, args.seed).items():
-            self.model.get_parameter(name).data.copy_(value)
+    def __init__(self, args, model: PreTrainedModel | PeftModel, processor: ProcessorMixin, lengths: list[int] | None):
+        self.args, self.model, self.processor, self.lengths = args, model, processor, lengths
         self.images = [scene.draw().resize((640, 480)) for scene in scenes(args.images, args.seed, held_out=False)]
         self.text = chat_prompt(processor, JAPANESE_PROMPT)
         self.end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.lengths = draw_lengths(args.images, args.seed)
-        settings = GenerationArguments(num_beams=args.num_beams, generation_batch_size=args.batch_size)
+        settings = GenerationArguments(num_beams=args.num_beams, max_new_tokens=args.max_new_tokens)
         self.config = search_config(self.model, processor.tokenizer, settings)
 
     def engines(self) -> dict:
@@ -105,10 +111,10 @@ class Bench:
         for start in range(0, len(self.images), size):
             inputs = self.inputs(self.images[start : start + size]).to(self.model.device, dtype=self.model.dtype)
             length = inputs["input_ids"].shape[1]
-            ending = EndAt(self.lengths[start : start + size], length, self.end)
-            output = self.model.generate(
-                **inputs, generation_config=self.config, logits_processor=LogitsProcessorList([ending])
-            )
+            limits = LogitsProcessorList()
+            if self.lengths:
+                limits.append(EndAt(self.lengths[start : start + size], length, self.end))
+            output = self.model.generate(**inputs, generation_config=self.config, logits_processor=limits)
             found += [self.cut(row) for row in output[:, length:].tolist()]
         return found
 
@@ -123,12 +129,17 @@ class Bench:
 
     def branches_both(self) -> list[list[int]]:
         found = {}
-        for which, caption in run_both(self.model, self.generator(), self.generator(), self.pictures()):
+        for which, caption in run_engines(
+            self.model, {BASE: self.generator(), ADAPTER: self.generator()}, self.pictures()
+        ):
             found[which, caption.number] = self.cut(caption.tokens[0].tolist())
         return [found[which, number] for which in ("base", "adapter") for number in range(len(self.images))]
 
-    def generator(self) -> EndingGenerator:
-        generator = EndingGenerator(self.model, self.config, LogitsProcessorList(), self.args.batch_size)
+    def generator(self) -> BranchGenerator:
+        parts = self.model, self.config, LogitsProcessorList(), self.args.batch_size
+        if self.lengths is None:
+            return BranchGenerator(*parts)
+        generator = EndingGenerator(*parts)
         generator.lengths, generator.end = self.lengths, self.end
         return generator
 
@@ -139,8 +150,8 @@ class Bench:
         return tokens[: tokens.index(self.end)] if self.end in tokens else tokens
 
 
-def measure(bench: Bench, engines: list[str], rounds: int, device: str) -> dict[str, dict]:
-    """Engine -> captions, seconds of each round and peak memory; in each round every engine runs in turn."""
+def measure(bench: Bench, engines: list[str], rounds: int, device: str) -> Iterator[dict[str, dict]]:
+    """After each round, in which every engine runs in turn: engine -> captions, seconds of each round, peak memory."""
     watches, found = {engine: Watch(device) for engine in engines}, {}
     for number in range(rounds):
         for engine in engines:
@@ -148,10 +159,10 @@ def measure(bench: Bench, engines: list[str], rounds: int, device: str) -> dict[
             found[engine] = bench.engines()[engine]()
             watches[engine].on_step_end(None, None, None)
             print(f"round {number + 1}: {engine:<16}{watches[engine].seconds[-1]:9.1f} s", flush=True)
-    return {
-        engine: {"captions": found[engine], "seconds": watch.seconds, "peak": max(watch.peak)}
-        for engine, watch in watches.items()
-    }
+        yield {
+            engine: {"captions": found[engine], "seconds": watch.seconds, "peak": max(watch.peak)}
+            for engine, watch in watches.items()
+        }
 
 
 def summarise(args, bench: Bench, measured: dict[str, dict]) -> dict:

@@ -35,7 +35,7 @@ def measure(args, preset: dict, folder: Path, processor, rows: datasets.Dataset)
     """The JSON document, after a line for each engine and round.
 
     Args:
-        rows: as `bench.build_rows` returns them, with the checkpoint in `folder` / "model".
+        rows: as `bench.build_rows` returns them, with the checkpoint in `args.model` or `folder` / "model".
     """
     start = _with_adapter(args, preset, folder)
     weights = bench.random_adapter(start, args.seed)
@@ -68,7 +68,7 @@ def measure(args, preset: dict, folder: Path, processor, rows: datasets.Dataset)
 
 
 def _with_adapter(args, preset: dict, folder: Path):
-    model = load_model(str(folder / "model"), load_in_4bit=preset["load_in_4bit"])
+    model = load_model(str(args.model or folder / "model"), load_in_4bit=preset["load_in_4bit"])
     torch.manual_seed(args.seed)
     return get_peft_model(model, _configuration(args, model))
 
@@ -98,7 +98,7 @@ def _build(engine: str, args, preset: dict, folder: Path, processor, rows: datas
         pairs = rows.remove_columns("captions").add_column("sha256", hashes)
         pairs = pairs.add_column("chosen", [[texts[0]] for texts in rows["captions"]])
         pairs = pairs.add_column("rejected", [[texts[-1]] for texts in rows["captions"]])
-        model = load_model(str(folder / "model"), load_in_4bit=preset["load_in_4bit"])
+        model = load_model(str(args.model or folder / "model"), load_in_4bit=preset["load_in_4bit"])
         return CaptionDPOTrainer(
             model=model,
             args=CaptionDPOConfig(**settings),

@@ -1,7 +1,8 @@
 """Sizes of the models that the benchmarks build with random weights. Imports nothing heavy."""
 
 # Widths and depths. The real ones are those of Qwen2-VL-2B-Instruct's config.json. The proxy keeps its proportions:
-# vision encoder and projector are 30% of the parameters, the ViT is half as large as the language layers.
+# vision encoder and projector are 30% of the parameters, the ViT is half as large as the language layers. The tiny one
+# shows that a program runs, and nothing else.
 PRESETS = {
     "cpu_proxy": {
         "text": {"hidden_size": 512, "intermediate_size": 2992, "num_hidden_layers": 11, "vocab_size": 32_000}
@@ -13,6 +14,12 @@ PRESETS = {
         "text": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151_936}
         | {"num_attention_heads": 12, "num_key_value_heads": 2, "mrope_section": [16, 24, 24]},
         "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4},
+        "load_in_4bit": True,
+    },
+    "tiny": {
+        "text": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "vocab_size": 512}
+        | {"num_attention_heads": 2, "num_key_value_heads": 1, "mrope_section": [8, 12, 12]},
+        "vision": {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2},
         "load_in_4bit": True,
     },
 }

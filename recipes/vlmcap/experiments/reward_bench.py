@@ -66,7 +66,7 @@ def measure(args, preset: dict, folder: Path, processor, rows: datasets.Dataset)
     """The JSON document, after a line for each engine and round.
 
     Args:
-        rows: as `bench.build_rows` returns them, with the checkpoint in `folder` / "model".
+        rows: as `bench.build_rows` returns them, with the checkpoint in `args.model` or `folder` / "model".
     """
     start = _with_adapter(args, preset, folder)
     weights = bench.random_adapter(start, args.seed)
@@ -91,7 +91,7 @@ def measure(args, preset: dict, folder: Path, processor, rows: datasets.Dataset)
 
 
 def _with_adapter(args, preset: dict, folder: Path):
-    model = load_model(str(folder / "model"), load_in_4bit=preset["load_in_4bit"])
+    model = load_model(str(args.model or folder / "model"), load_in_4bit=preset["load_in_4bit"])
     torch.manual_seed(args.seed)
     return get_peft_model(model, _configuration(args, model))
 
@@ -117,7 +117,7 @@ def _build(engine: str, args, preset: dict, folder: Path, processor, rows: datas
     }
     resolved = CaptionGRPOConfig(output_dir=str(folder), use_cpu=settings["use_cpu"])  # the precision of the device
     if engine == "grpo":
-        model = load_model(str(folder / "model"), load_in_4bit=preset["load_in_4bit"])
+        model = load_model(str(args.model or folder / "model"), load_in_4bit=preset["load_in_4bit"])
         trainer = CaptionGRPOTrainer(
             model=model,
             args=CaptionGRPOConfig(**settings, per_device_train_batch_size=len(rows)),

@@ -8,6 +8,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.captioning.generate import caption_with_prompt
 from vlmcap.errors import UserError
+from vlmcap.evaluation.caption_files import read_predictions
 from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import load_model, load_processor
@@ -94,6 +97,8 @@ SERVERS = {
 def serve_check(folder: Path, names: list[str], count: int, environments: Path, output: Path) -> bool:
     """Captions drawn scenes with each server and with transformers, prints how many are equal, and writes `output`.
 
+    Each server is asked by requests of our own, and by scripts/caption.py.
+
     Args:
         folder: of a merged miniature.
         names: keys of SERVERS.
@@ -114,11 +119,14 @@ def serve_check(folder: Path, names: list[str], count: int, environments: Path, 
         server = SERVERS[name]
         python = build_environment(name, server, environments / name)
         start = time.perf_counter()
+        model = NAME if name == "vllm" else str(folder.absolute())
         with running(server, python, folder, output.with_name(f"{name}.log")) as address:
             ready = time.perf_counter()
-            said = [ask(address, NAME if name == "vllm" else str(folder.absolute()), picture) for picture in pictures]
-        answered = time.perf_counter()
+            said = [ask(address, model, picture) for picture in pictures]
+            answered = time.perf_counter()
+            scripted, killed_after = script_captions(address, model, pictures)
         pairs = list(zip(wanted[server.num_beams], said, strict=True))
+        script_pairs = list(zip(wanted[server.num_beams], scripted, strict=True))
         results[name] = {
             "packages": versions(python),
             "images": count,
@@ -126,16 +134,23 @@ def serve_check(folder: Path, names: list[str], count: int, environments: Path, 
             "different": [{"transformers": ours, name: theirs} for ours, theirs in pairs if ours != theirs],
             "seconds_to_start": round(ready - start, 1),
             "seconds_to_caption": round(answered - ready, 1),
+            "caption_script": {
+                "killed_after": killed_after,
+                "equal": sum(ours == theirs for ours, theirs in script_pairs),
+                "different": [{"transformers": ours, name: theirs} for ours, theirs in script_pairs if ours != theirs],
+            },
         }
         print(
             f"{name} {'(greedy)' if server.num_beams == 1 else '(beams of generation_config.json)'}:"
             f" {results[name]['equal']} of {count} captions equal those of transformers"
-            f" ({ready - start:.0f} s to start, {answered - ready:.1f} s to caption)",
+            f" ({ready - start:.0f} s to start, {answered - ready:.1f} s to caption);"
+            f" {results[name]['caption_script']['equal']} of {count} by scripts/caption.py --server, killed after"
+            f" {killed_after} and started again",
             flush=True,
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(results, ensure_ascii=False, indent=2))
-    return all(result["equal"] == count for result in results.values())
+    return all(result["equal"] == result["caption_script"]["equal"] == count for result in results.values())
 
 
 def own_captions(folder: Path, pictures: list[Image.Image], num_beams: int | None) -> list[str]:
@@ -268,6 +283,38 @@ def ask(address: str, model: str, picture: Image.Image, **settings) -> str:
         return " ".join(answer.json()["choices"][0]["message"]["content"].split())
     except (requests.RequestException, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ServeError(f"the server gave no caption: {type(error).__name__}: {error}") from error
+
+
+def script_captions(address: str, model: str, pictures: list[Image.Image]) -> tuple[list[str], int]:
+    """(captions that scripts/caption.py gets from the server, how many there were when it was killed, about half way).
+
+    Raises:
+        ServeError: the script failed.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        names = [str(Path(place, f"{number:04}.png")) for number in range(len(pictures))]
+        for name, picture in zip(names, pictures, strict=True):
+            picture.save(name)
+        output = Path(place, "captions.jsonl")
+        command = [sys.executable, str(ROOT / "scripts/caption.py"), *names, "--server", address, "--model", model]
+        command += ["--prompt", JAPANESE_PROMPT, "--max_new_tokens", str(MAX_NEW_TOKENS), "--output", str(output)]
+        command += ["--concurrency", "4"]
+        first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + CAPTION_SECONDS
+        while first.poll() is None and lines_of(output) < len(pictures) // 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        first.kill()
+        first.wait()
+        killed_after = lines_of(output)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise ServeError(f"scripts/caption.py --server {address} failed:\n{tail(done.stderr)}")
+        said = read_predictions(output)
+        return [said[name] for name in names], killed_after
+
+
+def lines_of(file: Path) -> int:
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def last_lines(log: Path) -> str:

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from vlmcap import provenance
 from vlmcap.captioning.arguments import GenerationArguments
-from vlmcap.captioning.generate import caption_with_prompt
+from vlmcap.captioning.stream import caption_images
 from vlmcap.data.arguments import PublishArguments
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.data.publish import publish
@@ -166,11 +166,8 @@ class Bench:
     def cider_d(self, model, rows: datasets.Dataset) -> float:
         """Score of a model that is in training, and stays so."""
         model.eval()
-        size = self.generation_args.generation_batch_size
-        captions = []
-        for begin in range(0, len(rows), size):
-            pictures = [open_image(row) for row in rows.select(range(begin, min(begin + size, len(rows))))]
-            captions += caption_with_prompt(model, self.processor, pictures, self.generation_args)
+        pictures = (open_image(row) for row in rows)
+        captions = [said for (said,) in caption_images(model, self.processor, pictures, self.generation_args)]
         model.train()
         ids = [str(image_id) for image_id in rows["image_id"]]
         references = dict(zip(ids, rows["captions"], strict=True))

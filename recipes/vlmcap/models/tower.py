@@ -3,10 +3,14 @@ takes pixels."""
 
 import hashlib
 from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from vlmcap.models.load import base_model
 
 
 def tower_hash(tower: PreTrainedModel) -> str:
@@ -81,3 +85,24 @@ def feed_features(model: PreTrainedModel) -> None:
     # PEFT and accelerate look for every class of this list among the modules when they shard a model.
     model._no_split_modules.discard(type(tower.blocks[0]).__name__)
     tower.patch_embed, tower.blocks = feature_modules(tower)
+
+
+@contextmanager
+def fed_with_features(model: nn.Module) -> Iterator[Callable[[list[dict]], list[torch.Tensor]]]:
+    """Within it the model, perhaps with an adapter, takes features as `pixel_values`. Its blocks stay, and make them:
+    `encode(pictures)` returns the features of each, of pixel_values and image_grid_thw, (1, 3)."""
+    tower = base_model(model).model.visual
+    own, fed = (tower.patch_embed, tower.blocks), feature_modules(tower)
+
+    def encode(pictures: list[dict]) -> list[torch.Tensor]:
+        pixels, grids = (torch.cat([one[name] for one in pictures]) for name in ("pixel_values", "image_grid_thw"))
+        tower.patch_embed, tower.blocks = own
+        features = projector_inputs(tower, pixels.to(tower.device), grids.to(tower.device))
+        tower.patch_embed, tower.blocks = fed
+        return list(features.split(grids.prod(1).tolist()))
+
+    try:
+        tower.patch_embed, tower.blocks = fed
+        yield encode
+    finally:
+        tower.patch_embed, tower.blocks = own

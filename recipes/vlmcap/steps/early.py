@@ -41,7 +41,8 @@ def check_early(settings: TrainerFields, data_args: ScoredSplitArguments) -> Non
 
     Raises:
         PushError: with `push_to_hub`, the Hub's token may not push to `hub_model_id`, or what is there is public.
-        DataError: there is no such folder and no such dataset on the Hub.
+        DataError: there is no such folder and no such dataset on the Hub; it lacks a split, a column, a card or the
+            pictures that the run will need.
         TokenizerError: there is no such tokenizer for the scores.
         UserError: `spice_dir` holds no SPICE, or there is no Java for it; a tracker of `report_to` is not known or not
             installed; `accelerate launch` was configured for DeepSpeed or Megatron-LM.
@@ -55,7 +56,7 @@ def check_early(settings: TrainerFields, data_args: ScoredSplitArguments) -> Non
             raise UserError(f"accelerate is configured for {launch}, which the recipes do not know: use DDP or FSDP")
     if settings.push_to_hub:
         check_push_rights(settings.hub_model_id)
-    find_dataset(data_args.dataset, data_args.dataset_revision)
+    revision = find_dataset(data_args.dataset, data_args.dataset_revision)
     tokenizer_signature(data_args.tokenizer)
     settings_of_some = vars(data_args)
     if settings_of_some.get("spice_dir"):
@@ -70,6 +71,11 @@ def check_early(settings: TrainerFields, data_args: ScoredSplitArguments) -> Non
         check_meteor()
     except ScorerUnavailable as error:
         notice(f"METEOR will be left out: {error}")
+    from vlmcap.data.images import check_splits  # takes a second: after all that is checked at once
+
+    needed = ["train_split", "test_split", *["validation_split"] * (settings.eval_strategy != "no")]
+    splits = {f"--{name}": settings_of_some[name] for name in needed if name in settings_of_some}
+    check_splits(data_args.dataset, splits, data_args.image_dir, revision)
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:

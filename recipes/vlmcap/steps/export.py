@@ -16,10 +16,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 from vlmcap import provenance
 from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
-from vlmcap.captioning.generate import caption_with_prompt, caption_without_prompt, search_config
+from vlmcap.captioning.generate import search_config
 from vlmcap.captioning.predictions import weights_hash
 from vlmcap.captioning.settings import settings_of, write_settings
+from vlmcap.captioning.stream import caption_images
 from vlmcap.data.images import load_captions, open_image
+from vlmcap.data.picture_files import ENDINGS
 from vlmcap.errors import UserError
 from vlmcap.models.blip import load_blip_adapter
 from vlmcap.models.load import load_adapter, load_model, load_processor, resolve_revision
@@ -35,7 +37,6 @@ DTYPES = ("float16", "bfloat16", "float32")
 MERGE = "merge.json"
 METRICS, AUDIT = "adapter_metrics.json", "adapter_audit.json"
 WEIGHTS = "model*.safetensors*"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 LICENCE = ("license", "license_name", "license_link")
 BLIP = "sft_blip_vi"
 # Recipes whose results cannot be merged, or need not be.
@@ -256,9 +257,9 @@ def pictures(args, scored_on: dict) -> tuple[str, list[dict]]:
         DataError: as `load_captions`.
     """
     if args.image_dir and not args.dataset:
-        files = sorted(path for path in Path(args.image_dir).glob("*") if path.suffix.lower() in PICTURES)
+        files = sorted(path for path in Path(args.image_dir).glob("*") if path.suffix.lower() in ENDINGS)
         if not files:
-            raise ExportError(f"--image_dir {args.image_dir} holds no picture ({', '.join(PICTURES)})")
+            raise ExportError(f"--image_dir {args.image_dir} holds no picture ({', '.join(ENDINGS)})")
         return local_name(args.image_dir), [
             {"image_id": path.name, "file_name": path.name, "image": {"bytes": None, "path": str(path)}}
             for path in files[: args.check_images]
@@ -308,13 +309,8 @@ def load_measured(source: Source) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def captions(model: PreTrainedModel, processor: ProcessorMixin, rows: list[dict], args: BeamArguments) -> list[str]:
-    """The captions of the rows' pictures, in batches."""
-    caption = caption_with_prompt if isinstance(args, GenerationArguments) else caption_without_prompt
-    said = []
-    for start in range(0, len(rows), args.generation_batch_size):
-        batch = [open_image(row) for row in rows[start : start + args.generation_batch_size]]
-        said += caption(model, processor, batch, args)
-    return said
+    """The captions of the rows' pictures."""
+    return [said for (said,) in caption_images(model, processor, map(open_image, rows), args)]
 
 
 def write_card(source: Source, record: dict, folder: Path, repo_id: str | None) -> None:

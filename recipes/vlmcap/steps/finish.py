@@ -12,8 +12,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmcap.captioning.arguments import BeamArguments
-from vlmcap.captioning.generate import generate
+from vlmcap.captioning.branches import supports_branches
 from vlmcap.captioning.predictions import model_record
+from vlmcap.captioning.split import caption_split, caption_split_both
 from vlmcap.data.corpora import CORPORA
 from vlmcap.data.images import open_image, references_of
 from vlmcap.evaluation.caption_files import read_predictions
@@ -74,16 +75,18 @@ def finish(
     """
     PartialState().wait_for_everyone()
     _free_memory()
-    model, processor = load_base()
-    generate(model, processor, splits.test, base_dir / "predictions.jsonl", generation_args, base_record)
-
-    del model  # both would not fit
-    _free_memory()
     model, processor = load_trained()
     base = base_record["model"]
     trained = base | model_record(model, base["id"], base["revision"], adapter=str(trained_dir))
     record = {"model": trained, "dataset": splits.test_record, "saw": trained_saw}
-    generate(model, processor, splits.test, trained_dir / "predictions.jsonl", generation_args, record)
+    files = [(base_dir / "predictions.jsonl", base_record), (trained_dir / "predictions.jsonl", record)]
+    if isinstance(model, PeftModel) and supports_branches(model):
+        caption_split_both(model, processor, splits.test, files, generation_args)
+    else:
+        caption_split(model, processor, splits.test, *files[1][:1], generation_args, record)
+        del model  # both would not fit
+        _free_memory()
+        caption_split(*load_base(), splits.test, files[0][0], generation_args, base_record)
     if not PartialState().is_main_process:
         return
 

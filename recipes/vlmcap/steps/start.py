@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.arguments import BeamArguments
-from vlmcap.captioning.generate import generate
 from vlmcap.captioning.predictions import model_record
+from vlmcap.captioning.split import caption_split
 from vlmcap.data.images import references_of
 from vlmcap.evaluation.audit_document import audit_rates
 from vlmcap.evaluation.scoring import write_metrics
@@ -53,7 +53,7 @@ def score_start(
     base, saw = base_record["model"], {"note": f"What {public_name(adapter.name)} saw is on its own card."}
     start = base | model_record(model, base["id"], base["revision"], adapter.name, adapter.revision)
     record = {"model": start, "dataset": splits.test_record, "saw": saw}
-    generate(model, processor, splits.test, folder / "predictions.jsonl", generation_args, record)
+    caption_split(model, processor, splits.test, folder / "predictions.jsonl", generation_args, record)
     if not PartialState().is_main_process:
         return
     metrics = write_metrics(

@@ -17,11 +17,9 @@ import json
 import math
 import os
 import shutil
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -39,6 +37,7 @@ from vlmcap.data.images import BadImageError, image_size, open_image
 from vlmcap.data.picture_files import PictureFile
 from vlmcap.data.pictures import READING
 from vlmcap.models.tower import projector_blocks, projector_inputs, tower_hash
+from vlmcap.threads import map_ahead
 from vlmcap.training.collator import BadImages
 
 BATCH = 16  # pictures a forward; at 1,600 patches each, 120 MB of pixels
@@ -194,7 +193,9 @@ def compute(
     end = max((entry["offset"] + entry["patches"] for entry in index.values()), default=0)
     images = list(new)
     batches = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
-    bar = tqdm(read_ahead(read, batches), total=len(batches), desc="image features", disable=not new)
+    bar = tqdm(
+        map_ahead(read, batches, READ_AHEAD, READ_AHEAD), total=len(batches), desc="image features", disable=not new
+    )
     for pictures in filter(None, bar):
         pixel_values, grids = (
             torch.cat([p[key] for p in pictures]).to(tower.device) for key in ("pixel_values", "image_grid_thw")
@@ -256,16 +257,6 @@ def identify(rows: datasets.Dataset, image_processor: BaseImageProcessor, row: i
         return None, str(error)
     inside, path = record["image"]["bytes"], record["image"]["path"]
     return hashlib.sha256(PictureFile(path).read() if inside is None else inside).hexdigest(), patches
-
-
-def read_ahead(function: Callable, items: Iterable) -> Iterator:
-    """`map` in threads, READ_AHEAD results ahead. (A DataLoader's workers need shared memory; Docker gives 64 MB.)"""
-    items = iter(items)
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        waiting = deque(pool.submit(function, item) for item in islice(items, READ_AHEAD))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(function, item) for item in islice(items, 1))
 
 
 def resume(folder: Path, row_bytes: int) -> dict[str, dict]:

@@ -27,14 +27,13 @@ from transformers import (
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.arguments import BeamArguments
-from vlmcap.captioning.both import fed_with_features
 from vlmcap.captioning.branches import BranchGenerator
 from vlmcap.captioning.generate import search_config
 from vlmcap.captioning.predictions import weights_hash
 from vlmcap.data.images import references_of
 from vlmcap.errors import UserError, notice
 from vlmcap.models.load import ModelError, free_frozen_parts
-from vlmcap.models.tower import feed_features
+from vlmcap.models.tower import fed_with_features, feed_features
 from vlmcap.models.weights import Adapter
 from vlmcap.rewards.combined import Rewards
 from vlmcap.rewards.watch import warning
@@ -227,7 +226,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
             pictures = [self._prepare_inputs(batch) for batch in pictures]
             with self._evaluating(), fed_with(self.model, self.features) as encode:
                 for batch in pictures:
-                    batch["pixel_values"] = encode(batch).clone()  # autograd does not take what inference mode made
+                    batch["pixel_values"] = torch.cat(encode([batch]))
                 if self.samples is None:
                     self.samples = self._draw(pictures)
                 self.batches = [self._laid_out(number, batch) for number, batch in enumerate(pictures)]
@@ -467,13 +466,13 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
 
 
 @contextmanager
-def fed_with(model: nn.Module, features: FeatureCache | None) -> Iterator[Callable[[dict], torch.Tensor]]:
+def fed_with(model: nn.Module, features: FeatureCache | None) -> Iterator[Callable[[list[dict]], list[torch.Tensor]]]:
     """`fed_with_features`, also for a model that is given cached features."""
     if features is None:
         with fed_with_features(model) as encode:
             yield encode
     else:
-        yield lambda batch: batch["pixel_values"]
+        yield lambda batches: [batch["pixel_values"] for batch in batches]
 
 
 def sampling_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: CaptionGRPOConfig) -> GenerationConfig:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import datasets
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -10,11 +11,16 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from vlmcap.captioning.arguments import BeamArguments
-from vlmcap.captioning.generate import caption_with_prompt, caption_without_prompt
-from vlmcap.data.images import open_image, references_of
+from vlmcap.captioning.stream import CaptionStream
+from vlmcap.data.images import image_size, open_image, references_of
+from vlmcap.errors import notice
 from vlmcap.evaluation.scoring import quick_scores
-from vlmcap.models.load import takes_prompt
+from vlmcap.models.load import base_model
+from vlmcap.models.tower import fed_with_features, projector_blocks
+from vlmcap.threads import map_ahead
 from vlmcap.training.features import FeatureCache
+
+SHARE_OF_MEMORY = 0.25  # of what is free, for the features of the validation pictures
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class CaptionValidation:
     tokenizer: word segmentation of the metrics.
     features: cached image features of the rows, for a model that takes them instead of pictures.
     latest: image id -> caption of the last evaluation.
+    kept: what `CaptionStream.prepare` made of this process's pictures, the frozen vision encoder's output in place of
+        pixels; empty where that is not known, or too large.
     """
 
     rows: datasets.Dataset
@@ -33,6 +41,8 @@ class CaptionValidation:
     tokenizer: str = "unidic-lite"
     features: FeatureCache | None = None
     latest: dict[str, str] = field(default_factory=dict)
+    kept: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    said: list[int] = field(default_factory=list)
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -43,17 +53,39 @@ class CaptionValidation:
         """
         state = PartialState()
         mine = list(range(len(self.rows)))[state.process_index :: state.num_processes]
-        captions = []
-        for start in range(0, len(mine), self.generation.generation_batch_size):
-            picked = mine[start : start + self.generation.generation_batch_size]
-            batch = self.rows.select(picked)
-            images = [open_image(row) for row in batch]
-            if takes_prompt(self.processor):
-                features = self.features.batch(picked) if self.features else None
-                said = caption_with_prompt(model, self.processor, images, self.generation, features)
-            else:
-                said = caption_without_prompt(model, self.processor, images, self.generation)
-            captions += zip(batch["image_id"], said, strict=True)
-        predictions = {str(image_id): caption for image_id, caption in gather_object(captions)}
+        image_ids = self.rows.select(mine)["image_id"]
+        predictions = gather_object(list(zip(image_ids, self._captions(model, mine), strict=True)))
+        predictions = {str(image_id): caption for image_id, (caption,) in predictions}
         self.latest.update(predictions)
         return quick_scores(predictions, references_of(self.rows), self.tokenizer)
+
+    def _captions(self, model: nn.Module, mine: list[int]) -> list[list[str]]:
+        stream = CaptionStream(model, self.processor, self.generation)
+        if self.features:
+            return list(stream.run(stream.prepare(self.features.batch([row])) for row in mine))
+        pictures = map_ahead(lambda row: stream.prepare(open_image(self.rows[row])), mine)
+        if not stream.shares or not (self.kept or self._fit(model, mine)):
+            return list(stream.run(pictures))
+        with fed_with_features(model) as encode:
+            if not self.kept:
+                for one in pictures:
+                    (features,) = encode([one])
+                    self.kept.append(one | {"pixel_values": features.cpu()})
+            return list(stream.run(self.kept))
+
+    def _fit(self, model: nn.Module, mine: list[int]) -> bool:
+        """Whether the vision encoder's output for all pictures may stay in memory; prints its size once."""
+        tower, processor = base_model(model).model.visual, self.processor.image_processor
+        row = len(projector_blocks(tower)) * tower.blocks[0].norm1.weight.numel() * tower.dtype.itemsize
+        sizes = (image_size(self.rows[number]) for number in mine)
+        size = row * sum(processor.get_number_of_image_patches(height, width, {}) for width, height in sizes)
+        free = psutil.virtual_memory().available
+        fits = size < free * SHARE_OF_MEMORY
+        if not self.said:
+            self.said.append(size)
+            what = "stay in memory between evaluations" if fits else "are computed at each evaluation"
+            notice(
+                f"Validation: image features of {len(mine):,} pictures {what} ({size / 2**30:.2f} GiB; at most"
+                f" {SHARE_OF_MEMORY:.0%} of the {free / 2**30:.1f} GiB that are free)."
+            )
+        return fits
