@@ -120,19 +120,25 @@ outputs/smollm2/SmolLM2-135M-Instruct: | setup
 	$(VENV_PYTHON) scripts/fetch_smollm2.py --output_dir $@
 
 # The demo's adapter trained further: on captions again, on rewards, on preferences; one table of scores and audit figures.
-# Training on captions takes more steps in about the time of training on rewards; the table has the seconds.
+# Two run at a time, with a thread each; what they print comes when they end.
 demo-reward: export HF_HUB_OFFLINE = 1
 demo-reward: setup
 	test -f $(DEMO)/adapter/README.md || $(MAKE) demo
 	rm -rf $(REWARD)
-	$(LAUNCH) recipes/sft_qwen2vl_jp.py --config recipes/configs/sft_qwen2vl_jp/demo.yaml \
-		--adapter $(DEMO)/adapter --output_dir $(REWARD)/sft --max_steps 750 --learning_rate 1e-3
-	$(LAUNCH) recipes/grpo_qwen2vl_jp.py --config recipes/configs/grpo_qwen2vl_jp/demo.yaml \
-		--output_dir $(REWARD)/grpo
-	$(LAUNCH) recipes/dpo_qwen2vl_jp.py --config recipes/configs/dpo_qwen2vl_jp/demo.yaml \
-		--output_dir $(REWARD)/dpo
-	$(VENV_PYTHON) scripts/reward_table.py base=$(DEMO)/base SFT=$(DEMO)/adapter "SFT, longer=$(REWARD)/sft/adapter" \
-		GRPO=$(REWARD)/grpo/adapter DPO=$(REWARD)/dpo/adapter --reference SFT --plot $(REWARD)/trade_off.svg
+	$(MAKE) --jobs 2 --output-sync $(REWARD)/grpo/adapter/README.md $(REWARD)/sft/adapter/README.md \
+		$(REWARD)/dpo/adapter/README.md
+	$(VENV_PYTHON) scripts/reward_table.py base=$(DEMO)/base SFT=$(DEMO)/adapter \
+		"SFT, longer=$(REWARD)/sft/adapter" GRPO=$(REWARD)/grpo/adapter DPO=$(REWARD)/dpo/adapter --reference SFT
+
+$(REWARD)/grpo/adapter/README.md: | setup
+	$(LAUNCH) recipes/grpo_qwen2vl_jp.py --config recipes/configs/grpo_qwen2vl_jp/demo.yaml --output_dir $(REWARD)/grpo
+
+$(REWARD)/sft/adapter/README.md: | setup
+	$(LAUNCH) recipes/sft_qwen2vl_jp.py --config recipes/configs/sft_qwen2vl_jp/demo.yaml --output_dir $(REWARD)/sft \
+		--adapter $(DEMO)/adapter --max_steps 750 --learning_rate 1e-3
+
+$(REWARD)/dpo/adapter/README.md: | setup
+	$(LAUNCH) recipes/dpo_qwen2vl_jp.py --config recipes/configs/dpo_qwen2vl_jp/demo.yaml --output_dir $(REWARD)/dpo
 
 # Qwen2-VL-2B at its real size with random weights, from publish to card: what a GPU would be rented for, once, here.
 rehearsal: setup

@@ -6,8 +6,8 @@
     python scripts/reward_table.py SFT=outputs/a/adapter SFT=outputs/b/adapter GRPO=outputs/c/adapter \\
         GRPO=outputs/d/adapter --reference SFT --plot outputs/trade_off.svg
 
-    # the finished cells of grids (scripts/run_ablation.py), means over their seeds
-    python scripts/reward_table.py --grids recipes/configs/grpo_qwen2vl_jp/weights_demo.yaml
+    # the finished cells of a grid (scripts/run_ablation.py), means over their seeds
+    python scripts/reward_table.py --grid recipes/configs/grpo_qwen2vl_jp/weights_demo.yaml
 
 A FOLDER holds metrics.json, audit.json and predictions.jsonl, as every recipe leaves them. CHAIRs is the share of
 captions with a thing that is not in the image, CHAIRi the share of such mentions. A score can rise while captions get
@@ -25,7 +25,7 @@ class TableArguments:
     runs: list[str] = field(
         default_factory=list, metadata={"help": "NAME=FOLDER; a name that occurs again is another seed of it."}
     )
-    grids: list[str] = field(default_factory=list, metadata={"help": "Grid files whose finished cells are rows too."})
+    grid: str | None = field(default=None, metadata={"help": "Grid file whose finished cells are rows too."})
     reference: str | None = field(default=None, metadata={"help": "Name of the run that the others are compared to."})
     plot: str | None = field(default=None, metadata={"help": "File for a plot of the trade-off, .svg or .png."})
     markdown: bool = field(default=False, metadata={"help": "Print Markdown tables."})
@@ -35,7 +35,7 @@ def main(args: TableArguments) -> None:
     from vlmcap.experiments.reward_table import difference_rows, plot, read_settings, table_rows
     from vlmcap.markdown import markdown_table, text_table
 
-    settings = read_settings(args.runs, args.grids)
+    settings = read_settings(args.runs, args.grid)
     tables = [table_rows(settings)]
     if args.reference:
         tables.append(difference_rows(settings, args.reference))

@@ -62,6 +62,24 @@ def test_a_run_against_itself_differs_by_nothing(evaluated):
     assert row == ["b", *["+0.000 [+0.000, +0.000]"] * 2, *["+0.0% [+0.0, +0.0]"] * 2, "+0.0"]
 
 
+def test_the_finished_cells_of_a_grid(evaluated, tmp_path):
+    config = tmp_path / "base.yaml"
+    config.write_text("beta: 0\n")
+    document = {
+        "recipe": str(config),
+        "config": str(config),
+        "output_dir": str(tmp_path / "out"),
+        "vary": {"beta": [1, 2]},
+    }
+    (tmp_path / "grid.yaml").write_text(json.dumps(document | {"grid": {"seed": [1, 2]}}))
+    for cell in cells(read_grid(tmp_path / "grid.yaml"))[:3]:  # both seeds of the reference, one of beta=1
+        cell.folder.mkdir(parents=True)
+        evaluated(cell.folder.name, 4).rename(cell.metrics.parent)
+        (cell.folder / "cell.json").write_text(json.dumps({"status": "finished", "fingerprint": "", "seconds": 1.0}))
+    settings = read_settings([], tmp_path / "grid.yaml")
+    assert {name: len(runs) for name, runs in settings.items()} == {"reference": 2, "beta=1": 1}
+
+
 def test_plot(evaluated, tmp_path):
     settings = read_settings([f"start={evaluated('a', 20)}", f"b={evaluated('b', 4)}", f"b={evaluated('c', 8)}"])
     text = plot(settings, tmp_path / "plot.svg").read_text()

@@ -75,8 +75,8 @@ class Run:
         return self.metrics.get("training", {}).get("seconds")
 
 
-def read_settings(runs: Sequence[str], grids: Sequence[str] = ()) -> dict[str, list[Run]]:
-    """Setting -> its runs, of words NAME=FOLDER (a name again is another seed) and of the finished cells of grids.
+def read_settings(runs: Sequence[str], grid: str | None = None) -> dict[str, list[Run]]:
+    """Setting -> its runs, of words NAME=FOLDER (a name again is another seed) and of a grid's finished cells.
 
     Raises:
         UserError: a word without a name, a folder without the files, nothing given, or runs of different images.
@@ -87,8 +87,8 @@ def read_settings(runs: Sequence[str], grids: Sequence[str] = ()) -> dict[str, l
         if not sign:
             raise UserError(f"{word}: give each run as NAME=FOLDER")
         folders.append((name, Path(folder)))
-    for grid in map(read_grid, grids):
-        folders += [(cell.varied, cell.metrics.parent) for cell in cells(grid) if cell.finished()]
+    if grid:
+        folders += [(cell.varied, cell.metrics.parent) for cell in cells(read_grid(grid)) if cell.finished()]
     settings: dict[str, list[Run]] = {}
     for name, folder in folders:
         for file in ("metrics.json", "audit.json", "predictions.jsonl"):
@@ -193,10 +193,13 @@ def plot(settings: dict[str, list[Run]], path: str | Path) -> Path:
                     axes.plot(run.figures[key], run.figures["CIDEr-D"], markersize=3, alpha=0.5, **style)
                 drawn += axes.plot(_mean(runs, key), _mean(runs, "CIDEr-D"), markersize=8, linestyle="none", **style)
             axes.set_xlabel(label)
+            axes.locator_params(nbins=6, steps=[1, 2, 5, 10])
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
             if key == "CHAIRs":
                 axes.xaxis.set_major_formatter("{x:.0%}")
                 axes.set_ylabel("CIDEr-D")
-        figure.legend(drawn, list(settings), loc="outside right upper", frameon=False, fontsize=9)
+            else:
+                axes.locator_params(axis="x", integer=True)
+        figure.legend(drawn, list(settings), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
         return save(figure)
