@@ -86,6 +86,12 @@ def main(
     generation_args: GenerationArguments,
     settings: CaptionGRPOFields,
 ) -> None:
+    weights = weights_of(reward_args.reward_funcs, settings.reward_weights)
+
+    # Slow imports, after the command line and the dataset were checked.
+    from vlmcap.steps.early import check_early
+
+    check_early(settings, data_args)
     adapter_dir = Path(settings.output_dir) / "adapter"
     if not model_args.adapter:
         raise UserError("--adapter is needed: the adapter that training starts from, of recipes/sft_qwen2vl_jp.py")
@@ -93,12 +99,6 @@ def main(
         raise UserError(
             f"--adapter {model_args.adapter} would be overwritten by this run: choose another --output_dir"
         )
-    weights = weights_of(reward_args.reward_funcs, settings.reward_weights)
-
-    # Slow imports, after the command line and the dataset were checked.
-    from vlmcap.steps.early import check_early
-
-    check_early(settings, data_args)
 
     from accelerate import PartialState
 

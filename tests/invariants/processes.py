@@ -90,7 +90,7 @@ def train_preferences(pictures: Path, output: Path, settings: dict) -> None:
     """The same of training on preferences, one to three pairs of an image at a time, with the held-out pairs after
     every second step."""
     settings = {"max_steps": 6, "max_grad_norm": 0.0, "learning_rate": 1e-3, "pairs_per_image": 2} | settings
-    settings |= {"eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"beta": 0.1, "eval_strategy": "steps", "eval_steps": 2}
     trainer = tiny.build_preference_trainer(
         pictures, output.parent / f"run-{os.environ.get('WORLD_SIZE')}", **settings
     )

@@ -8,7 +8,15 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
-from vlmcap.miniature.scenes import COLOURS, scenes, write_scene_dataset, write_title_scenes, write_vietnamese_scenes
+from vlmcap.miniature.scenes import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    scenes,
+    write_scene_dataset,
+    write_title_scenes,
+    write_vietnamese_scenes,
+)
 
 
 def test_scenes_are_seeded():
@@ -106,3 +114,27 @@ def test_written_titles_are_complete(tmp_path):
         rows = list(csv.DictReader(file))
     assert len({row["Image_Name"] for row in rows}) == 7 and all(row["Title"] for row in rows)
     assert all((tmp_path / "images" / f"{row['Image_Name']}.png").is_file() for row in rows)
+
+
+def test_preferences_are_of_a_true_caption_to_a_false_one(tmp_path):
+    """The false one differs in a shape or in the order of the things, and is of another scene in the same words."""
+    write_scene_dataset(tmp_path, train=40, validation=1, test=5)
+    drawn = dict(enumerate([*scenes(40, 0, held_out=False), *scenes(6, 1, held_out=True)], 1))
+    mistakes = set()
+    for name, first, count in (("preferences.jsonl", 1, 40), ("preferences_test.jsonl", 42, 5)):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
+        assert [line["image_id"] for line in lines] == [first + number // 2 for number in range(2 * count)]
+        for line in lines:
+            scene = drawn[line["image_id"]]
+            place = scene.japanese().index(line["chosen"])
+            assert line["rejected"] not in scene.japanese() and (tmp_path / line["images"][0]).exists()
+            a, b = scene.first, scene.second
+            others = [Scene(b, a, scene.arrangement, 0)] if line["mistake"] == "order" else [
+                Scene(*things, scene.arrangement, 0)
+                for shape in SHAPES
+                for things in ((a._replace(shape=shape), b), (a, b._replace(shape=shape)))
+            ]  # fmt: skip
+            assert line["rejected"] in [other.japanese()[place] for other in others]
+            assert not (line["mistake"] == "order" and place == 4)  # as true as before
+            mistakes.add(line["mistake"])
+    assert mistakes == {"shape", "order"}

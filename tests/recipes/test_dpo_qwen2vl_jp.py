@@ -1,44 +1,13 @@
 """Training on preferences from an adapter to card and captions, and what the recipe refuses."""
 
 import pytest
-from peft import get_peft_model
 
 from tests.invariants import tiny
 from tests.recipes.files import captions, read
 from vlmcap.captioning.arguments import GenerationArguments
-from vlmcap.captioning.settings import settings_of, write_settings
-from vlmcap.miniature.scenes import write_scene_dataset
-from vlmcap.models.arguments import ModelArguments
-from vlmcap.models.load import load_model, load_processor, lora_config
 
 SETTINGS = "--max_steps 4 --save_steps 2 --eval_steps 2 --max_new_tokens 12 --per_device_train_batch_size 4".split()
 PROMPT = GenerationArguments().prompt
-
-
-@pytest.fixture(scope="module")
-def scenes(run_script, tmp_path_factory, miniature_dir):
-    """Drawn scenes with preferences, their dataset, and an adapter of the demo's shapes that has learned nothing."""
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scene_dataset(folder, train=12, validation=3, test=4)
-    publish = [
-        "stair",
-        "--tokenizer",
-        miniature_dir,
-        "--output_dir",
-        folder / "dataset",
-        "--images",
-        folder / "images",
-    ]
-    publish += ["--annotations", folder / "stair_train.json", folder / "stair_val.json"]
-    publish += ["--yj_annotations", folder / "yj.json"]
-    publish += ["--val_ids", folder / "val_ids.txt", "--test_ids", folder / "test_ids.txt"]
-    run_script("publish_datasets.py", *publish)
-    model = load_model(str(miniature_dir))
-    processor = load_processor(str(miniature_dir), None, 3136, 7056)
-    adapted = get_peft_model(model, lora_config(model, ModelArguments(model_name_or_path=str(miniature_dir))))
-    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    write_settings(folder / "adapter", settings_of("sft_qwen2vl_jp", adapted, processor, GenerationArguments()))
-    return folder
 
 
 @pytest.fixture
@@ -93,13 +62,16 @@ def test_from_an_adapter_to_a_card(run_script, recipe, scenes, tmp_path):
 
 
 def test_images_that_are_judged_are_not_scored(recipe, scenes, tmp_path):
-    """Preferences about two of the four test images; held-out pairs are drawn, and captions are not validated."""
+    """Preferences about two of the four test images; held-out pairs are drawn, captions are not validated, and the
+    features of pictures are cached."""
     lines = (scenes / "preferences_test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (scenes / "judged.jsonl").write_text("".join(lines[:4]), encoding="utf-8")
     words = ["--heldout_preferences", "", "--heldout_share", 0.5, "--eval_strategy", "no", "--max_steps", 1]
+    words += ["--cache_image_features", tmp_path / "features"]
     done = recipe(tmp_path / "run", *words, preferences="judged.jsonl")
     assert "Left out of test: 1 of 4 images, which preferences are about" in done.stderr
     metrics = read(tmp_path / "run/adapter/metrics.json")
+    assert len(list((tmp_path / "features").glob("*/features.bin"))) == 1
     assert metrics["counts"]["images"] == 3 and metrics["training"]["preferences"]["left_out"] == {"test": 1}
     assert "Left out of the scored split: 1 images" in (tmp_path / "run/adapter/README.md").read_text(encoding="utf-8")
 
