@@ -126,7 +126,7 @@ demo-reward: setup
 	test -f $(DEMO)/adapter/README.md || $(MAKE) demo
 	rm -rf $(REWARD)
 	$(LAUNCH) recipes/sft_qwen2vl_jp.py --config recipes/configs/sft_qwen2vl_jp/demo.yaml \
-		--adapter $(DEMO)/adapter --output_dir $(REWARD)/sft --max_steps 500 --learning_rate 1e-3
+		--adapter $(DEMO)/adapter --output_dir $(REWARD)/sft --max_steps 750 --learning_rate 1e-3
 	$(LAUNCH) recipes/grpo_qwen2vl_jp.py --config recipes/configs/grpo_qwen2vl_jp/demo.yaml \
 		--output_dir $(REWARD)/grpo
 	$(LAUNCH) recipes/dpo_qwen2vl_jp.py --config recipes/configs/dpo_qwen2vl_jp/demo.yaml \

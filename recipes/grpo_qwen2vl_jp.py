@@ -1,5 +1,5 @@
 """Train a captioning adapter of sft_qwen2vl_jp.py further on rewards (GRPO): on the metric that it is measured with,
-and on what its captions shall not do. Measure the result beside the base model and the adapter that it started from.
+and on what its captions must not do. Measure the result beside the base model and the adapter that it started from.
 
 One GPU with 16 GB or more, settings of recipes/configs/grpo_qwen2vl_jp/base.yaml:
 
@@ -86,6 +86,12 @@ def main(
     generation_args: GenerationArguments,
     settings: CaptionGRPOFields,
 ) -> None:
+    weights = weights_of(reward_args.reward_funcs, settings.reward_weights)
+
+    # Slow imports, after the command line and the dataset were checked.
+    from vlmcap.steps.early import check_early
+
+    check_early(settings, data_args)
     adapter_dir = Path(settings.output_dir) / "adapter"
     if not model_args.adapter:
         raise UserError("--adapter is needed: the adapter that training starts from, of recipes/sft_qwen2vl_jp.py")
@@ -93,12 +99,6 @@ def main(
         raise UserError(
             f"--adapter {model_args.adapter} would be overwritten by this run: choose another --output_dir"
         )
-    weights = weights_of(reward_args.reward_funcs, settings.reward_weights)
-
-    # Slow imports, after the command line and the dataset were checked.
-    from vlmcap.steps.early import check_early
-
-    check_early(settings, data_args)
 
     from accelerate import PartialState
 

@@ -5,6 +5,7 @@
     python scripts/bench_training.py --preset qwen2vl_2b --device cuda --engines shared_prefix \\
         --images 4 --precision fp16 --max_pixels 200704 --memory_gib 14.5             # would it fit a T4?
     python scripts/bench_training.py --preset cpu_proxy --method dpo --json out.json      # against DPOTrainer
+    python scripts/bench_training.py --preset cpu_proxy --method grpo --json out.json     # GRPOTrainer, 5 minutes
 
 The same images and captions go through three trainers, a step of each in turn, so that other work on the machine
 slows all of them:
@@ -25,6 +26,10 @@ caption positions. It is divided by the device's peak: NVIDIA's dense 16-bit fig
 
 `--method dpo` compares training on preferences: `trl_dpo`, TRL's DPOTrainer as configured by default (gradient
 checkpointing), `trl_dpo_lean`, without that, and `dpo`, this project's.
+
+`--method grpo` compares training on rewards, five samples of 16 tokens an image: `trl_grpo`, TRL's GRPOTrainer as
+configured by default, `trl_grpo_lean`, without gradient checkpointing, and `grpo`. A step is all of it here: reading
+pictures, sampling, rewards, forward, backward, optimizer.
 """
 
 import json
@@ -45,8 +50,9 @@ ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_pref
 @dataclass
 class BenchArguments:
     preset: str = field(default="cpu_proxy", metadata={"help": "cpu_proxy (106M parameters) or qwen2vl_2b."})
-    method: Literal["sft", "dpo"] = field(
-        default="sft", metadata={"help": "Training on captions, or on preferences: a pair of each image."}
+    method: Literal["sft", "dpo", "grpo"] = field(
+        default="sft",
+        metadata={"help": "Training on captions, on preferences (a pair of each image) or on rewards (five samples)."},
     )
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     json: str | None = field(default=None, metadata={"help": "File to write the figures to."})
@@ -109,8 +115,8 @@ def main(args: BenchArguments) -> None:
         processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
         bench.build_checkpoint(preset, processor, folder / "model", args.seed)
         rows = bench.build_rows(args.images, folder, args.seed)
-        if args.method == "dpo":
-            return report(*_of_preferences(args, preset, folder, processor, rows), args.json)
+        if args.method != "sft":
+            return report(*_of_captions_compared(args, preset, folder, processor, rows), args.json)
         trainers = {e: bench.build_trainer(e, args, preset, folder, processor, rows) for e in args.engines}
         watches = {engine: bench.Watch(args.device) for engine in trainers}
         for engine, trainer in trainers.items():
@@ -130,11 +136,12 @@ def main(args: BenchArguments) -> None:
     report(result, table(result), args.json)
 
 
-def _of_preferences(*what) -> tuple[dict, str]:
-    from vlmcap.experiments import preference_bench
+def _of_captions_compared(args: BenchArguments, *what) -> tuple[dict, str]:
+    from vlmcap.experiments import preference_bench, reward_bench
 
-    result = preference_bench.measure(*what)
-    return result, preference_bench.table(result)
+    bench = {"dpo": preference_bench, "grpo": reward_bench}[args.method]
+    result = bench.measure(args, *what)
+    return result, bench.table(result)
 
 
 def report(result: dict, lines: str, path: str | None) -> None:

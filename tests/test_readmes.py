@@ -20,6 +20,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 RUN_BY = {
     "recipes/sft_qwen2vl_jp.py": "tests/recipes/test_round_trip.py",
     "recipes/dpo_qwen2vl_jp.py": "tests/recipes/test_dpo_qwen2vl_jp.py",
+    "recipes/grpo_qwen2vl_jp.py": "tests/recipes/test_grpo_qwen2vl_jp.py",
     "recipes/sft_blip_vi.py": "tests/recipes/test_sft_blip_vi.py",
     "recipes/sft_vit_gpt2_food.py": "tests/recipes/test_sft_vit_gpt2_food.py",
     "recipes/sft_vit_llama_food.py": "tests/recipes/test_sft_vit_llama_food.py",

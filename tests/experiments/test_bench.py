@@ -40,6 +40,18 @@ def test_bench_training_on_preferences(run_script, tmp_path):
     assert result["speedup_vs_trl"]["trl_dpo"] == 1
 
 
+def test_bench_training_on_rewards(run_script, tmp_path):
+    out = tmp_path / "out.json"
+    run_script("bench_training.py", "--method", "grpo", "--max_pixels", 12_544, "--rounds", 1, "--json", out)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    rows = {row["engine"]: row for row in result["rows"]}
+    assert list(rows) == ["trl_grpo", "trl_grpo_lean", "grpo"] == list(result["speedup_vs_trl"])
+    assert [len(row["step_s"]) for row in rows.values()] == [1, 1, 3]
+    for row in rows.values():
+        assert row["samples_per_s"] == pytest.approx(5 / row["step_s_median"])
+    assert result["batch"] == {"images": 1, "samples_an_image": 5, "tokens_a_sample": 16}
+
+
 def test_bench_captioning_on_small_pictures(run_script, tmp_path):
     """All four engines on the CPU proxy and pictures of 12 image tokens: the captions are the same."""
     out = tmp_path / "out.json"

@@ -1,12 +1,15 @@
 """scripts/reward_table.py: means over seeds, differences with their intervals, the plot."""
 
 import json
+import runpy
 
 import pytest
 
+from vlmcap.arguments import parse
 from vlmcap.errors import UserError
 from vlmcap.evaluation.audit import write_audit
 from vlmcap.evaluation.scoring import ScoreOptions, write_metrics
+from vlmcap.experiments.ablation import cells, read_grid
 from vlmcap.experiments.reward_table import difference_rows, plot, read_settings, table_rows
 
 COLOURS = ["赤い", "青い", "黒い", "黄色い"]
@@ -75,3 +78,22 @@ def test_what_cannot_be_compared(evaluated, tmp_path):
         difference_rows(read_settings([f"a={folder}"]), "b")
     with pytest.raises(UserError, match="no runs"):
         read_settings([])
+
+
+@pytest.mark.parametrize(
+    "name", ["grpo_qwen2vl_jp/weights_demo", "grpo_qwen2vl_jp/against_sft_demo", "sft_qwen2vl_jp/longer_demo"]
+)
+def test_the_grids_change_settings_of_their_recipe(repo_root, monkeypatch, name):
+    monkeypatch.chdir(repo_root)
+    grid = read_grid(f"recipes/configs/{name}.yaml")
+    arguments = runpy.run_path(grid.recipe)["ARGUMENTS"]
+    for cell in cells(grid):
+        words = ["--config", grid.config, "--output_dir", "x"]
+        for key, value in cell.changes.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        parsed = {
+            key: value for group in parse("", *arguments, command_line=words) for key, value in vars(group).items()
+        }
+        for key, value in cell.changes.items():
+            assert parsed[key] == value

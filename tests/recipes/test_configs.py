@@ -56,6 +56,21 @@ def test_configs_of_preferences(repo_root, parser_of, name):
     assert bool(data.preferences) == bool(model.adapter) == (name == "demo")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_of_rewards(repo_root, parser_of, name):
+    """They too start from what the SFT recipe's file of the same name trains, and without dropout."""
+    path = repo_root / f"recipes/configs/grpo_qwen2vl_jp/{name}.yaml"
+    assert_describes_itself(path)
+    no_gpu = ["--fp16", "false"] if name == "t4" else []
+    _, model, _, generation, training = parser_of("grpo_qwen2vl_jp")(path, *no_gpu)
+    _, trained, asked, _ = parser_of("sft_qwen2vl_jp")(
+        repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml", *no_gpu
+    )
+    assert replace(model, adapter=None) == replace(trained, lora_dropout=0) and generation == asked
+    assert bool(model.adapter) == (name == "demo") and training.save_steps % training.eval_steps == 0
+    assert training.max_completion_length <= generation.max_new_tokens and training.num_generations >= 5
+
+
 @pytest.mark.parametrize("name", [*NAMES, "own"])
 def test_every_key_says_what_it_does(repo_root, name):
     text = (repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml").read_text(encoding="utf-8")

@@ -1,44 +1,13 @@
 """Training on preferences from an adapter to card and captions, and what the recipe refuses."""
 
 import pytest
-from peft import get_peft_model
 
 from tests.invariants import tiny
 from tests.recipes.files import captions, read
 from vlmcap.captioning.arguments import GenerationArguments
-from vlmcap.captioning.settings import settings_of, write_settings
-from vlmcap.miniature.scenes import write_scene_dataset
-from vlmcap.models.arguments import ModelArguments
-from vlmcap.models.load import load_model, load_processor, lora_config
 
 SETTINGS = "--max_steps 4 --save_steps 2 --eval_steps 2 --max_new_tokens 12 --per_device_train_batch_size 4".split()
 PROMPT = GenerationArguments().prompt
-
-
-@pytest.fixture(scope="module")
-def scenes(run_script, tmp_path_factory, miniature_dir):
-    """Drawn scenes with preferences, their dataset, and an adapter of the demo's shapes that has learned nothing."""
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scene_dataset(folder, train=12, validation=3, test=4)
-    publish = [
-        "stair",
-        "--tokenizer",
-        miniature_dir,
-        "--output_dir",
-        folder / "dataset",
-        "--images",
-        folder / "images",
-    ]
-    publish += ["--annotations", folder / "stair_train.json", folder / "stair_val.json"]
-    publish += ["--yj_annotations", folder / "yj.json"]
-    publish += ["--val_ids", folder / "val_ids.txt", "--test_ids", folder / "test_ids.txt"]
-    run_script("publish_datasets.py", *publish)
-    model = load_model(str(miniature_dir))
-    processor = load_processor(str(miniature_dir), None, 3136, 7056)
-    adapted = get_peft_model(model, lora_config(model, ModelArguments(model_name_or_path=str(miniature_dir))))
-    adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    write_settings(folder / "adapter", settings_of("sft_qwen2vl_jp", adapted, processor, GenerationArguments()))
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,13 @@ from trl import SFTConfig, TrlParser
 
 from vlmcap.errors import UserError
 from vlmcap.strict_parsing import parse_yaml
-from vlmcap.training.arguments import CaptionDPOFields, CaptionerFields, CaptionSFTFields, FoodFields
+from vlmcap.training.arguments import (
+    CaptionDPOFields,
+    CaptionerFields,
+    CaptionGRPOFields,
+    CaptionSFTFields,
+    FoodFields,
+)
 from vlmcap.training.inherited import (
     SFT_CONFIG,
     TABLE,
@@ -24,6 +30,7 @@ from vlmcap.training.inherited import (
 from vlmcap.training.trainer_arguments import (
     CaptionDPOConfig,
     CaptionerTrainingArguments,
+    CaptionGRPOConfig,
     CaptionSFTConfig,
     FoodTrainingArguments,
 )
@@ -32,6 +39,7 @@ INHERITED = [(SFT_CONFIG, SFTConfig), (TRAINING_ARGUMENTS, TrainingArguments)]
 REAL = [
     (CaptionSFTFields, SFT_CONFIG, CaptionSFTConfig),
     (CaptionDPOFields, TRAINING_ARGUMENTS, CaptionDPOConfig),
+    (CaptionGRPOFields, TRAINING_ARGUMENTS, CaptionGRPOConfig),
     (CaptionerFields, TRAINING_ARGUMENTS, CaptionerTrainingArguments),
     (FoodFields, TRAINING_ARGUMENTS, FoodTrainingArguments),
 ]

@@ -107,7 +107,7 @@ RUN |= {"logging_steps": 4}
 
 
 def logged(trainer) -> list[dict]:
-    """The log but for what a clock says."""
+    """The log except for what a clock says."""
     timed = ("seconds", "wait", "runtime", "per_second")
     log = trainer.state.log_history
     return [{k: v for k, v in entry.items() if not any(word in k for word in timed)} for entry in log]

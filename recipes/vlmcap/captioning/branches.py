@@ -180,7 +180,7 @@ class BranchGenerator:
         limits: processors of the scores; they are given the tokens of the captions alone.
         rows: pictures in work at once.
         generator: of the samples.
-        draws: of the samples instead, for those that shall not depend on which pictures are in work together: number
+        draws: of the samples instead, where they must not depend on which pictures are in work together: number
             of a picture -> uniform numbers in [0, 1), float32, (num_return_sequences, max_new_tokens).
     """
 

@@ -202,7 +202,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         self.step_figures = defaultdict(list)
         self.token_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
         self.totals = {"samples": 0, "images": 0, "images_alike": 0}
-        self.first_figures = None
+        self.warned = False
         sizes = hashlib.sha256(json.dumps(self.sizes).encode()).hexdigest()
         must_match = {"image sizes": sizes, "num_iterations": args.num_iterations}
         self.set_up_run(must_match | {"adapter": weights_hash(adapter.folder)})
@@ -413,18 +413,23 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
             if PartialState().is_main_process:
                 notice(text)
 
-    warned = False
-
-    def _run_epoch(self, *, epoch, **kwargs) -> None:
-        """Scores the starting adapter before the first step: what later evaluations are compared with. Early stopping
-        does not count it."""
-        if self.validation is not None and self.state.global_step == 0:
+    def _run_epoch(self, *, epoch, epochs_trained, resume_from_checkpoint, **kwargs) -> None:
+        """Takes over what a checkpoint has of samples and figures. At the start of a run, scores the starting adapter,
+        with which later evaluations are compared; early stopping does not count it."""
+        if self.resumed and epoch == epochs_trained:
+            state = json.loads(self._state_file(resume_from_checkpoint).read_bytes())
+            self.samples = state["samples"] and Samples(**state["samples"])
+            self.step_figures.update(state["step_figures"])
+            self.token_sums = self.token_sums.new_tensor(state["token_sums"])
+            self.totals = state["totals"]
+        elif self.validation is not None and self.state.global_step == 0:
             begin = time.perf_counter()
             with self._evaluating():
                 scores = self.validate(self.model)
                 self.log({f"eval_{name}": round(score, 6) for name, score in scores.items()})
             self.clock.pause(time.perf_counter() - begin)
-        super()._run_epoch(epoch=epoch, **kwargs)
+        more = {"epochs_trained": epochs_trained, "resume_from_checkpoint": resume_from_checkpoint}
+        super()._run_epoch(epoch=epoch, **more, **kwargs)
 
     def log(self, logs, *args, **kwargs):
         """Adds the means over the steps since the last line, of GRPO's figures under their names in TRL."""
@@ -459,15 +464,6 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder) / f"samples_{self.args.process_index}.json"
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        if resume_from_checkpoint is not None:
-            state = json.loads(self._state_file(resume_from_checkpoint).read_bytes())
-            self.samples = state["samples"] and Samples(**state["samples"])
-            self.step_figures.update(state["step_figures"])
-            self.token_sums = self.token_sums.new_tensor(state["token_sums"])
-            self.totals = state["totals"]
-        return super().train(resume_from_checkpoint, **kwargs)
 
 
 @contextmanager
