@@ -112,7 +112,9 @@ class CaptionArguments:
         default=None,
         metadata={"help": f"Largest image in pixels; {OF_ADAPTER} the processor's (1,003,520 for a server)."},
     )
-    batch_size: int = field(default=16, metadata={"help": "Pictures captioned at once; a kill loses at most these."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Pictures captioned at once; a kill loses about as many captions."}
+    )
     workers: int = field(default=4, metadata={"help": "Threads that read pictures ahead of the model."})
     review_queue: str | None = field(
         default=None, metadata={"help": "Folder for released.jsonl and held_back.jsonl. Needs --output."}

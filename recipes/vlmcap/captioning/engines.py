@@ -28,29 +28,22 @@ def run_engines(
         model: with its adapter on, if it has one. Between two captions it may be used.
         engines: BASE, ADAPTER or both -> an engine of `model`; with as many rows.
     """
-    numbered = enumerate(pictures)
-    while True:
-        room = min(engine.free if engine.has_room else 0 for engine in engines.values())
-        if group := list(islice(numbered, room)):
-            if len(engines) == 1:
-                _add(model, engines, group)
-            else:
-                with fed_with_features(model) as encode:
+    numbered, more = enumerate(pictures), True
+    while more or any(engine.work for engine in engines.values()):
+        group = list(islice(numbered, min(engine.free for engine in engines.values())))
+        more = bool(group)
+        if group:
+            with fed_with_features(model) if len(engines) > 1 else nullcontext() as encode:
+                if encode:
                     features = encode([one for _, one in group])
                     fed = zip(group, features, strict=True)
                     group = [(number, one | {"pixel_values": made}) for (number, one), made in fed]
-                    _add(model, engines, group)
-        if not any(engine.work for engine in engines.values()):
-            return
-        found = []
+                for which, engine in engines.items():
+                    with weights(model, which):
+                        engine.add(group)
         for which, engine in engines.items():
-            if engine.work:
-                with weights(model, which):
-                    found += [(which, caption) for caption in engine.step()]
-        yield from found
-
-
-def _add(model: PreTrainedModel, engines: dict[str, BranchGenerator], group: list[tuple[int, dict]]) -> None:
-    for which, engine in engines.items():
-        with weights(model, which):
-            engine.add(group)
+            found = []
+            with weights(model, which):  # PEFT takes longer to switch than a small model to write a token
+                while engine.work and not (more and engine.has_room):
+                    found += engine.step()
+            yield from ((which, caption) for caption in found)

@@ -222,11 +222,11 @@ def precision(args: PartArguments) -> Iterator[dict]:
     dtypes = [torch.float32, torch.float16, torch.bfloat16]
     if args.device == "cuda" and compute_dtype() != torch.bfloat16:
         dtypes.remove(torch.bfloat16)
-    sizes = Sizes(images=3, batch_size=2, max_new_tokens=12) if args.small else Sizes(images=32)
+    sizes = Sizes(images=64, max_new_tokens=40)
     for dtype in dtypes:
         miniature = load_model(MINIATURE, load_in_4bit=False, dtype=dtype).eval()
         yield compare(Bench(sizes, miniature, load_processor(MINIATURE), None), "miniature", dtype)
-    sizes = replace(sizes, images=3 if args.small else 8)
+    sizes = Sizes(images=3, batch_size=2, max_new_tokens=12) if args.small else Sizes(images=8)
     for dtype in dtypes[1:]:
         free_memory()
         random = random_model(args.model, PRESETS[args.preset], sizes.seed, dtype)
