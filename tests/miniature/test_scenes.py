@@ -61,9 +61,10 @@ def test_instances_are_where_the_things_are_drawn(tmp_path):
     write_scene_dataset(tmp_path, train=2, validation=5, test=10)
     document = json.loads((tmp_path / "instances.json").read_text())
     names = {category["id"]: category["name"] for category in document["categories"]}
-    val = json.loads((tmp_path / "stair_val.json").read_text())
-    assert len(names) == 24 and {i["id"] for i in document["images"]} == {i["id"] for i in val["images"]}
-    assert len(document["annotations"]) == 30 and len({a["id"] for a in document["annotations"]}) == 30
+    splits = [json.loads((tmp_path / f"stair_{split}.json").read_text()) for split in ("train", "val")]
+    assert len(names) == 24
+    assert {i["id"] for i in document["images"]} == {i["id"] for split in splits for i in split["images"]}
+    assert len(document["annotations"]) == 34 and len({a["id"] for a in document["annotations"]}) == 34
     for image in document["images"]:
         with Image.open(tmp_path / "images" / image["file_name"]) as picture:
             assert picture.size == (image["width"], image["height"])

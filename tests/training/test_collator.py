@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -58,9 +59,15 @@ def test_missing_files_are_dropped_and_listed_before_training(folder, tmp_path):
     assert bad_images.count() == 1
 
 
-def test_dataset_without_images_names_the_fix(folder):
-    with pytest.raises(DataError, match=r"holds captions but no images.*fetch_images.py.*--image_dir"):
+def test_dataset_without_images_names_the_fix(folder, tmp_path):
+    with pytest.raises(
+        DataError, match="holds captions but no images. Name the folder of the pictures with --image_dir"
+    ):
         load_captions(str(folder / "data"), "train")
+    rows = datasets.load_dataset(str(folder / "data"), split="train")
+    rows.add_column("coco_url", ["http://images.test/1.jpg"] * len(rows)).to_parquet(tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"holds captions but no images.*fetch_images.py.*--image_dir"):
+        load_captions(str(tmp_path), "train")
 
 
 def test_loss_covers_the_caption_alone(rows, processor, tmp_path):
