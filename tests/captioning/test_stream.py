@@ -153,7 +153,11 @@ def test_other_models_go_through_generate(repo_root, images, capsys):
     said = caption_images(model.eval(), processor, images, args, 2)
     assert said == caption_batch(model, processor, images, args, 2)
     caption_images(model, processor, images[:1], args)
-    assert capsys.readouterr().err.count("captioned in batches by transformers' generate") == 1
+    assert capsys.readouterr().err.count("captioning in batches with transformers' generate; the engine") == 1
+    flash = tiny.build_model("qwen2_vl")
+    flash.config.get_text_config()._attn_implementation = "flash_attention_2"
+    CaptionStream(flash, tiny.build_processor("qwen2_vl"), ARGS)
+    assert "needs --attn_implementation sdpa" in capsys.readouterr().err
 
 
 def test_large_pictures_share_a_batch_in_smaller_numbers(monkeypatch):

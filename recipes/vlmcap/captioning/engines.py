@@ -20,7 +20,7 @@ def weights(model: PreTrainedModel, which: str) -> AbstractContextManager:
 def run_engines(
     model: PreTrainedModel, engines: dict[str, BranchGenerator], pictures: Iterable[dict]
 ) -> Iterator[tuple[str, Caption]]:
-    """(BASE or ADAPTER, caption), each as soon as it is complete, as `BranchGenerator.run` of each would find it.
+    """(BASE or ADAPTER, caption), as `BranchGenerator.run` of each would find it, in the order in which they end.
 
     A group of pictures goes through the vision encoder, then through projector and language model of each.
 

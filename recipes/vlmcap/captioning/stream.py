@@ -17,7 +17,7 @@ from vlmcap.captioning.constraints import constraints
 from vlmcap.captioning.engines import ADAPTER, run_engines, weights
 from vlmcap.captioning.generate import caption_batch, read_words, search_config, takes_special_tokens
 from vlmcap.errors import notice
-from vlmcap.models.load import MODEL_TYPES, base_model, chat_prompt, takes_prompt
+from vlmcap.models.load import MASKED_ATTENTION, MODEL_TYPES, base_model, chat_prompt, takes_prompt
 
 # Pixels of a batch for `generate`: 0.6 GB as RGB, 16 photographs of 12 megapixels.
 BATCH_PIXELS = 200_000_000
@@ -53,8 +53,12 @@ class CaptionStream:
             self.beginning = commonprefix([one[:-1] for one in ids]) if len(ids) > 1 else ids[0]
             self.endings = [one[len(self.beginning) :] for one in ids]
             self.shares = processor.image_token_id in self.beginning
-        if not self.shares:
-            _say_stock(base_model(model).config.model_type)
+            if not self.shares:
+                _say_stock("prompts cannot share a picture where the chat template writes them before it")
+        elif base_model(model).config.model_type not in MODEL_TYPES:
+            _say_stock(f"the engine whose beams share their image knows {', '.join(MODEL_TYPES)}")
+        else:
+            _say_stock(f"the engine whose beams share their image needs --attn_implementation {MASKED_ATTENTION[0]}")
 
     def _encode(self, prompt: str) -> list[int]:
         """Token ids of a prompt with its chat template; the picture is one token."""
@@ -141,11 +145,8 @@ def _batches(images: Iterable[Image.Image], size: int) -> Iterator[list[Image.Im
 
 
 @cache
-def _say_stock(model_type: str) -> None:
-    notice(
-        f"Note: {model_type} is captioned in batches by transformers' generate; the engine whose beams share their"
-        f" image knows {', '.join(MODEL_TYPES)}."
-    )
+def _say_stock(reason: str) -> None:
+    notice(f"Note: captioning in batches with transformers' generate; {reason}.")
 
 
 def caption_images(

@@ -79,14 +79,14 @@ def finish(
     base = base_record["model"]
     trained = base | model_record(model, base["id"], base["revision"], adapter=str(trained_dir))
     record = {"model": trained, "dataset": splits.test_record, "saw": trained_saw}
-    files = [(base_dir / "predictions.jsonl", base_record), (trained_dir / "predictions.jsonl", record)]
     if isinstance(model, PeftModel) and supports_branches(model):
+        files = [(base_dir / "predictions.jsonl", base_record), (trained_dir / "predictions.jsonl", record)]
         caption_split_both(model, processor, splits.test, files, generation_args)
     else:
-        caption_split(model, processor, splits.test, *files[1][:1], generation_args, record)
+        caption_split(model, processor, splits.test, trained_dir / "predictions.jsonl", generation_args, record)
         del model  # both would not fit
         _free_memory()
-        caption_split(*load_base(), splits.test, files[0][0], generation_args, base_record)
+        caption_split(*load_base(), splits.test, base_dir / "predictions.jsonl", generation_args, base_record)
     if not PartialState().is_main_process:
         return
 

@@ -1,5 +1,6 @@
 """Captions of validation images during training, scored: loss does not rank captions."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import datasets
@@ -23,7 +24,7 @@ from vlmcap.training.features import FeatureCache
 SHARE_OF_MEMORY = 0.25  # of what is free, for the features of the validation pictures
 
 
-@dataclass(frozen=True)
+@dataclass
 class CaptionValidation:
     """Scores a model by the captions it writes for `rows`, with the decoding of the final evaluation.
 
@@ -32,7 +33,7 @@ class CaptionValidation:
     features: cached image features of the rows, for a model that takes them instead of pictures.
     latest: image id -> caption of the last evaluation.
     kept: what `CaptionStream.prepare` made of this process's pictures, the frozen vision encoder's output in place of
-        pixels; empty where that is not known, or too large.
+        pixels; empty for a model that the engine does not know, or if too large; None before the first evaluation.
     """
 
     rows: datasets.Dataset
@@ -41,8 +42,7 @@ class CaptionValidation:
     tokenizer: str = "unidic-lite"
     features: FeatureCache | None = None
     latest: dict[str, str] = field(default_factory=dict)
-    kept: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    said: list[int] = field(default_factory=list)
+    kept: list[dict[str, torch.Tensor]] | None = None
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -64,28 +64,28 @@ class CaptionValidation:
         if self.features:
             return list(stream.run(stream.prepare(self.features.batch([row])) for row in mine))
         pictures = map_ahead(lambda row: stream.prepare(open_image(self.rows[row])), mine)
-        if not stream.shares or not (self.kept or self._fit(model, mine)):
+        if self.kept is None:
+            self.kept = self._encode(model, pictures) if stream.shares and self._fit(model, mine) else []
+        if not self.kept:
             return list(stream.run(pictures))
-        with fed_with_features(model) as encode:
-            if not self.kept:
-                for one in pictures:
-                    (features,) = encode([one])
-                    self.kept.append(one | {"pixel_values": features.cpu()})
+        with fed_with_features(model):
             return list(stream.run(self.kept))
 
+    def _encode(self, model: nn.Module, pictures: Iterable[dict]) -> list[dict[str, torch.Tensor]]:
+        with fed_with_features(model) as encode:
+            return [one | {"pixel_values": encode([one])[0].cpu()} for one in pictures]
+
     def _fit(self, model: nn.Module, mine: list[int]) -> bool:
-        """Whether the vision encoder's output for all pictures may stay in memory; prints its size once."""
+        """Whether the vision encoder's output for all pictures may stay in memory; prints its size."""
         tower, processor = base_model(model).model.visual, self.processor.image_processor
         row = len(projector_blocks(tower)) * tower.blocks[0].norm1.weight.numel() * tower.dtype.itemsize
         sizes = (image_size(self.rows[number]) for number in mine)
         size = row * sum(processor.get_number_of_image_patches(height, width, {}) for width, height in sizes)
         free = psutil.virtual_memory().available
         fits = size < free * SHARE_OF_MEMORY
-        if not self.said:
-            self.said.append(size)
-            what = "stay in memory between evaluations" if fits else "are computed at each evaluation"
-            notice(
-                f"Validation: image features of {len(mine):,} pictures {what} ({size / 2**30:.2f} GiB; at most"
-                f" {SHARE_OF_MEMORY:.0%} of the {free / 2**30:.1f} GiB that are free)."
-            )
+        what = "stay in memory between evaluations" if fits else "are computed at each evaluation"
+        notice(
+            f"Validation: image features of {len(mine):,} pictures {what} ({size / 2**30:.2f} GiB; at most"
+            f" {SHARE_OF_MEMORY:.0%} of the {free / 2**30:.1f} GiB that are free)."
+        )
         return fits
