@@ -1,9 +1,12 @@
 """Settings of how captions are made and audited. Imports nothing heavy: command lines are read with it."""
 
+import json
+import re
 from dataclasses import dataclass, field, fields
 
 from vlmcap.errors import UserError
 
+KEY = "[a-z]{2,3}(/[a-z0-9_-]+)?"  # of several prompts: language or language/style
 # What an audit finds wrong with the form of a caption.
 FORM = ("empty", "repetition", "truncated", "non_japanese", "copied_prompt", "special_tokens")
 # What holds a caption back unless other reasons are asked for.
@@ -39,6 +42,75 @@ class GenerationArguments(BeamArguments):
             " recipes/vlmcap/evaluation/lexicons/avoid_persons_ja.txt."
         },
     )
+
+
+@dataclass
+class PromptArguments:
+    """Several prompts of one picture, by KEY: a language, or language/style: `ja/plain`, `ja/polite`, `en`.
+
+    A caption belongs to the key of its language and style (columns `languages` and `styles` of the dataset), else to
+    that of its language.
+    """
+
+    prompts: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "KEY -> prompt, or a list of wordings, of which training draws one by seed; instead of --prompt,"
+            " which becomes the first wording of the first key. On the command line as JSON."
+        },
+    )
+    prompt_weights: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "KEY -> how often its captions are trained on, beside the other keys; left out: every caption of"
+            " every key once an epoch."
+        },
+    )
+    also_score: dict | str | None = field(
+        default=None,
+        metadata={"help": "KEY -> prompt of captions that are scored before and after, and not trained on."},
+    )
+
+    def __post_init__(self):
+        for name in ("prompts", "prompt_weights", "also_score"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, read_mapping(f"--{name}", value))
+        wordings = {key: [text] if isinstance(text, str) else text for key, text in (self.prompts or {}).items()}
+        for key, texts in (wordings | {k: [v] for k, v in (self.also_score or {}).items()}).items():
+            if not re.fullmatch(KEY, str(key)):
+                raise ValueError(f"{key!r} is no key of prompts: write a language, or language/style, as in ja/polite")
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+                raise ValueError(f"the prompt of {key} must be a text or a list of texts, but is {texts!r}")
+        if self.prompts is not None and not self.prompts:
+            raise ValueError("prompts is empty: name a key with its prompt, or leave it out")
+        if both := sorted(set(wordings) & set(self.also_score or {})):
+            raise ValueError(f"also_score: {both[0]} is trained on (prompts), and scored in any case: leave it out")
+        if (self.prompt_weights or self.also_score) and not self.prompts:
+            raise ValueError("prompt_weights and also_score need prompts: {KEY: prompt}")
+        for key, weight in (self.prompt_weights or {}).items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ValueError(f"prompt_weights: {key} must be a number above 0, but is {weight!r}")
+        if self.prompt_weights and set(self.prompt_weights) != set(wordings):
+            odd = sorted(set(self.prompt_weights) ^ set(wordings))
+            raise ValueError(f"prompt_weights must have the keys of prompts, and differ in {', '.join(odd)}")
+        self.wordings: dict[str, list[str]] = wordings
+
+    @property
+    def first_wordings(self) -> dict[str, str]:
+        """KEY -> the prompt that captions are asked for with, of all keys that are scored, trained ones first."""
+        return {key: texts[0] for key, texts in self.wordings.items()} | (self.also_score or {})
+
+
+def read_mapping(option: str, text: str) -> dict:
+    """A mapping that was given on the command line. Raises ValueError naming the option."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f'{option} must be JSON, as in \'{{"en": "Describe this image."}}\': {error}') from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} must be a JSON object, but is {text}")
+    return value
 
 
 FORMATS = ("text", "jsonl", "csv", "html")
