@@ -33,10 +33,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmcap.models.load import MASKED_ATTENTION, MODEL_TYPES, base_model
 
 NEVER = -1e9  # score of what cannot be chosen, as in transformers
+GROUPED = "grouped_queries"  # name of `grouped_attention` in transformers
+# Images and prompts of so many tokens run at once. On a CPU more is slower: activations leave its caches.
+PREFILL_TOKENS = 1024
 
 
 def supports_branches(model: PreTrainedModel) -> bool:
@@ -208,6 +212,9 @@ class BranchGenerator:
         self.rows = max(rows, len(endings))
         self.inner, self.device = base_model(model), model.device
         self.text = self.inner.config.get_text_config()
+        # FlexAttention is compiled for the shape of its mask, and that changes with every step.
+        own = self.text._attn_implementation
+        self.prefill_attention = "sdpa" if own == "flex_attention" else own
         self.returned = config.num_return_sequences or 1
         self.branches = self.returned if config.do_sample else config.num_beams
         ends = config.eos_token_id
@@ -249,9 +256,10 @@ class BranchGenerator:
     @torch.inference_mode()
     def add(self, group: list[tuple[int, dict]]) -> None:
         """Takes pictures into work, `free` at most: (number, inputs) of each."""
-        with without_flex(self.text):
-            new = self._prefill(group)
-        self.work = self.work.join(new) if self.work else new
+        for few in prefills(group):
+            with attention(self.text, self.prefill_attention):
+                new = self._prefill(few)
+            self.work = self.work.join(new) if self.work else new
 
     @torch.inference_mode()
     def step(self) -> list[Caption]:
@@ -260,7 +268,7 @@ class BranchGenerator:
         complete = self._captions(self.work.select(done.nonzero()[:, 0]))
         self.work = self._compact(self.work, parents, done)
         if self.work:
-            with without_flex(self.text):
+            with attention(self.text, GROUPED):
                 self._forward(self.work)
         return complete
 
@@ -450,31 +458,71 @@ class BranchGenerator:
         outputs = self.model(
             input_ids=newest,
             position_ids=position.expand(3, -1, -1),
-            attention_mask=self._mask(work.visible[:, :, : cache.width]),
+            attention_mask=work.visible[:, None, :, : cache.width],
             past_key_values=cache,
             use_cache=True,
         )
         work.logits = outputs.logits.float()
 
-    def _mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """`visible` (B, K, L) in the form that the model's attention takes as it is."""
-        if self.text._attn_implementation == "eager":  # adds the mask to the attention scores
-            mask = torch.zeros(visible.shape, dtype=self.inner.dtype, device=visible.device)
-            return mask.masked_fill_(~visible, torch.finfo(self.inner.dtype).min)[:, None]
-        return visible[:, None]
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """scaled_dot_product_attention in which the query heads that share a key head are more queries of that head.
+
+    transformers repeats keys and values for every query head where there is a mask; with few queries and a long cache
+    copying takes longer than attention.
+
+    Args:
+        query: (B, H, K, D). key, value: (B, G, L, D); H is a multiple of G. attention_mask: bool, (B, 1, K, L).
+
+    Returns:
+        (B, K, H, D), as transformers expects it.
+    """
+    batch, heads, queries, width = query.shape
+    groups = key.shape[1]
+    output = nn.functional.scaled_dot_product_attention(
+        query.reshape(batch, groups, -1, width),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, heads // groups, 1),
+        scale=scaling,
+    )
+    return output.reshape(batch, heads, queries, width).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(GROUPED, grouped_attention)
 
 
 @contextmanager
-def without_flex(config: PreTrainedConfig) -> Iterator[None]:
-    """Within it a language model that was loaded with FlexAttention uses sdpa: FlexAttention is compiled for the shape
-    of its mask, and that changes with every step."""
+def attention(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
+    """Within it a language model attends by that implementation."""
     own = config._attn_implementation
-    if own == "flex_attention":
-        config._attn_implementation = "sdpa"
+    config._attn_implementation = implementation
     try:
         yield
     finally:
         config._attn_implementation = own
+
+
+def prefills(group: list[tuple[int, dict]]) -> Iterator[list[tuple[int, dict]]]:
+    """Parts of a group that are run at once: of PREFILL_TOKENS at most, unless one has more."""
+    few, tokens = [], 0
+    for number, one in group:
+        more = one["input_ids"].shape[1]
+        if few and tokens + more > PREFILL_TOKENS:
+            yield few
+            few, tokens = [], 0
+        few.append((number, one))
+        tokens += more
+    if few:
+        yield few
 
 
 def sampling_warpers(config: GenerationConfig) -> LogitsProcessorList:

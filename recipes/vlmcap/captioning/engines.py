@@ -6,7 +6,7 @@ from itertools import islice
 
 from transformers import PreTrainedModel
 
-from vlmcap.captioning.branches import BranchGenerator, Caption
+from vlmcap.captioning.branches import BranchGenerator, Caption, prefills
 from vlmcap.models.tower import fed_with_features
 
 BASE, ADAPTER = "base", "adapter"
@@ -35,7 +35,7 @@ def run_engines(
         if group:
             with fed_with_features(model) if len(engines) > 1 else nullcontext() as encode:
                 if encode:
-                    features = encode([one for _, one in group])
+                    features = [made for few in prefills(group) for made in encode([one for _, one in few])]
                     fed = zip(group, features, strict=True)
                     group = [(number, one | {"pixel_values": made}) for (number, one), made in fed]
                 for which, engine in engines.items():
