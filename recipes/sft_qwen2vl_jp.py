@@ -30,9 +30,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
 from vlmcap.models.arguments import ModelArguments
-from vlmcap.steps.arguments import EvaluationArguments
+from vlmcap.steps.arguments import EvaluationArguments, with_main_prompt
 from vlmcap.training.arguments import CONTINUE, CaptionSFTFields, SplitArguments
 from vlmcap.training.inherited import SFT_CONFIG, complete, parsed_as
 
@@ -68,42 +68,44 @@ def main(
     data_args: DataArguments,
     model_args: ModelArguments,
     generation_args: GenerationArguments,
+    prompt_args: PromptArguments,
     settings: CaptionSFTFields,
 ) -> None:
+    generation_args = with_main_prompt(generation_args, prompt_args)
+
     # Slow imports, after the command line and the dataset were checked.
     from vlmcap.steps.early import adapter_folder, check_early
 
-    check_early(settings, data_args)
+    check_early(settings, data_args, prompt_args)
     adapter_dir = adapter_folder(settings.output_dir, model_args.adapter, needs_start=False)
 
     from accelerate import PartialState
 
     from vlmcap.models.load import lora_config
     from vlmcap.steps.begin import begin
-    from vlmcap.steps.prompted import find_base, plan_evaluation, read_for_audit
+    from vlmcap.steps.prompted import find_base, plan_evaluation, plan_validation, read_for_audit
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_splits
     from vlmcap.training.report import training_report
     from vlmcap.training.trainer import CaptionTrainer
     from vlmcap.training.trainer_arguments import CaptionSFTConfig
-    from vlmcap.training.validation import CaptionValidation
 
     training_args = complete(CaptionSFTConfig, settings)
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
-    run = begin(training_args, REPORTED_SETTINGS, **groups)
+    run = begin(training_args, REPORTED_SETTINGS, **groups, prompts=asdict(prompt_args))
 
     # Data: one row an image.
     validates = training_args.eval_strategy != "no"
-    splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images)
+    splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images, prompt_args)
     read_for_audit(data_args, generation_args, splits.test)
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
-    base = find_base(model_args, generation_args.prompt)
+    base = find_base(model_args, generation_args, prompt_args)
     model = base.load()
 
     # The base's captions, of another run perhaps, must be such that they can be taken or continued after training.
     evaluation = plan_evaluation(
-        base, model, generation_args, data_args, splits, run.output_dir, shared_dir=data_args.base_dir
+        base, model, generation_args, prompt_args, data_args, splits, run.output_dir, shared_dir=data_args.base_dir
     )
 
     features_of = base.feature_cache(training_args.cache_image_features, model, splits.bad_images)
@@ -111,8 +113,8 @@ def main(
     if features:
         splits = replace(splits, train=features.rows)
     if validates:
-        validation = CaptionValidation(
-            splits.validation, base.processor, generation_args, data_args.tokenizer, features_of(splits.validation)
+        validation = plan_validation(
+            base, generation_args, prompt_args, data_args, splits.validation, features_of(splits.validation)
         )
     trainer = CaptionTrainer(
         model=model,
@@ -131,7 +133,9 @@ def main(
 
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    save_trained(trainer, adapter_dir, splits, run.config(base.args), Path(__file__).stem, generation_args)
+    save_trained(
+        trainer, adapter_dir, splits, run.config(base.args), Path(__file__).stem, generation_args, prompt_args
+    )
     del trainer, model
 
     # Evaluation: the base and the adapter as saved on disk, on the same images with the same decoding; then scores,
@@ -139,7 +143,13 @@ def main(
     evaluation.finish(run, Path(__file__).stem, adapter_dir, splits)
 
 
-ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, parsed_as(CaptionSFTFields, SFT_CONFIG))
+ARGUMENTS = (
+    DataArguments,
+    ModelArguments,
+    GenerationArguments,
+    PromptArguments,
+    parsed_as(CaptionSFTFields, SFT_CONFIG),
+)
 
 if __name__ == "__main__":
     run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG, interrupted=CONTINUE)

@@ -1,8 +1,12 @@
 """Settings that the recipes of models with a prompt share. Imports nothing heavy: command lines are read with it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
+from vlmcap.errors import UserError
 from vlmcap.training.arguments import ScoredSplitArguments
+
+NO_PROMPTS = PromptArguments()  # a run with one prompt
 
 
 @dataclass
@@ -26,3 +30,30 @@ class EvaluationArguments(ScoredSplitArguments):
             " what is in an image."
         },
     )
+
+
+def with_main_prompt(args: GenerationArguments, prompts: PromptArguments) -> GenerationArguments:
+    """`args` with the prompt of the main key, where there are keys.
+
+    Raises:
+        UserError: captions are constrained to Japanese, and a key is of another language.
+    """
+    if not prompts.prompts:
+        return args
+    other = next((key for key in prompts.first_wordings if key.split("/")[0] != "ja"), None)
+    if args.japanese_only and other:
+        raise UserError(f"--japanese_only constrains the captions of all keys, of {other} too: leave it out")
+    return replace(args, prompt=next(iter(prompts.first_wordings.values())))
+
+
+def trained_prompts(prompts: PromptArguments) -> dict[str, str] | None:
+    """Key -> the prompt that an adapter is asked, of the keys that it is trained on; None without keys."""
+    return {key: texts[0] for key, texts in prompts.wordings.items()} or None
+
+
+def reported_prompts(prompts: PromptArguments) -> dict:
+    """What the model card prints among the settings."""
+    if not prompts.prompts:
+        return {}
+    weights = {"prompt_weights": prompts.prompt_weights} if prompts.prompt_weights else {}
+    return {"prompts": prompts.wordings} | weights
