@@ -38,6 +38,7 @@ from vlmcap.models.weights import Adapter
 from vlmcap.rewards.combined import Rewards
 from vlmcap.rewards.watch import warning
 from vlmcap.training import shared_prefix
+from vlmcap.training.caption_tokens import Branch
 from vlmcap.training.collator import BadImages, caption_examples, read_picture
 from vlmcap.training.features import FeatureCache
 from vlmcap.training.grpo import advantages_of, grpo_loss, score_alike
@@ -51,7 +52,7 @@ from vlmcap.training.trainer import start_from
 from vlmcap.training.trainer_arguments import CaptionGRPOConfig
 from vlmcap.training.validation import CaptionValidation
 
-LAID_OUT = ("input_ids", "segments", "position_ids", "labels", "caption_start")
+LAID_OUT = ("input_ids", "position_ids", *shared_prefix.LAYOUT)
 
 
 class PictureCollator(SharedPrefixCollator):
@@ -70,7 +71,8 @@ class PictureCollator(SharedPrefixCollator):
             pictures = dict(self.processor.image_processor([image for _, image in read], return_tensors="pt"))
         else:
             pictures = self.features.batch(rows)
-        ids, mask, positions = self.prefixes(pictures["image_grid_thw"])
+        beginning, _ = self.encode([[self.prompt, ""]])
+        ids, mask, positions = self.prefixes(pictures["image_grid_thw"], [beginning] * len(rows))
         prompts = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         return prompts | pictures | {"rows": torch.tensor(rows)}
 
@@ -339,7 +341,8 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         """The batch that is trained on: pictures with their samples as branches, and what belongs to these."""
         samples = self.samples
         prefix = [pictures[name].cpu() for name in ("input_ids", "attention_mask", "position_ids")]
-        batch = lay_out(*prefix, samples.tokens[number])
+        branches = [[Branch(tokens, [True] * len(tokens)) for tokens in image] for image in samples.tokens[number]]
+        batch = lay_out(*prefix, branches)
         trained = batch["labels"][:, batch["caption_start"] :] != -100
         if self.args.mask_truncated_completions:
             segments = batch["segments"][:, batch["caption_start"] :]

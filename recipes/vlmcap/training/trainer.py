@@ -122,20 +122,8 @@ class CaptionTrainer(ResumableTrainer, SFTTrainer):
         return SimilarSizeSampler(self.sizes, self.args.per_device_train_batch_size, seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, start = inputs.pop("labels"), inputs.pop("caption_start")
-        labels = labels[:, start:]
-        batch, width = labels.shape
-        # The hidden state at position i predicts token i + 1, so the last one predicts nothing.
-        positions = torch.arange(start - 1, start - 1 + width, device=labels.device)
-        sources = torch.arange(width, device=labels.device).expand(batch, -1)
-        if self.shared_prefix:
-            segments = inputs.pop("segments")
-            sources = shared_prefix.branch_sources(segments, start)
-            inputs["attention_mask"] = shared_prefix.attention_mask(segments, self.attention)
-        outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
-        logits = outputs.logits.flatten(0, 1)
-        sources = (sources + width * torch.arange(batch, device=labels.device)[:, None]).flatten()
-        loss = self.caption_loss(logits, sources, labels.flatten(), num_items_in_batch)
+        outputs, sources, labels = shared_prefix.caption_logits(model, inputs, self.attention)
+        loss = self.caption_loss(outputs.logits.flatten(0, 1), sources, labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def validate(self, model: nn.Module) -> dict[str, float]:
