@@ -21,6 +21,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from tqdm.auto import tqdm
 
+from vlmcap.data.columns import keep_captions, with_column
 from vlmcap.data.corpora import CORPORA, card_names
 from vlmcap.data.errors import DataError
 from vlmcap.data.lookup import a_file, find_dataset, no_such_dataset
@@ -267,7 +268,7 @@ def one_row_per_image(rows: datasets.Dataset, place: str) -> datasets.Dataset:
         lists, joined = rows[name][:], [[]] * len(rows)
         for numbers in members:
             joined[numbers[0]] = [item for number in numbers for item in lists[number] or []]
-        rows = _with_column(rows, name, joined)
+        rows = with_column(rows, name, joined)
     return rows.select([numbers[0] for numbers in members])
 
 
@@ -305,26 +306,19 @@ def _without_nulls(rows: datasets.Dataset) -> datasets.Dataset:
     """Null captions as empty ones: whoever reads them counts or refuses those."""
     if not _has_nulls(rows, "captions"):
         return rows
-    return _with_column(rows, "captions", [[caption or "" for caption in texts or []] for texts in rows["captions"]])
-
-
-def _with_column(rows: datasets.Dataset, name: str, values: list) -> datasets.Dataset:
-    """The rows with other values in a column that they have. Before rows are selected: afterwards datasets would copy
-    all that are left, pictures too."""
-    names, feature = rows.column_names, rows.features[name]
-    return rows.remove_columns(name).add_column(name, values, feature=feature).select_columns(names)
+    return with_column(rows, "captions", [[caption or "" for caption in texts or []] for texts in rows["captions"]])
 
 
 def without_empty_captions(rows: datasets.Dataset) -> tuple[datasets.Dataset, dict[str, int]]:
     """Rows without captions that show nothing (empty, white space, characters that cannot be seen), and without images
     that have no other; and how many {"captions", "images"} were left out. Captions of ordinary rows stay as they are.
     """
-    captions = [[caption for caption in texts if _shows_something(caption)] for texts in rows["captions"]]
-    kept = [row for row, texts in enumerate(captions) if texts]
-    empty = sum(map(len, rows["captions"])) - sum(map(len, captions))
-    left_out = {"captions": empty, "images": len(rows) - len(kept)}
+    texts_of = rows["captions"][:]
+    kept = [[place for place, caption in enumerate(texts) if _shows_something(caption)] for texts in texts_of]
+    empty = sum(map(len, texts_of)) - sum(map(len, kept))
+    left_out = {"captions": empty, "images": kept.count([])}
     if any(left_out.values()):
-        rows = _with_column(rows, "captions", captions).select(kept)
+        rows = keep_captions(rows, kept)
     return rows, left_out
 
 

@@ -1,0 +1,80 @@
+"""Which captions belong to a key, and the rows of one."""
+
+import datasets
+import pytest
+
+from vlmcap.data.columns import with_column
+from vlmcap.data.errors import DataError
+from vlmcap.data.keys import caption_keys, parse_key, rows_of_key
+
+COLUMNS = {
+    "image": [{"bytes": bytes([number]), "path": None} for number in range(4)],
+    "image_id": [1, 2, 3, 4],
+    "captions": [["犬", "犬です", "a dog", "dog"], ["猫", "con mèo"], [], ["a horse", "馬です"]],
+    "caption_ids": [[10, 11, 12, 13], [20, 21], [], [40, 41]],
+    "languages": [["ja", "ja", "en", "en"], ["ja", "vi"], [], ["en", "ja"]],
+    "styles": [["plain", "polite", "", "alt"], ["plain", ""], [], ["", "polite"]],
+}
+
+
+@pytest.fixture
+def rows() -> datasets.Dataset:
+    features = datasets.Dataset.from_dict(COLUMNS).features | {"image": datasets.Image(decode=False)}
+    return datasets.Dataset.from_dict(COLUMNS, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [("ja", ("ja", "")), ("ja/polite", ("ja", "polite")), ("fil/alt-text_2", ("fil", "alt-text_2"))],
+)
+def test_a_key_is_a_language_and_perhaps_a_style(key, expected):
+    assert parse_key(key) == expected
+
+
+@pytest.mark.parametrize("key", ["", "j", "JA", "japanese", "ja/", "/plain", "ja/Polite", "ja/a b", "ja/a/b", "ja\n"])
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(DataError, match="is not a key of captions. Write LANGUAGE or LANGUAGE/STYLE"):
+        parse_key(key)
+
+
+def test_a_caption_belongs_to_its_style_else_to_its_language(rows):
+    assert caption_keys(rows, ["ja/plain", "ja", "en"]) == [
+        ["ja/plain", "ja", "en", "en"],
+        ["ja/plain", None],
+        [],
+        ["en", "ja"],
+    ]
+    assert caption_keys(rows, ["en/alt", "vi"]) == [[None, None, None, "en/alt"], [None, "vi"], [], [None, None]]
+    assert caption_keys(rows.remove_columns("styles"), ["vi"]) == [[None] * 4, [None, "vi"], [], [None] * 2]
+
+
+def test_rows_of_a_key_have_its_captions_alone(rows):
+    polite = rows_of_key(rows, "ja/polite", ["ja/plain", "ja/polite", "en"])
+    assert polite.column_names == rows.column_names and polite.features == rows.features
+    assert polite.to_dict() == {
+        "image": [COLUMNS["image"][0], COLUMNS["image"][3]],
+        "image_id": [1, 4],
+        "captions": [["犬です"], ["馬です"]],
+        "caption_ids": [[11], [41]],
+        "languages": [["ja"], ["ja"]],
+        "styles": [["polite"], ["polite"]],
+    }
+    assert rows_of_key(rows, "ja", ["ja", "ja/polite"])["captions"][:] == [["犬"], ["猫"]]
+    assert rows_of_key(rows, "ja", ["ja"])["captions"][:] == [["犬", "犬です"], ["猫"], ["馬です"]]
+    chosen = rows.select([3, 0])  # rows that were selected before
+    assert rows_of_key(chosen, "en", ["en"])["captions"][:] == [["a horse"], ["a dog", "dog"]]
+    assert len(rows_of_key(rows, "de", ["de"])) == 0
+
+
+def test_caption_ids_that_are_not_one_a_caption_stay(rows):
+    rows = with_column(rows, "caption_ids", [[1], None, [], [40, 41]])
+    assert rows_of_key(rows, "ja", ["ja"])["caption_ids"][:] == [[1], None, [41]]
+
+
+def test_rows_that_do_not_say_the_language_or_style(rows):
+    with pytest.raises(DataError, match=r"no column languages, .* by ja/plain, en\. .*publish_datasets.py multi"):
+        caption_keys(rows.remove_columns("languages"), ["ja/plain", "en"])
+    with pytest.raises(DataError, match=r"no column styles, so its captions cannot be told apart by ja/plain\."):
+        rows_of_key(rows.remove_columns("styles"), "ja/plain", ["ja/plain", "en"])
+    with pytest.raises(DataError, match="'Ja' is not a key"):
+        caption_keys(rows, ["Ja"])
