@@ -68,29 +68,33 @@ def drop_missing(rows: datasets.Dataset, bad_images: BadImages, write: bool = Tr
     return rows.select([i for i in range(len(rows)) if i not in gone]) if gone else rows
 
 
-def caption_examples(rows: datasets.Dataset, captions_per_image: int) -> datasets.Dataset:
+def caption_examples(rows: datasets.Dataset, captions_per_image: int, one_prompt: bool = False) -> datasets.Dataset:
     """Training examples: {"row": index into `rows`, "captions": up to `captions_per_image` of its captions}, and
     "prompts" and "system" of these where the rows have them (`vlmcap.training.prompts`).
 
     An image with more captions yields several examples, the last one with the rest. Pictures stay where they are.
+
+    Args:
+        one_prompt: captions of an example have the same prompt. An image with several prompts yields several examples.
     """
     if captions_per_image < 1:
         raise UserError(f"captions_per_image={captions_per_image}: choose 1 or more")
-    index, groups = [], []
-    for row, texts in enumerate(rows["captions"]):
-        for start in range(0, len(texts), captions_per_image):
-            index.append(row)
-            groups.append(slice(start, start + captions_per_image))
-    cut = {
-        name: [rows_of[row][part] for row, part in zip(index, groups, strict=True)]
-        for name in ("captions", "prompts")
-        if name in rows.column_names
-        for rows_of in [rows[name][:]]
-    }
+    columns = [name for name in ("captions", "prompts") if name in rows.column_names]
+    examples = {"row": [], **{name: [] for name in columns}}
+    for row, of_image in enumerate(zip(*(rows[name][:] for name in columns), strict=True)):
+        groups = [range(len(of_image[0]))]
+        if one_prompt and len(columns) > 1:
+            first = [said[0] for said in of_image[1]]
+            groups = [[place for place in groups[0] if first[place] == prompt] for prompt in dict.fromkeys(first)]
+        for places in groups:
+            for start in range(0, len(places), captions_per_image):
+                examples["row"].append(row)
+                for name, values in zip(columns, of_image, strict=True):
+                    examples[name].append([values[place] for place in places[start : start + captions_per_image]])
     if "system" in rows.column_names:
         systems = rows["system"][:]
-        cut["system"] = [systems[row] for row in index]
-    return datasets.Dataset.from_dict({"row": index} | cut)
+        examples["system"] = [systems[row] for row in examples["row"]]
+    return datasets.Dataset.from_dict(examples)
 
 
 def conversations(example: dict, prompt: str) -> tuple[list[list[str]], str]:

@@ -5,6 +5,7 @@ import json
 import warnings
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
@@ -16,6 +17,7 @@ from vlmcap.models.load import MODEL_TYPES, ModelError, free_frozen_parts
 from vlmcap.models.tower import feed_features
 from vlmcap.models.weights import Adapter
 from vlmcap.training import shared_prefix
+from vlmcap.training.caption_tokens import TurnsEncoder
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
 from vlmcap.training.features import FeatureCache
 from vlmcap.training.resumable import ResumableTrainer
@@ -35,9 +37,9 @@ class CaptionTrainer(ResumableTrainer, SFTTrainer):
     that the shared-prefix engine does not know, or `shared_prefix: false`, gets one caption a sequence.
 
     Args:
-        rows: as `load_captions` returns them.
+        rows: as `load_captions` returns them, or with prompts of their own (`vlmcap.training.prompts`).
         processing_class: processor of the model.
-        prompt: the user's text after the image.
+        prompt: the user's text after the image, for captions without prompts of their own.
         bad_images: the list of unreadable pictures.
         features: cached image features of the rows, for the shared-prefix engine. The model's vision encoder is then
             taken out.
@@ -61,7 +63,13 @@ class CaptionTrainer(ResumableTrainer, SFTTrainer):
         adapter: Adapter | None = None,
     ):
         self.rows, self.bad_images, self.validation = rows, bad_images, validation
-        examples = caption_examples(rows, args.captions_per_image)
+        one_prompt = "prompts" in rows.column_names and not TurnsEncoder(processing_class).picture_first
+        if one_prompt:
+            PartialState().print(
+                "Note: the chat template writes the picture after the user's text. Captions share a picture only with"
+                " those of the same prompt."
+            )
+        examples = caption_examples(rows, args.captions_per_image, one_prompt)
         self.sizes = [0] * len(examples)
         if args.per_device_train_batch_size > 1 and model.config.model_type in MODEL_TYPES:
             tokens = count_image_tokens(rows, processing_class)
