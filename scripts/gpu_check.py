@@ -11,6 +11,8 @@ scripts/README.md says how packages get to a machine without a package index. Pa
 
     model        draws and writes the random model, loads it in NF4; always runs, the others load it too
     training     a step of TRL's stock trainer, of the lean one, and of this recipe (scripts/bench_training.py)
+    dpo          a step on preferences: TRL's DPOTrainer and this recipe (scripts/bench_training.py --method dpo)
+    grpo         a step on rewards, sampling included: TRL's GRPOTrainer and this recipe (--method grpo)
     captioning   `generate` and this project's engine (scripts/bench_captioning.py)
     t4           steps with t4.yaml in float16, allowed 14.5 GiB
     memory       steps with base.yaml: the estimate of the start report against what was needed
