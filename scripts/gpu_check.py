@@ -4,7 +4,7 @@
     python scripts/gpu_check.py --json out.json               # the same without make: 9 minutes at most
     python scripts/gpu_check.py --minutes 30                  # a T4
     python scripts/gpu_check.py --parts t4 memory             # some parts
-    python scripts/gpu_check.py --preset tiny --device cpu    # whether it runs, in miniature, on a CPU: 3 minutes
+    python scripts/gpu_check.py --preset tiny --device cpu    # whether it runs, in miniature, on a CPU: 4 minutes
 
 It needs no network, no git and no data: the model has Qwen2-VL-2B's size and random weights, the pictures are drawn.
 scripts/README.md says how packages get to a machine without a package index. Parts, in this order:
