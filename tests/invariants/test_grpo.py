@@ -15,7 +15,6 @@ from tests.invariants.rewarded import TwoRewards
 from vlmcap.models.load import lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.features import cache_features
-from vlmcap.training.reward_trainer import CaptionGRPOTrainer
 
 SAMPLES, LONGEST = 3, 9
 # What both log under one name.
@@ -81,11 +80,9 @@ class Gradients(TrainerCallback):
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=self.generator)
 
 
-class Given(CaptionGRPOTrainer):
-    given: list
-
-    def _sample(self, pictures, rows):
-        return [self.given[row] for row in rows]
+def give(trainer, samples) -> None:
+    """Lets it train on these samples of its images instead of drawing some."""
+    trainer.sampler.draw = lambda pictures, rows, step: [samples[row] for row in rows]
 
 
 class GivenToTRL(GRPOTrainer):
@@ -97,8 +94,8 @@ class GivenToTRL(GRPOTrainer):
 
 
 def ours(folder, rows, samples, **settings):
-    trainer = rewarded.build(folder, rows, folder / "adapter", Given, **settings)
-    trainer.given = samples
+    trainer = rewarded.build(folder, rows, folder / "adapter", **settings)
+    give(trainer, samples)
     return trained(trainer)
 
 
@@ -187,8 +184,8 @@ def test_however_it_is_computed(tmp_path, rows, samples, architecture, how):
     settings = {"loss_type": "dapo", "beta": 0.1, "num_iterations": 2, "max_steps": 2}
 
     def run(**changes):
-        trainer = rewarded.build(tmp_path, rows, adapter, Given, architecture, **settings | changes)
-        trainer.given = samples
+        trainer = rewarded.build(tmp_path, rows, adapter, architecture, **settings | changes)
+        give(trainer, samples)
         return trained(trainer)
 
     if how == "cached":
