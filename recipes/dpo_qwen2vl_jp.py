@@ -25,7 +25,7 @@ latest`. The whole path in miniature, on a CPU, in minutes, with preferences mad
 In `output_dir` it leaves what the SFT recipe leaves, and `start/`: captions and scores of the starting adapter.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from vlmcap.arguments import run_main
 from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.errors import UserError
 from vlmcap.models.arguments import ModelArguments
+from vlmcap.steps.arguments import EvaluationArguments
 from vlmcap.training.arguments import CONTINUE, CaptionDPOFields, PreferenceArguments
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
@@ -40,25 +41,8 @@ BASE_CONFIG = Path(__file__).parent / "configs/dpo_qwen2vl_jp/base.yaml"
 
 
 @dataclass
-class DataArguments(PreferenceArguments):
+class DataArguments(EvaluationArguments, PreferenceArguments):
     """What is trained on and evaluated, and how captions are scored and audited."""
-
-    base_saw: str = field(
-        default="unknown",
-        metadata={
-            "help": "Whether the base model saw STAIR, YJ Captions and COCO: unknown, no or train. Goes into the card."
-        },
-    )
-    lexicon: str = field(
-        default="coco_ja", metadata={"help": "Things the audit looks for in captions: coco_ja or a YAML file."}
-    )
-    instances: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "COCO's instances_*.json of the test images, for the audit; without them the references alone say"
-            " what is in an image."
-        },
-    )
 
 
 # The trainer's settings that the model card prints.
@@ -76,64 +60,33 @@ def main(
     settings: CaptionDPOFields,
 ) -> None:
     # Slow imports, after the command line and the dataset were checked.
-    from vlmcap.steps.early import check_early
+    from vlmcap.steps.early import adapter_folder, check_early
 
     check_early(settings, data_args)
-    adapter_dir = Path(settings.output_dir) / "adapter"
     if not data_args.preferences:
         raise UserError("--preferences is needed: preferences.jsonl of scripts/human_eval.py, or a dataset of them")
-    if not model_args.adapter:
-        raise UserError("--adapter is needed: the adapter that training starts from, of recipes/sft_qwen2vl_jp.py")
-    if Path(model_args.adapter).resolve() == adapter_dir.resolve():
-        raise UserError(
-            f"--adapter {model_args.adapter} would be overwritten by this run: choose another --output_dir"
-        )
+    adapter_dir = adapter_folder(settings.output_dir, model_args.adapter)
 
     from accelerate import PartialState
 
-    from vlmcap.captioning.generate import check_predictions, decoding_record
-    from vlmcap.captioning.predictions import model_record
     from vlmcap.captioning.settings import check_prompt
-    from vlmcap.data.corpora import SEEN_CORPORA
-    from vlmcap.data.images import references_of
     from vlmcap.data.preferences import check_unseen, hold_out, read_preferences
-    from vlmcap.evaluation.audit import write_audit
-    from vlmcap.evaluation.audit_checks import read_instances
-    from vlmcap.evaluation.lexicon import Lexicon
-    from vlmcap.models.load import (
-        chat_prompt,
-        load_adapter,
-        load_model,
-        load_processor,
-        lora_config,
-        read_trained_adapter,
-        resolve_revision,
-    )
-    from vlmcap.provenance import public_name
+    from vlmcap.models.load import lora_config
     from vlmcap.steps.begin import begin
-    from vlmcap.steps.finish import finish, saw_records
+    from vlmcap.steps.prompted import find_base, plan_evaluation, read_for_audit
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_scored_splits
-    from vlmcap.steps.start import score_start
     from vlmcap.training.dpo import CaptionDPOTrainer, dpo_report
-    from vlmcap.training.features import cache_features
     from vlmcap.training.trainer_arguments import CaptionDPOConfig
     from vlmcap.training.validation import CaptionValidation
 
     training_args = complete(CaptionDPOConfig, settings)
-    is_main = PartialState().is_main_process
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
     run = begin(training_args, REPORTED_SETTINGS, **groups)
 
     # Model and adapter: what is asked of them is known before the data are read.
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    model_args = replace(model_args, model_revision=resolve_revision(name, revision))
-    names = (name, model_args.model_revision)
-    processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
-    chat_prompt(processor, generation_args.prompt)  # refuses one that would end the turn
-    start = read_trained_adapter(model_args)
-    model_args = replace(model_args, adapter_revision=start.revision)
-    check_prompt(start.name, start.revision, generation_args.prompt)
+    base = find_base(model_args, generation_args.prompt)
+    check_prompt(base.start.name, base.start.revision, generation_args.prompt)
 
     # Data: preferences, one row an image, and the splits that the model is scored with.
     read = partial(read_preferences, prompt=generation_args.prompt, image_dir=data_args.preferences_image_dir)
@@ -147,96 +100,42 @@ def main(
     validates = training_args.eval_strategy != "no"
     splits, left_out = load_scored_splits(data_args, run.output_dir, validates, run.seed, preferences)
 
-    # What scores and audit will read hours later is read now.
-    decoding_record(generation_args)
-    things = Lexicon(data_args.lexicon)
-    if data_args.instances:
-        read_instances(data_args.instances, things, map(str, splits.test["image_id"]))
-    model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    saw, trained_saw = saw_records(dict.fromkeys(SEEN_CORPORA, data_args.base_saw), splits)
-    base_dir, start_dir = run.output_dir / "base", run.output_dir / "start"
-    base_record = {"model": model_record(model, *names), "dataset": splits.test_record, "saw": saw}
-    check_predictions(processor, base_dir / "predictions.jsonl", generation_args, base_record)
+    read_for_audit(data_args, generation_args, splits.test)
+    model = base.load()
+    evaluation = plan_evaluation(base, model, generation_args, data_args, splits, run.output_dir)
 
-    features = heldout_features = validation_features = validation = None
-    if training_args.cache_image_features:
-        cache = partial(cache_features, Path(training_args.cache_image_features), model, processor)
-        features, heldout_features = (cache(rows, *names, splits.bad_images) for rows in (preferences, heldout))
-        if validates:
-            validation_features = cache(splits.validation, *names, splits.bad_images)
+    features_of = base.feature_cache(training_args.cache_image_features, model, splits.bad_images)
+    features, heldout_features, validation = features_of(preferences), features_of(heldout), None
     if validates:
         validation = CaptionValidation(
-            splits.validation, processor, generation_args, data_args.tokenizer, validation_features
+            splits.validation, base.processor, generation_args, data_args.tokenizer, features_of(splits.validation)
         )
     trainer = CaptionDPOTrainer(
         model=model,
         args=training_args,
         rows=preferences,
         heldout=heldout,
-        processing_class=processor,
+        processing_class=base.processor,
         prompt=generation_args.prompt,
         bad_images=splits.bad_images,
         peft_config=lora_config(model, model_args),
-        adapter=start,
+        adapter=base.start,
         features=features,
         heldout_features=heldout_features,
         validation=validation,
     )
     trainer.figures["left_out"] = left_out
-    if is_main:
+    if PartialState().is_main_process:
         print(dpo_report(trainer, model_args.model_name_or_path, model_args.max_pixels, 64), flush=True)
 
     # Training. The weights are loaded as those of the SFT recipe, which captioning.json says.
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    save_trained(trainer, adapter_dir, splits, run.config(model_args), "sft_qwen2vl_jp", generation_args)
+    save_trained(trainer, adapter_dir, splits, run.config(base.args), "sft_qwen2vl_jp", generation_args)
     del trainer, model
 
     # Evaluation: base, starting adapter and the adapter as saved on disk, on the same images with the same decoding.
-    def load_base():
-        return load_model(*names, model_args.load_in_4bit, model_args.attn_implementation), processor
-
-    def load_with(adapter: str, revision: str | None = None):
-        return load_adapter(load_base()[0], adapter, revision), processor
-
-    audited = partial(
-        write_audit,
-        references=references_of(splits.test),
-        lexicon=data_args.lexicon,
-        instances=data_args.instances or [],
-        count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),
-    )
-
-    def audit_of(folder: Path, **more) -> dict:
-        return audited(folder / "predictions.jsonl", output=folder / "audit.json", **more)
-
-    score_start(
-        start_dir,
-        adapter_dir,
-        start,
-        partial(load_with, start.name, start.revision),
-        generation_args,
-        splits,
-        base_record,
-        data_args.tokenizer,
-        audit_of,
-    )
-    trained_saw["note"] += (
-        f" Training started from the adapter {public_name(start.name)}; what that saw is not listed."
-    )
-    finish(
-        run,
-        Path(__file__).stem,
-        generation_args,
-        splits,
-        base_dir=base_dir,
-        base_record=base_record,
-        load_base=load_base,
-        trained_dir=adapter_dir,
-        trained_saw=trained_saw,
-        load_trained=partial(load_with, str(adapter_dir)),
-        tokenizer=data_args.tokenizer,
-        audit=lambda: audit_of(adapter_dir, train_rows=splits.train.remove_columns("image"), base=audit_of(base_dir)),
-    )
+    evaluation.score_start(run.output_dir / "start", adapter_dir, splits)
+    evaluation.finish(run, Path(__file__).stem, adapter_dir, splits)
 
 
 ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, parsed_as(CaptionDPOFields, TRAINING_ARGUMENTS))

@@ -34,9 +34,9 @@ from pathlib import Path
 
 from vlmcap.arguments import run_main
 from vlmcap.captioning.arguments import GenerationArguments
-from vlmcap.errors import UserError
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.rewards.arguments import RewardArguments, weights_of
+from vlmcap.steps.arguments import EvaluationArguments
 from vlmcap.training.arguments import CONTINUE, CaptionGRPOFields, SplitArguments
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
@@ -44,29 +44,12 @@ BASE_CONFIG = Path(__file__).parent / "configs/grpo_qwen2vl_jp/base.yaml"
 
 
 @dataclass
-class DataArguments(SplitArguments):
+class DataArguments(EvaluationArguments, SplitArguments):
     """What is trained on and evaluated, and how captions are scored and audited."""
 
     include_yj_images: bool = field(
         default=False,
         metadata={"help": "Train on images that YJ Captions describes too; YJ is then no held-out test."},
-    )
-    base_saw: str = field(
-        default="unknown",
-        metadata={
-            "help": "Whether the base model saw STAIR, YJ Captions and COCO: unknown, no or train. Goes into the card."
-        },
-    )
-    lexicon: str = field(
-        default="coco_ja",
-        metadata={"help": "Things that the audit and the reward chair look for: coco_ja or a YAML file."},
-    )
-    instances: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "COCO's instances_*.json of the test images, for the audit; without them the references alone say"
-            " what is in an image."
-        },
     )
 
 
@@ -89,45 +72,22 @@ def main(
     weights = weights_of(reward_args.reward_funcs, settings.reward_weights)
 
     # Slow imports, after the command line and the dataset were checked.
-    from vlmcap.steps.early import check_early
+    from vlmcap.steps.early import adapter_folder, check_early
 
     check_early(settings, data_args)
-    adapter_dir = Path(settings.output_dir) / "adapter"
-    if not model_args.adapter:
-        raise UserError("--adapter is needed: the adapter that training starts from, of recipes/sft_qwen2vl_jp.py")
-    if Path(model_args.adapter).resolve() == adapter_dir.resolve():
-        raise UserError(
-            f"--adapter {model_args.adapter} would be overwritten by this run: choose another --output_dir"
-        )
+    adapter_dir = adapter_folder(settings.output_dir, model_args.adapter)
 
     from accelerate import PartialState
 
-    from vlmcap.captioning.generate import check_predictions, decoding_record
-    from vlmcap.captioning.predictions import model_record
     from vlmcap.captioning.settings import check_prompt
-    from vlmcap.data.corpora import SEEN_CORPORA
-    from vlmcap.data.images import references_of
-    from vlmcap.evaluation.audit import write_audit
     from vlmcap.evaluation.audit_checks import read_instances
-    from vlmcap.evaluation.lexicon import Lexicon
-    from vlmcap.models.load import (
-        chat_prompt,
-        load_adapter,
-        load_model,
-        load_processor,
-        lora_config,
-        read_trained_adapter,
-        resolve_revision,
-    )
-    from vlmcap.provenance import public_name
+    from vlmcap.models.load import lora_config
     from vlmcap.rewards.combined import Rewards
     from vlmcap.rewards.watch import caption_figures
     from vlmcap.steps.begin import begin
-    from vlmcap.steps.finish import finish, saw_records
+    from vlmcap.steps.prompted import find_base, plan_evaluation, read_for_audit
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_splits
-    from vlmcap.steps.start import score_start
-    from vlmcap.training.features import cache_features
     from vlmcap.training.reward_trainer import CaptionGRPOTrainer, grpo_report
     from vlmcap.training.trainer_arguments import CaptionGRPOConfig
     from vlmcap.training.validation import CaptionValidation
@@ -138,14 +98,8 @@ def main(
     run = begin(training_args, REPORTED_SETTINGS, **groups, generation=asdict(generation_args))
 
     # Model and adapter: what is asked of them is known before the data are read.
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    model_args = replace(model_args, model_revision=resolve_revision(name, revision))
-    names = (name, model_args.model_revision)
-    processor = load_processor(*names, model_args.min_pixels, model_args.max_pixels)
-    chat_prompt(processor, generation_args.prompt)  # refuses one that would end the turn
-    start = read_trained_adapter(model_args)
-    model_args = replace(model_args, adapter_revision=start.revision)
-    check_prompt(start.name, start.revision, generation_args.prompt)
+    base = find_base(model_args, generation_args.prompt)
+    check_prompt(base.start.name, base.start.revision, generation_args.prompt)
 
     # Data: one row an image, with the captions that samples are compared with.
     validates = training_args.eval_strategy != "no"
@@ -162,27 +116,17 @@ def main(
         idf_path=run.output_dir / "idf.json" if is_main else None,
     )
 
-    # What scores and audit will read hours later is read now.
-    decoding_record(generation_args)
-    things = Lexicon(data_args.lexicon)
-    if data_args.instances:
-        read_instances(data_args.instances, things, map(str, splits.test["image_id"]))
-    model = load_model(*names, model_args.load_in_4bit, model_args.attn_implementation)
-    saw, trained_saw = saw_records(dict.fromkeys(SEEN_CORPORA, data_args.base_saw), splits)
-    base_dir, start_dir = run.output_dir / "base", run.output_dir / "start"
-    base_record = {"model": model_record(model, *names), "dataset": splits.test_record, "saw": saw}
-    check_predictions(processor, base_dir / "predictions.jsonl", generation_args, base_record)
+    things = read_for_audit(data_args, generation_args, splits.test)
+    model = base.load()
+    evaluation = plan_evaluation(base, model, generation_args, data_args, splits, run.output_dir)
 
-    features = validation_features = validation = figures = None
-    if training_args.cache_image_features:
-        cache = partial(cache_features, Path(training_args.cache_image_features), model, processor)
-        features = cache(splits.train, *names, splits.bad_images)
+    features_of = base.feature_cache(training_args.cache_image_features, model, splits.bad_images)
+    features, validation, figures = features_of(splits.train), None, None
+    if features:
         splits = replace(splits, train=features.rows)
-        if validates:
-            validation_features = cache(splits.validation, *names, splits.bad_images)
     if validates:
         validation = CaptionValidation(
-            splits.validation, processor, generation_args, data_args.tokenizer, validation_features
+            splits.validation, base.processor, generation_args, data_args.tokenizer, features_of(splits.validation)
         )
         ids, named = list(map(str, splits.validation["image_id"])), reward_args.reward_instances
         objects = read_instances(named, things, ids) if named else {}
@@ -191,11 +135,11 @@ def main(
         model=model,
         args=training_args,
         rows=splits.train,
-        processing_class=processor,
+        processing_class=base.processor,
         prompt=generation_args.prompt,
         bad_images=splits.bad_images,
         peft_config=lora_config(model, model_args),
-        adapter=start,
+        adapter=base.start,
         rewards=rewards,
         sampled_at_once=generation_args.generation_batch_size,
         features=features,
@@ -208,56 +152,13 @@ def main(
 
     # Training. The weights are loaded as those of the SFT recipe, which captioning.json says.
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    reported = run.config(model_args) | {"rewards": dict(zip(rewards.names, rewards.weights, strict=True))}
+    reported = run.config(base.args) | {"rewards": dict(zip(rewards.names, rewards.weights, strict=True))}
     save_trained(trainer, adapter_dir, splits, reported, "sft_qwen2vl_jp", generation_args)
     del trainer, model
 
     # Evaluation: base, starting adapter and the adapter as saved on disk, on the same images with the same decoding.
-    def load_base():
-        return load_model(*names, model_args.load_in_4bit, model_args.attn_implementation), processor
-
-    def load_with(adapter: str, revision: str | None = None):
-        return load_adapter(load_base()[0], adapter, revision), processor
-
-    audited = partial(
-        write_audit,
-        references=references_of(splits.test),
-        lexicon=data_args.lexicon,
-        instances=data_args.instances or [],
-        count_tokens=lambda caption: len(processor.tokenizer(caption, add_special_tokens=False)["input_ids"]),
-    )
-
-    def audit_of(folder: Path, **more) -> dict:
-        return audited(folder / "predictions.jsonl", output=folder / "audit.json", **more)
-
-    score_start(
-        start_dir,
-        adapter_dir,
-        start,
-        partial(load_with, start.name, start.revision),
-        generation_args,
-        splits,
-        base_record,
-        data_args.tokenizer,
-        audit_of,
-    )
-    trained_saw["note"] += (
-        f" Training started from the adapter {public_name(start.name)}; what that saw is not listed."
-    )
-    finish(
-        run,
-        Path(__file__).stem,
-        generation_args,
-        splits,
-        base_dir=base_dir,
-        base_record=base_record,
-        load_base=load_base,
-        trained_dir=adapter_dir,
-        trained_saw=trained_saw,
-        load_trained=partial(load_with, str(adapter_dir)),
-        tokenizer=data_args.tokenizer,
-        audit=lambda: audit_of(adapter_dir, train_rows=splits.train.remove_columns("image"), base=audit_of(base_dir)),
-    )
+    evaluation.score_start(run.output_dir / "start", adapter_dir, splits)
+    evaluation.finish(run, Path(__file__).stem, adapter_dir, splits)
 
 
 ARGUMENTS = (

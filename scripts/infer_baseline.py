@@ -160,7 +160,7 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
     )
     from vlmcap.captioning.isolated import generate_isolated, isolated_record, start_isolated
     from vlmcap.captioning.predictions import model_record
-    from vlmcap.captioning.split import caption_split_prompts
+    from vlmcap.captioning.split import SplitFile, caption_split
     from vlmcap.data.images import check_images, dataset_record, load_captions, references_of
     from vlmcap.evaluation.scoring import check_references
     from vlmcap.models.load import (
@@ -222,17 +222,16 @@ def main(args: Arguments, generation_args: GenerationArguments) -> None:
         record["model"] = model_record(model, name, revision, args.adapter, adapter and adapter.revision)
     if row:
         record["model"] |= {"baseline": row.key, "license": row.license}
-    files, asked = [], []
+    files = []
     for folder, (kind, prompt) in prompts.items():
         output = Path(args.output_dir, folder, "predictions.jsonl") if args.prompts else Path(args.output)
-        files.append((output, record | {"prompt_kind": kind}))
-        asked.append(replace(generation_args, prompt=prompt))
+        files.append(SplitFile(output, record | {"prompt_kind": kind}, replace(generation_args, prompt=prompt)))
     if isolated:
         with isolated:
-            for file, one in zip(files, asked, strict=True):
-                generate_isolated(isolated, rows, file[0], one, file[1])
+            for file in files:
+                generate_isolated(isolated, rows, file.path, file.args, file.record)
     else:
-        caption_split_prompts(model, processor, rows, files, asked)
+        caption_split(model, processor, rows, *files)
     if not PartialState().is_main_process:
         return
     if args.prompts:

@@ -32,7 +32,7 @@ from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.captioning.baselines import read_table
 from vlmcap.captioning.generate import caption_with_prompt, caption_without_prompt, check_beams
 from vlmcap.captioning.predictions import PredictionsError, model_record
-from vlmcap.captioning.split import caption_split
+from vlmcap.captioning.split import SplitFile, caption_split
 from vlmcap.data.images import load_captions
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelError, chat_prompt, load_model, load_processor
@@ -293,7 +293,7 @@ def test_predictions_and_run_record(family, folders, pictures, tmp_path):
     model, processor = load(folder)
     record = {"model": model_record(model, folder, None), "dataset": {"id": "c/d"}, "saw": {}}
     args = GenerationArguments(prompt="caption ja", max_new_tokens=4, generation_batch_size=3)
-    caption_split(model, processor, rows, tmp_path / "predictions.jsonl", args, record)
+    caption_split(model, processor, rows, SplitFile(tmp_path / "predictions.jsonl", record, args))
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["image_id"] for line in lines] == [0, 1, 2, 3]
     run = json.loads((tmp_path / "predictions.run.json").read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.captioning.generate import caption_with_prompt, check_predictions, decoding_record, search_config
 from vlmcap.captioning.predictions import PredictionsError, model_record
-from vlmcap.captioning.split import caption_split
+from vlmcap.captioning.split import SplitFile, caption_split
 from vlmcap.data.images import BadImageError, load_captions
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import count_parameters, load_model, load_processor
@@ -78,7 +78,7 @@ def test_the_miniature_speaks_english_about_unseen_scenes(model, processor):
 
 def test_predictions_and_run_record(model, processor, rows, tmp_path):
     output = tmp_path / "run/predictions.jsonl"
-    caption_split(model, processor, rows, output, ARGS, record(model))
+    caption_split(model, processor, rows, SplitFile(output, record(model), ARGS))
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [line["image_id"] for line in lines] == list(range(7)) and all(line["caption"] for line in lines)
     run = json.loads((tmp_path / "run/predictions.run.json").read_text(encoding="utf-8"))
@@ -89,20 +89,20 @@ def test_predictions_and_run_record(model, processor, rows, tmp_path):
 
 def test_an_interrupted_run_resumes(model, processor, rows, tmp_path):
     whole, broken = tmp_path / "whole/predictions.jsonl", tmp_path / "broken/predictions.jsonl"
-    caption_split(model, processor, rows, whole, ARGS, record(model))
-    caption_split(model, processor, rows.select(range(4)), broken, ARGS, record(model))
+    caption_split(model, processor, rows, SplitFile(whole, record(model), ARGS))
+    caption_split(model, processor, rows.select(range(4)), SplitFile(broken, record(model), ARGS))
     first = broken.read_bytes()
     broken.write_bytes(first + b'{"image_id": 4, "cap')  # killed while writing
-    caption_split(model, processor, rows, broken, ARGS, record(model))
+    caption_split(model, processor, rows, SplitFile(broken, record(model), ARGS))
     assert broken.read_bytes().startswith(first)
     assert broken.read_bytes() == whole.read_bytes()
 
 
 def test_shares_of_a_crashed_distributed_run_are_kept(model, processor, rows, tmp_path):
     output = tmp_path / "predictions.jsonl"
-    caption_split(model, processor, rows.select([0]), output, ARGS, record(model))
+    caption_split(model, processor, rows.select([0]), SplitFile(output, record(model), ARGS))
     (tmp_path / "predictions.rank1.jsonl").write_text('{"image_id": 5, "caption": "kept"}\n{"image_id": 6, "ca')
-    caption_split(model, processor, rows, output, ARGS, record(model))
+    caption_split(model, processor, rows, SplitFile(output, record(model), ARGS))
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert sorted(line["image_id"] for line in lines) == list(range(7))
     assert {"image_id": 5, "caption": "kept"} in lines
@@ -111,21 +111,21 @@ def test_shares_of_a_crashed_distributed_run_are_kept(model, processor, rows, tm
 
 def test_predictions_of_other_settings_are_not_resumed(model, processor, rows, tmp_path):
     output = tmp_path / "predictions.jsonl"
-    caption_split(model, processor, rows.select([0]), output, ARGS, record(model))
+    caption_split(model, processor, rows.select([0]), SplitFile(output, record(model), ARGS))
     other = GenerationArguments(prompt="この画像を説明して", max_new_tokens=12, generation_batch_size=3)
     before = output.read_bytes()
     check_predictions(processor, output, ARGS, record(model))
     with pytest.raises(PredictionsError, match="started with another prompt"):
         check_predictions(processor, output, other, record(model))  # as a recipe asks before it trains
     with pytest.raises(PredictionsError, match="started with another prompt"):
-        caption_split(model, processor, rows, output, other, record(model))
+        caption_split(model, processor, rows, SplitFile(output, record(model), other))
     assert output.read_bytes() == before
 
 
 def test_an_unreadable_test_picture_stops_the_run(model, processor, rows, folder, tmp_path):
     rows = rows.map(lambda row: {"image": {"bytes": b"no picture", "path": None}} if row["image_id"] == 2 else row)
     with pytest.raises(BadImageError, match="2.png"):
-        caption_split(model, processor, rows, tmp_path / "predictions.jsonl", ARGS, record(model))
+        caption_split(model, processor, rows, SplitFile(tmp_path / "predictions.jsonl", record(model), ARGS))
 
 
 def test_words_to_avoid_are_avoided(model, processor, tmp_path):

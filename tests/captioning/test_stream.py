@@ -15,7 +15,7 @@ from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
 from vlmcap.captioning.engines import ADAPTER, BASE
 from vlmcap.captioning.generate import caption_batch
 from vlmcap.captioning.predictions import PredictionsError, model_record
-from vlmcap.captioning.split import caption_split, caption_split_both, caption_split_prompts
+from vlmcap.captioning.split import SplitFile, caption_split
 from vlmcap.captioning.stream import CaptionStream, caption_images
 from vlmcap.data.images import load_captions, open_image
 from vlmcap.miniature.scenes import scenes
@@ -194,37 +194,71 @@ def interrupt(monkeypatch, after: int) -> None:
     monkeypatch.setattr(streams, "run_engines", interrupted)
 
 
+def file(model, path, args=ARGS, which=ADAPTER, **more) -> SplitFile:
+    return SplitFile(path / "predictions.jsonl", record(model), args, which, **more)
+
+
 @pytest.mark.parametrize("after", [0, 1, 5, 9, 13])
 def test_base_and_adapter_keep_a_file_each_and_resume(model, processor, rows, tmp_path, monkeypatch, after):
-    whole = [(tmp_path / f"whole/{which}/predictions.jsonl", record(model)) for which in (BASE, ADAPTER)]
-    caption_split_both(model, processor, rows, whole, ARGS)
-    assert texts(whole[0][0]) != texts(whole[1][0])
+    whole = [file(model, tmp_path / f"whole/{which}", which=which) for which in (BASE, ADAPTER)]
+    caption_split(model, processor, rows, *whole)
+    assert texts(whole[0].path) != texts(whole[1].path)
 
-    files = [(tmp_path / f"{which}/predictions.jsonl", record(model)) for which in (BASE, ADAPTER)]
-    caption_split(model, processor, rows.select([5, 2]), files[1][0], ARGS, record(model))  # one is ahead
+    files = [file(model, tmp_path / which, which=which) for which in (BASE, ADAPTER)]
+    caption_split(model, processor, rows.select([5, 2]), files[1])  # one is ahead
     interrupt(monkeypatch, after)
     with pytest.raises(Interrupted):
-        caption_split_both(model, processor, rows, files, ARGS)
-    caption_split_both(model, processor, rows, files, ARGS)
-    for (path, _), (expected, _) in zip(files, whole, strict=True):
-        assert path.read_bytes() == expected.read_bytes()
-        assert not list(path.parent.glob("*rank*"))
-    before = [path.stat().st_mtime_ns for path, _ in files]
-    caption_split_both(model, processor, rows, files, ARGS)
-    assert [path.stat().st_mtime_ns for path, _ in files] == before, "finished files are left alone"
+        caption_split(model, processor, rows, *files)
+    caption_split(model, processor, rows, *files)
+    for resumed, expected in zip(files, whole, strict=True):
+        assert resumed.path.read_bytes() == expected.path.read_bytes()
+        assert not list(resumed.path.parent.glob("*rank*"))
+    before = [one.path.stat().st_mtime_ns for one in files]
+    caption_split(model, processor, rows, *files)
+    assert [one.path.stat().st_mtime_ns for one in files] == before, "finished files are left alone"
 
 
 def test_prompts_keep_a_file_each(model, processor, rows, tmp_path):
-    files = [(tmp_path / f"{number}/predictions.jsonl", record(model)) for number in range(3)]
     asked = [replace(ARGS, prompt=prompt) for prompt in PROMPTS[:3]]
-    caption_split_prompts(model, processor, rows, files, asked)
-    for (path, _), args in zip(files, asked, strict=True):
-        caption_split(model, processor, rows, tmp_path / "alone/predictions.jsonl", args, record(model))
-        assert path.read_bytes() == (tmp_path / "alone/predictions.jsonl").read_bytes()
-        (tmp_path / "alone/predictions.jsonl").unlink()
-        assert json.loads(path.with_suffix(".run.json").read_text(encoding="utf-8"))["prompt"] == args.prompt
+    files = [file(model, tmp_path / str(number), args) for number, args in enumerate(asked)]
+    caption_split(model, processor, rows, *files)
+    for one, args in zip(files, asked, strict=True):
+        alone = file(model, tmp_path / "alone", args)
+        caption_split(model, processor, rows, alone)
+        assert one.path.read_bytes() == alone.path.read_bytes()
+        alone.path.unlink()
+        assert json.loads(one.path.with_suffix(".run.json").read_text(encoding="utf-8"))["prompt"] == args.prompt
     with pytest.raises(PredictionsError, match="started with another prompt"):
-        caption_split_prompts(model, processor, rows, files, asked[::-1])
+        caption_split(model, processor, rows, *(replace(one, path=files[0].path) for one in files[1:2]))
+
+
+@pytest.mark.parametrize("after", [0, 4, 11])
+def test_each_prompt_has_its_own_images_and_resumes(model, processor, rows, tmp_path, monkeypatch, after):
+    """Base and adapter, three prompts, of which two are asked of some of the images, and two of them are equal."""
+    ids = list(rows["image_id"])
+    asked = [(PROMPTS[0], None), (PROMPTS[1], ids[1::2]), (PROMPTS[0], ids[:3])]
+
+    def files(folder):
+        return [
+            file(model, tmp_path / folder / which / str(number), replace(ARGS, prompt=prompt), which, image_ids=some)
+            for which in (BASE, ADAPTER)
+            for number, (prompt, some) in enumerate(asked)
+        ]
+
+    for one in files("alone"):
+        caption_split(model, processor, rows, one)
+    interrupt(monkeypatch, after)
+    with pytest.raises(Interrupted):
+        caption_split(model, processor, rows, *files("together"))
+    block, runs = model.get_base_model().model.visual.blocks[0], []
+    hook = block.register_forward_hook(lambda *call: runs.append(1))
+    caption_split(model, processor, rows, *files("together"))
+    hook.remove()
+    assert len(runs) <= len(rows), "a picture goes through the encoder once for all its captions"
+    for one, alone in zip(files("together"), files("alone"), strict=True):
+        assert one.path.read_bytes() == alone.path.read_bytes()
+    lines = [len(texts(one.path)) for one in files("together")]
+    assert lines == [8, 4, 3] * 2
 
 
 # Validation ----------------------------------------------------------------------------------------------------------

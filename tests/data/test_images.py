@@ -20,6 +20,7 @@ from vlmcap.data.images import (
     references_of,
     without_empty_captions,
 )
+from vlmcap.data.keys import rows_of_key
 
 
 @pytest.fixture
@@ -141,6 +142,69 @@ def test_empty_captions_are_left_out_and_counted(tmp_path):
     assert left_out == {"captions": 4, "images": 2}
     again, left_out = without_empty_captions(rows)
     assert again is rows and left_out == {"captions": 0, "images": 0}
+
+
+def spoken(folder, **changed) -> str:
+    """A dataset of captions in two languages and styles; image 7 has two rows."""
+    columns = {
+        "image_id": [7, 8, 7, 9],
+        "file_name": ["a.png", "b.png", "a.png", "c.png"],
+        "captions": [["赤", "", "red"], ["青いです"], ["赤いです"], None],
+        "languages": [["ja", "en", "en"], ["ja"], ["ja"], None],
+        "styles": [["plain", "", "alt"], ["polite"], ["polite"], []],
+    } | changed
+    columns = {name: values for name, values in columns.items() if values}
+    datasets.Dataset.from_dict(columns).to_parquet(folder / "spoken/data/test-00000-of-00001.parquet")
+    return str(folder / "spoken")
+
+
+def test_languages_and_styles_go_with_their_captions(tmp_path):
+    dataset = spoken(tmp_path)
+    rows = load_rows(dataset, "test")
+    assert rows["languages"][:] == [["ja", "en", "en", "ja"], ["ja"], []]
+    assert rows["styles"][:] == [["plain", "", "alt", "polite"], ["polite"], []]
+    without, left_out = without_empty_captions(rows)
+    assert left_out == {"captions": 1, "images": 1}
+    assert without.to_dict() == {
+        "image_id": [7, 8],
+        "file_name": ["a.png", "b.png"],
+        "captions": [["赤", "red", "赤いです"], ["青いです"]],
+        "languages": [["ja", "en", "ja"], ["ja"]],
+        "styles": [["plain", "alt", "polite"], ["polite"]],
+    }
+    keys = ["ja/polite", "ja", "en"]
+    for key, expected in (
+        ("ja/polite", {"7": ["赤いです"], "8": ["青いです"]}),
+        ("ja", {"7": ["赤"]}),
+        ("en", {"7": ["", "red"]}),
+    ):
+        assert dataset_references(dataset, "test", key=key, keys=keys) == expected
+        assert references_of(rows_of_key(rows, key, keys)) == expected
+    assert dataset_references(dataset, "test", key="ja") == {"7": ["赤", "赤いです"], "8": ["青いです"]}
+    assert dataset_references(dataset, "test")["7"] == ["赤", "", "red", "赤いです"]
+    assert load_rows(spoken(tmp_path, styles=None), "test").column_names == [*rows.column_names[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"languages": [["ja", "en"], ["ja"], ["ja"], []]}, r"row 0 \(image_id 7\) has 3 captions and 2 languages"),
+        ({"styles": [["a", "b", "c"], None, ["d"], []]}, r"row 1 \(image_id 8\) has 1 captions and 0 styles"),
+        ({"languages": [["ja", "en", "en"], ["ja"], [None], []]}, "row 2 .*languages holds None, expected a language"),
+        ({"styles": [["", "", ""], ["Polite"], [""], []]}, "row 1 .*styles holds 'Polite', expected a style"),
+        ({"languages": ["ja", "ja", "ja", "ja"]}, "the column languages is string, expected lists of texts"),
+    ],
+)
+def test_languages_and_styles_that_are_not_one_for_each_caption(tmp_path, changed, message):
+    dataset = spoken(tmp_path, **changed)
+    for read in (load_rows, lambda *of: dataset_references(*of, key="ja")):
+        with pytest.raises(DataError, match=rf"spoken \(test\).*{message}"):
+            read(dataset, "test")
+
+
+def test_references_of_a_key_need_languages(tmp_path):
+    with pytest.raises(DataError, match="no column languages"):
+        dataset_references(spoken(tmp_path, languages=None), "test", key="ja")
 
 
 def test_overlap_is_refused(folder):

@@ -32,7 +32,7 @@ def test_a_key_is_a_language_and_perhaps_a_style(key, expected):
 
 
 @pytest.mark.parametrize("key", ["", "j", "JA", "japanese", "ja/", "/plain", "ja/Polite", "ja/a b", "ja/a/b", "ja\n"])
-def test_what_is_no_key_is_refused(key):
+def test_what_is_not_a_key_is_refused(key):
     with pytest.raises(DataError, match="is not a key of captions. Write LANGUAGE or LANGUAGE/STYLE"):
         parse_key(key)
 

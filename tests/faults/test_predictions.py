@@ -20,7 +20,7 @@ from tests.faults import ranks
 from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.captioning.baselines import Baseline
 from vlmcap.captioning.isolated import IsolatedModel, generate_isolated
-from vlmcap.captioning.predictions import PredictionsError, shares, write_captions
+from vlmcap.captioning.predictions import PredictionsError, PredictionsFile, shares, write_captions
 from vlmcap.data.images import load_captions
 from vlmcap.miniature.scenes import scenes
 
@@ -38,18 +38,21 @@ SOURCES = "vlmcap/captioning/predictions.py", "vlmcap/atomic_write.py"
 def caption_rows(output: Path, images: int = IMAGES, word: str = "画像") -> None:
     assert PartialState(cpu=True).num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     rows = datasets.Dataset.from_dict({"image_id": list(range(10, 10 + images))})
-    write_captions(lambda numbers: ([f"{word}{10 + i}"] for i in numbers), rows, [(output, RECORD)], lambda: None)
+
+    def captions(numbers, files):
+        return ([f"{word}{10 + i}"] for i in numbers)
+
+    write_captions(captions, rows, [PredictionsFile(output, RECORD)], lambda: None)
 
 
 def caption_both(output: Path, word: str = "画像") -> None:
     """Two files at once, as base and adapter are captioned: `output`, and one below it."""
     rows = datasets.Dataset.from_dict({"image_id": list(range(10, 10 + IMAGES))})
 
-    def captions(files: int, numbers):
-        return ([f"{word}{10 + i}"] * files for i in numbers)
+    def captions(numbers, files):
+        return ([f"{word}{10 + i}"] * len(files) for i in numbers)
 
-    alone = [partial(captions, 1)] * 2
-    write_captions(partial(captions, 2), rows, [(path, RECORD) for path in both(output)], lambda: None, alone)
+    write_captions(captions, rows, [PredictionsFile(path, RECORD) for path in both(output)], lambda: None)
 
 
 def both(output: Path) -> list[Path]:

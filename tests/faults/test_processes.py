@@ -89,19 +89,19 @@ def training(folder: Path, how: str) -> None:
 def captioning(folder: Path, how: str) -> None:
     import datasets
 
-    from vlmcap.captioning.predictions import write_captions
+    from vlmcap.captioning.predictions import PredictionsFile, write_captions
 
     PartialState(cpu=True)
     rows = datasets.Dataset.from_dict({"image_id": list(range(9))})
 
-    def caption(numbers):
+    def caption(numbers, files):
         for number in numbers:
             if rank() == 1 and number == 4:
                 fail(folder, how)
             yield ["画像"]
 
     record = {"model": {}, "dataset": {}, "saw": {}, "prompt": "何?", "decoding": {"batch_size": 1}}
-    write_captions(caption, rows, [(folder / "predictions.jsonl", record)], lambda: None)
+    write_captions(caption, rows, [PredictionsFile(folder / "predictions.jsonl", record)], lambda: None)
 
 
 # Where one of three processes fails, and how.

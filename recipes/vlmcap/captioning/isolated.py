@@ -25,7 +25,7 @@ from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.captioning.baselines import Baseline
 from vlmcap.captioning.generate import decoding_record
 from vlmcap.captioning.isolated_runners.protocol import PROTOCOL
-from vlmcap.captioning.predictions import PredictionsError, write_captions
+from vlmcap.captioning.predictions import PredictionsError, PredictionsFile, write_captions
 from vlmcap.data.images import open_image
 from vlmcap.errors import UserError
 from vlmcap.places import find_uv
@@ -274,8 +274,8 @@ def generate_isolated(
         "environment": {"requirements": model.row.requirements, "versions": model.about["versions"]},
     }
     write_captions(
-        lambda numbers: (model.caption(rows.select([row]), args.prompt) for row in numbers),
+        lambda numbers, _: (model.caption(rows.select([row]), args.prompt) for row in numbers),
         rows,
-        [(output, record)],
+        [PredictionsFile(output, record)],
         lambda: model.peak_memory_bytes,
     )

@@ -98,27 +98,42 @@ def cut_half_line(path: Path) -> None:
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
+ImageId = int | str
+
+
+@dataclass(frozen=True)
+class PredictionsFile:
+    """Captions to be written.
+
+    Attributes:
+        record: "model", "dataset", "saw", "prompt" and "decoding" of the run record.
+        image_ids: of the images that it holds, in their order; None: of all rows.
+    """
+
+    path: Path
+    record: dict
+    image_ids: Sequence[ImageId] | None = None
+
+
 @dataclass(frozen=True)
 class OpenPredictions:
-    """A predictions file in work: the numbers of the rows that this process has still to caption, and how a caption
-    of one of them is written."""
+    """A predictions file in work: the images that have no caption yet, and how one is written."""
 
-    todo: list[int]
-    write: Callable[[int, str], None]
+    todo: list[ImageId]
+    write: Callable[[ImageId, str], None]
 
 
 @contextmanager
 def open_predictions(
-    rows: datasets.Dataset, output: Path, record: dict, peak_memory: Callable[[], int | None]
+    image_ids: Sequence[ImageId], output: Path, record: dict, peak_memory: Callable[[], int | None]
 ) -> Iterator[OpenPredictions]:
     """Predictions (JSON lines) and their run record, continued where an earlier run stopped.
 
-    Every process captions its share of the rows, in any order, and appends each caption to a file of its own
-    (`shares`). When all are done process 0 writes `output` in the order of the rows, whole or not at all, and removes
-    the shares. It may be killed at any moment, and continued by another number of processes.
+    Every process captions its share of the images, in any order, and appends each caption to a file of its own
+    (`shares`). When all are done process 0 writes `output` in the order of `image_ids`, whole or not at all, and
+    removes the shares. It may be killed at any moment, and continued by another number of processes.
 
     Args:
-        rows: as `load_captions` returns them.
         record: "model", "dataset", "saw", "prompt" and "decoding" of the run record.
         peak_memory: bytes of device memory that were held at most, None on a CPU; asked at the end.
 
@@ -128,7 +143,7 @@ def open_predictions(
         PredictionsError: `output` was started with other settings, is damaged, or cannot be written (a full disk).
     """
     try:
-        yield from _open_predictions(rows, output, record, peak_memory)
+        yield from _open_predictions(image_ids, output, record, peak_memory)
     except BadImageError:  # an OSError too
         raise
     except OSError as error:
@@ -139,15 +154,14 @@ def open_predictions(
 
 
 def _open_predictions(
-    rows: datasets.Dataset, output: Path, record: dict, peak_memory: Callable[[], int | None]
+    image_ids: Sequence[ImageId], output: Path, record: dict, peak_memory: Callable[[], int | None]
 ) -> Iterator[OpenPredictions]:
     state = PartialState()
     output.parent.mkdir(parents=True, exist_ok=True)
     asked = {key: record[key] for key in ASKED}
     run_record = run_record_path(output)
     done, earlier = read_done(output, asked)
-    image_ids = rows["image_id"]
-    todo = [row for row, image_id in enumerate(image_ids) if image_id not in done]
+    todo = [image_id for image_id in image_ids if image_id not in done]
     before, start = earlier.get("seconds", 0.0), time.perf_counter()
     finished = not todo and output.exists() and "created" in earlier
 
@@ -159,7 +173,7 @@ def _open_predictions(
 
     state.wait_for_everyone()  # all have read the same before one writes
     if finished:
-        yield OpenPredictions([], lambda row, caption: None)
+        yield OpenPredictions([], lambda image_id, caption: None)
     else:
         write_record()
         state.wait_for_everyone()  # no share without the record that says what it is of
@@ -168,13 +182,13 @@ def _open_predictions(
         with share.open("ab") as file:
             written = count(1)
 
-            def write(row: int, caption: str) -> None:
-                file.write(_lines([{"image_id": image_ids[row], "caption": caption}]))
+            def write(image_id: ImageId, caption: str) -> None:
+                file.write(_lines([{"image_id": image_id, "caption": caption}]))
                 file.flush()
                 if next(written) % record["decoding"]["batch_size"] == 0:
                     write_record()  # with the time so far, so that a continued run reports all of it
 
-            yield OpenPredictions(todo[state.process_index :: state.num_processes], write)
+            yield OpenPredictions(todo, write)
         state.wait_for_everyone()
         if state.is_main_process:
             done = read_done(output, asked)[0]
@@ -182,7 +196,7 @@ def _open_predictions(
         seconds = before + time.perf_counter() - start
         write_record(
             hardware=provenance.hardware(),
-            images_per_second=len(rows) / seconds,
+            images_per_second=len(image_ids) / seconds,
             peak_memory_bytes=peak_memory(),
             versions=provenance.versions(),
             commit=provenance.git_commit(),
@@ -194,47 +208,48 @@ def _open_predictions(
     state.wait_for_everyone()
 
 
-# Numbers of rows -> captions of each, one for each file, in their order.
-Captions = Callable[[list[int]], Iterable[Sequence[str]]]
+# Numbers of rows, and numbers of files that they are for -> captions of each row, one for each of these files.
+Captions = Callable[[list[int], list[int]], Iterable[Sequence[str]]]
 
 
 def write_captions(
     caption: Captions,
     rows: datasets.Dataset,
-    files: list[tuple[Path, dict]],
+    files: Sequence[PredictionsFile],
     peak_memory: Callable[[], int | None],
-    alone: Sequence[Captions] = (),
 ) -> None:
-    """Captions every row and writes predictions and run record of each file, as `open_predictions` does.
+    """Captions rows and writes predictions and run record of each file, as `open_predictions` does.
+
+    Rows that the same files still need are captioned together.
 
     Args:
-        files: path and run record of each.
-        alone: what captions the rows that only one of several files still needs.
+        rows: as `load_captions` returns them.
 
     Raises as `open_predictions`.
     """
+    state, all_ids = PartialState(), list(rows["image_id"])
     with ExitStack() as stack:
-        predictions = [stack.enter_context(open_predictions(rows, *file, peak_memory)) for file in files]
-        wanted = [set(one.todo) for one in predictions]
-        together = set.intersection(*wanted)
-        passes = [(caption, together, predictions)]
-        if len(files) > 1:
-            rest = (rows_of_one - together for rows_of_one in wanted)
-            passes += zip(alone, rest, ([one] for one in predictions), strict=True)
-        state = PartialState()
-        left = len(set.union(*wanted)) * state.num_processes
-        names = " and ".join(dict.fromkeys(path.parent.name for path, _ in files))
+        opened = []
+        for file in files:
+            image_ids = all_ids if file.image_ids is None else file.image_ids
+            opened.append(stack.enter_context(open_predictions(image_ids, file.path, file.record, peak_memory)))
+        todo = [set(one.todo) for one in opened]
+        needed = [row for row, image_id in enumerate(all_ids) if any(image_id in one for one in todo)]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row in needed[state.process_index :: state.num_processes]:
+            its_files = tuple(number for number, one in enumerate(todo) if all_ids[row] in one)
+            groups.setdefault(its_files, []).append(row)
+        names = " and ".join(dict.fromkeys(file.path.parent.name for file in files))
         with tqdm(
             total=len(rows),
-            initial=max(0, len(rows) - left),
+            initial=len(rows) - len(needed),
             desc=f"captions {names}",
             disable=not state.is_main_process,
         ) as bar:
-            for its_caption, needed, targets in passes:
-                numbers = sorted(needed)
-                for row, said in zip(numbers, its_caption(numbers) if numbers else (), strict=True):
-                    for target, text in zip(targets, said, strict=True):
-                        target.write(row, text)
+            for its_files, its_rows in groups.items():
+                for row, said in zip(its_rows, caption(its_rows, list(its_files)), strict=True):
+                    for number, text in zip(its_files, said, strict=True):
+                        opened[number].write(all_ids[row], text)
                     bar.update(min(state.num_processes, bar.total - bar.n))
 
 

@@ -1,5 +1,7 @@
-"""Captions of a whole split, in resumable files: by one model, by base and adapter at once, or for several prompts."""
+"""Captions of a whole split, in resumable files: by base and adapter at once, for several prompts of each picture."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -7,77 +9,57 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmcap.captioning.arguments import BeamArguments, GenerationArguments
+from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.captioning.engines import ADAPTER, BASE
 from vlmcap.captioning.generate import asked_of
-from vlmcap.captioning.predictions import Captions, write_captions
+from vlmcap.captioning.predictions import ImageId, PredictionsFile, write_captions
 from vlmcap.captioning.stream import CaptionStream
 from vlmcap.data.images import open_image
+from vlmcap.models.load import takes_prompt
 from vlmcap.threads import map_ahead
 
-File = tuple[Path, dict]  # predictions, and "model", "dataset" and "saw" of their run record
+
+@dataclass(frozen=True)
+class SplitFile:
+    """A predictions file of a split.
+
+    Attributes:
+        record: "model", "dataset" and "saw" of its run record.
+        args: GenerationArguments for a model that takes a prompt. One without a place for it is given the pictures
+            alone; its record has the prompt null.
+        which: ADAPTER, the model as it is, or BASE, without its adapter.
+        image_ids: of the images that it holds, in the order of the split; None: of all.
+    """
+
+    path: Path
+    record: dict
+    args: BeamArguments
+    which: str = ADAPTER
+    image_ids: Sequence[ImageId] | None = None
 
 
 def caption_split(
-    model: PreTrainedModel | PeftModel,
-    processor: ProcessorMixin,
-    rows: datasets.Dataset,
-    output: Path,
-    args: BeamArguments,
-    record: dict,
+    model: PreTrainedModel | PeftModel, processor: ProcessorMixin, rows: datasets.Dataset, *files: SplitFile
 ) -> None:
-    """Captions every row with a loaded model and writes `output` and its run record, as `open_predictions` does.
+    """Captions rows with a loaded model; writes predictions and run record of each file as `open_predictions` does.
 
-    A model whose processor has no place for a prompt is given the pictures alone; its record has the prompt null.
+    Each picture goes through the vision encoder once for all files that still need it.
 
     Args:
         rows: as `load_captions` returns them.
-        args: GenerationArguments for a model that takes a prompt.
-        record: "model", "dataset" and "saw" of the run record.
+        files: whose `args` differ in the prompt alone.
     """
-    caption_split_prompts(model, processor, rows, [(output, record)], [args])
+    model.eval()
+    prompts = [file.args.prompt if takes_prompt(processor) else None for file in files]
 
-
-def caption_split_prompts(
-    model: PreTrainedModel | PeftModel,
-    processor: ProcessorMixin,
-    rows: datasets.Dataset,
-    files: list[File],
-    args: list[BeamArguments],
-) -> None:
-    """As `caption_split`, for several prompts of each picture.
-
-    Args:
-        args: of each file, which differ in the prompt alone.
-    """
-    files = [(path, record | asked_of(processor, one)) for (path, record), one in zip(files, args, strict=True)]
-    alone = [CaptionStream(model.eval(), processor, one) for one in args]
-    together = (
-        CaptionStream(model, processor, args[0], prompts=[one.prompt for one in args]) if alone[1:] else alone[0]
-    )
-    _write(rows, files, together, alone)
-
-
-def caption_split_both(
-    model: PeftModel,
-    processor: ProcessorMixin,
-    rows: datasets.Dataset,
-    files: list[File],
-    args: GenerationArguments,
-) -> None:
-    """As `caption_split`, with the base and with the adapter: each picture goes through the vision encoder once.
-
-    Args:
-        files: of the base, and of the adapter.
-    """
-    files = [(path, record | asked_of(processor, args)) for path, record in files]
-    alone = [CaptionStream(model.eval(), processor, args, models=[which]) for which in (BASE, ADAPTER)]
-    _write(rows, files, CaptionStream(model, processor, args, models=(BASE, ADAPTER)), alone)
-
-
-def _write(rows: datasets.Dataset, files: list[File], together: CaptionStream, alone: list[CaptionStream]) -> None:
-    def captions_of(stream: CaptionStream) -> Captions:
-        return lambda numbers: stream.run(map_ahead(lambda row: stream.prepare(open_image(rows[row])), numbers))
+    def captions(numbers: list[int], chosen: list[int]) -> Iterator[list[str]]:
+        models = [which for which in (BASE, ADAPTER) if any(files[number].which == which for number in chosen)]
+        asked = list(dict.fromkeys(prompts[number] for number in chosen))
+        stream = CaptionStream(model, processor, files[0].args, prompts=asked, models=models)
+        order = [(which, prompt) for which in models for prompt in asked]
+        for texts in stream.run(map_ahead(lambda row: stream.prepare(open_image(rows[row])), numbers)):
+            said = dict(zip(order, texts, strict=True))
+            yield [said[files[number].which, prompts[number]] for number in chosen]
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -85,4 +67,7 @@ def _write(rows: datasets.Dataset, files: list[File], together: CaptionStream, a
     def peak_memory() -> int | None:
         return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
 
-    write_captions(captions_of(together), rows, files, peak_memory, [captions_of(stream) for stream in alone])
+    predictions = [
+        PredictionsFile(file.path, file.record | asked_of(processor, file.args), file.image_ids) for file in files
+    ]
+    write_captions(captions, rows, predictions, peak_memory)

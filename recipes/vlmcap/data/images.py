@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,15 +21,16 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vlmcap.data.columns import keep_captions, with_column
+from vlmcap.data.columns import OF_CAPTION, keep_captions, with_column
 from vlmcap.data.corpora import CORPORA, card_names
 from vlmcap.data.errors import DataError
+from vlmcap.data.keys import LANGUAGE, STYLE, rows_of_key
 from vlmcap.data.lookup import a_file, find_dataset, no_such_dataset
 from vlmcap.data.picture_files import is_picture_file, open_picture, picture_finder
 from vlmcap.data.pictures import BadImageError, picture_size, read_picture
 from vlmcap.errors import notice
 from vlmcap.provenance import public_name
-from vlmcap.strict_parsing import parse_json
+from vlmcap.strict_parsing import parse_json, shown
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -40,15 +41,26 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
+def _is_list_of_texts(kind: pa.DataType) -> bool:
+    return _is_list(kind) and _is_text(kind.value_type)
+
+
 # Column: what its type must be, in pyarrow and in words.
 TYPES = {
     "image_id": (lambda kind: pa.types.is_integer(kind) or _is_text(kind), "whole numbers or texts"),
     "file_name": (_is_text, "texts"),
     "coco_url": (_is_text, "texts"),
-    "captions": (lambda kind: _is_list(kind) and _is_text(kind.value_type), "lists of texts"),
+    "captions": (_is_list_of_texts, "lists of texts"),
+    "languages": (_is_list_of_texts, "lists of texts"),
+    "styles": (_is_list_of_texts, "lists of texts"),
     "image": (lambda kind: pa.types.is_struct(kind) or pa.types.is_binary(kind) or _is_text(kind), "pictures"),
 }
 REQUIRED = ("image_id", "captions", "file_name")
+# What a dataset may say of each of its captions: what it must be, as a pattern and in words.
+OF_EACH = {
+    "languages": (LANGUAGE, "a language such as ja or en, of two or three small letters"),
+    "styles": (re.compile(f"({STYLE.pattern})?"), 'a style of small letters, digits, - and _, or "" for none'),
+}
 OWN_LANGUAGES = CORPORA["own"].languages  # what --language of publish_datasets.py own knows
 # What rows of one image must agree in.
 OF_IMAGE = ("file_name", "coco_url", "license", "in_yj", "image")
@@ -104,8 +116,8 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
 
     Raises:
         DataError: the dataset cannot be loaded or has no such split; a column is missing, of another type or has
-            empty places (null captions are empty ones); rows of one image disagree; a picture's path leads out of the
-            dataset.
+            empty places (null captions are empty ones); `languages` or `styles` are not one for each caption; rows of
+            one image disagree; a picture's path leads out of the dataset.
     """
     revision = None if Path(dataset).exists() else revision
     info = _info(dataset, split, revision)
@@ -116,6 +128,7 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
     except Exception as error:  # as in `_info`
         raise DataError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
     check_columns(rows, f"{dataset} ({split})", REQUIRED)
+    _check_of_each(rows, f"{dataset} ({split})")
     if "image" in rows.column_names:
         try:
             rows = rows.cast_column("image", datasets.Image(decode=False))
@@ -223,37 +236,50 @@ def references_of(rows: datasets.Dataset) -> dict[str, list[str]]:
     return dict(zip(map(str, rows["image_id"]), rows["captions"], strict=True))
 
 
-def dataset_references(dataset: str, split: str, revision: str | None = None) -> dict[str, list[str]]:
+def dataset_references(
+    dataset: str, split: str, revision: str | None = None, key: str | None = None, keys: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """Image id -> captions of a split of a published dataset, a Hub id or a local folder of parquet files.
 
     Reads no picture, and takes ids that are texts too. Null captions are empty ones.
 
+    Args:
+        key: of a dataset with languages; the captions of this key alone, and the images that have any: `rows_of_key`.
+        keys: those of the run; `key` alone where there are no others.
+
     Raises:
         DataError: the dataset cannot be loaded or has no such split; a column is missing; rows of one image have
-            different file names.
+            different file names; with a key, what `rows_of_key` raises, and `languages` or `styles` that are not one
+            for each caption.
     """
     revision = None if Path(dataset).exists() else revision
     info = _info(dataset, split, revision)
     if split not in info.splits:
         raise DataError(_no_split(dataset, split, info, "--split"))
     source = {"path": dataset, "split": split, "revision": revision, "streaming": True}
+    place, of_key = f"{dataset} ({split})", tuple(OF_EACH) if key else ()
     try:
         there = datasets.load_dataset(**source).column_names
         # Streaming reads these columns alone: no photograph is downloaded or decoded.
-        columns = [name for name in REQUIRED if name in there]
+        columns = [name for name in (*REQUIRED, *of_key) if name in there]
         rows = list(datasets.load_dataset(columns=columns, **source))
     except Exception as error:  # as in `_info`
-        raise DataError(f"{dataset} ({split}) cannot be loaded: {whole_reason(error)}") from error
+        raise DataError(f"{place} cannot be loaded: {whole_reason(error)}") from error
     if missing := [name for name in ("image_id", "captions") if name not in there]:
-        raise DataError(f"{dataset} ({split}) has no column {', '.join(missing)}; it has {', '.join(there)}")
+        raise DataError(f"{place} has no column {', '.join(missing)}; it has {', '.join(there)}")
+    if key:
+        checked = datasets.Dataset.from_list(rows)
+        _check_of_each(checked, place)
+        rows = rows_of_key(_without_nulls(checked), key, keys or (key,)).to_list()
     return {
         str(image_id): [caption or "" for number in numbers for caption in rows[number]["captions"] or []]
-        for image_id, numbers in group_by_image(rows, f"{dataset} ({split})").items()
+        for image_id, numbers in group_by_image(rows, place).items()
     }
 
 
 def one_row_per_image(rows: datasets.Dataset, place: str) -> datasets.Dataset:
-    """The first row of every image, with the captions (and caption_ids) of all its rows, in the order of the rows.
+    """The first row of every image, with the captions of all its rows (and the other columns of OF_CAPTION), in the
+    order of the rows.
 
     Rows that are one per image are returned as they are. Else a line says how many rows became how many images.
 
@@ -264,7 +290,7 @@ def one_row_per_image(rows: datasets.Dataset, place: str) -> datasets.Dataset:
         return rows
     of_image = rows.select_columns([name for name in ("image_id", *OF_IMAGE) if name in rows.column_names])
     members = list(group_by_image(of_image, place).values())
-    for name in [name for name in ("captions", "caption_ids") if name in rows.column_names]:
+    for name in [name for name in OF_CAPTION if name in rows.column_names]:
         lists, joined = rows[name][:], [[]] * len(rows)
         for numbers in members:
             joined[numbers[0]] = [item for number in numbers for item in lists[number] or []]
@@ -304,9 +330,10 @@ def _fact(value: object) -> object:
 
 def _without_nulls(rows: datasets.Dataset) -> datasets.Dataset:
     """Null captions as empty ones: whoever reads them counts or refuses those."""
-    if not _has_nulls(rows, "captions"):
-        return rows
-    return with_column(rows, "captions", [[caption or "" for caption in texts or []] for texts in rows["captions"]])
+    for name in ("captions", *OF_EACH):
+        if name in rows.column_names and _has_nulls(rows, name):
+            rows = with_column(rows, name, [[text or "" for text in texts or []] for texts in rows[name]])
+    return rows
 
 
 def without_empty_captions(rows: datasets.Dataset) -> tuple[datasets.Dataset, dict[str, int]]:
@@ -349,6 +376,32 @@ def check_columns(rows: datasets.Dataset, place: str, names: Iterable[str]) -> N
     for name in names:
         if name != "captions" and _has_nulls(rows, name):
             raise DataError(f"{place}: the column {name} has empty places (null)")
+
+
+def _check_of_each(rows: datasets.Dataset, place: str) -> None:
+    """Raises DataError where `languages` or `styles` are not one for each caption, or hold something else."""
+    for name, (pattern, wanted) in OF_EACH.items():
+        if name not in rows.column_names:
+            continue
+        _check_types(rows.features, place, [name])
+        known = set()  # there are few, and many captions
+        for number, (captions, values) in enumerate(zip(rows["captions"][:], rows[name][:], strict=True)):
+            captions, values = captions or [], values or []
+            if len(values) != len(captions):
+                raise DataError(
+                    f"{_row(rows, place, number)} has {len(captions)} captions and {len(values)} {name}: there must be"
+                    " one for each caption"
+                )
+            for value in set(values) - known:
+                if value is None or not pattern.fullmatch(value):
+                    raise DataError(
+                        f"{_row(rows, place, number)}: the column {name} holds {shown(value)}, expected {wanted}"
+                    )
+                known.add(value)
+
+
+def _row(rows: datasets.Dataset, place: str, number: int) -> str:
+    return f"{place}: row {number} (image_id {rows['image_id'][number]})"
 
 
 def _check_types(features: datasets.Features, place: str, names: Iterable[str]) -> None:

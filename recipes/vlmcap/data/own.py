@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from vlmcap.data.arguments import PublishArguments
 from vlmcap.data.errors import DataError
-from vlmcap.data.images import check_paths, is_plain_path, null_rows, whole_reason
+from vlmcap.data.images import OF_EACH, check_paths, is_plain_path, null_rows, whole_reason
 from vlmcap.data.picture_files import ENDINGS, Picture, PictureFile, picture_finder
 from vlmcap.data.readers import CorpusRows
 from vlmcap.data.sources import SourceFile, parse_source, read_source
@@ -301,6 +301,8 @@ def _from_datasets(name: str, args: PublishArguments) -> Iterator[_Entry]:
         ) from error
     for split, rows in loaded.items():
         image, captions = _columns(dict.fromkeys(rows.column_names), f"{name} ({split})", args)
+        if of_each := [column for column in OF_EACH if column in rows.column_names]:
+            notice(f"{name} ({split}): {' and '.join(of_each)} of its captions are not kept: own has one language")
         embedded = isinstance(rows.features[image], datasets.Image)
         if embedded:
             rows = rows.cast_column(image, datasets.Image(decode=False))

@@ -90,3 +90,17 @@ def check_trackers(report_to: str | list[str] | None) -> None:
                 f"report_to: {name} needs the Python package {TRACKERS[name][0]}, which is not installed: install it"
                 f"{f' with `pip install {name}`' if name in EXTRAS else ''}, or leave report_to at none"
             )
+
+
+def adapter_folder(output_dir: str, start: str | None, needs_start: bool = True) -> Path:
+    """Where a run leaves its adapter; `start` is the adapter that training starts from.
+
+    Raises:
+        UserError: the run would overwrite `start`, or there is none and it needs one.
+    """
+    folder = Path(output_dir) / "adapter"
+    if needs_start and not start:
+        raise UserError("--adapter is needed: the adapter that training starts from, of recipes/sft_qwen2vl_jp.py")
+    if start and Path(start).resolve() == folder.resolve():
+        raise UserError(f"--adapter {start} would be overwritten by this run: choose another --output_dir")
+    return folder

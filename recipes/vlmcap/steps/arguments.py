@@ -1,0 +1,28 @@
+"""Settings that the recipes of models with a prompt share. Imports nothing heavy: command lines are read with it."""
+
+from dataclasses import dataclass, field
+
+from vlmcap.training.arguments import ScoredSplitArguments
+
+
+@dataclass
+class EvaluationArguments(ScoredSplitArguments):
+    """What a model is evaluated on, and how its captions are scored and audited."""
+
+    base_saw: str = field(
+        default="unknown",
+        metadata={
+            "help": "Whether the base model saw STAIR, YJ Captions and COCO: unknown, no or train. Goes into the card."
+        },
+    )
+    lexicon: str = field(
+        default="coco_ja",
+        metadata={"help": "Things that the audit (and the reward chair) looks for: coco_ja or a YAML file."},
+    )
+    instances: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "COCO's instances_*.json of the test images, for the audit; without them the references alone say"
+            " what is in an image."
+        },
+    )
