@@ -6,11 +6,36 @@ from collections.abc import Iterator
 
 import datasets
 
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.data.errors import DataError
 from vlmcap.data.keys import caption_keys
 from vlmcap.errors import notice
+from vlmcap.training.arguments import InstructionArguments
 
 TURNS = datasets.List(datasets.List(datasets.Value("string")))
+
+
+def training_rows(
+    rows: datasets.Dataset, prompts: PromptArguments, data: InstructionArguments, prompt: str, seed: int
+) -> datasets.Dataset:
+    """What is trained on: the rows as they are, or with the prompts of their captions, and with instructions.
+
+    Args:
+        rows: as `load_captions` returns them.
+        prompt: of the captions, where `prompts` has none.
+        seed: of the wordings.
+
+    Raises:
+        DataError: as `prompted_rows` and `load_instructions`.
+    """
+    if prompts.prompts:
+        rows = prompted_rows(rows, prompts.wordings, prompts.prompt_weights, seed)
+    if data.instructions:
+        from vlmcap.data.instructions import load_instructions
+
+        source = data.instructions, data.instructions_split, data.instructions_image_dir, data.instructions_revision
+        rows = with_instructions(rows, load_instructions(*source), prompt)
+    return rows
 
 
 def prompted_rows(

@@ -49,7 +49,9 @@ class PictureCollator(SharedPrefixCollator):
 
     def prompt_of(self, row: int) -> str:
         """What is asked of the picture of a row."""
-        return self.rows.select_columns("prompts")[row]["prompts"][0][0] if "prompts" in self.rows.features else self.prompt
+        if "prompts" not in self.rows.column_names:
+            return self.prompt
+        return self.rows.select_columns("prompts")[row]["prompts"][0][0]
 
 
 class RepeatingSampler(SimilarSizeSampler):
