@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
 from vlmcap.errors import UserError
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.steps.arguments import EvaluationArguments
@@ -57,8 +57,11 @@ def main(
     data_args: DataArguments,
     model_args: ModelArguments,
     generation_args: GenerationArguments,
+    prompt_args: PromptArguments,
     settings: CaptionDPOFields,
 ) -> None:
+    generation_args = prompt_args.main(generation_args)
+
     # Slow imports, after the command line and the dataset were checked.
     from vlmcap.steps.early import adapter_folder, check_early
 
@@ -82,14 +85,15 @@ def main(
 
     training_args = complete(CaptionDPOConfig, settings)
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
-    run = begin(training_args, REPORTED_SETTINGS, **groups)
+    run = begin(training_args, REPORTED_SETTINGS, **groups, prompts=asdict(prompt_args))
 
     # Model and adapter: what is asked of them is known before the data are read.
     base = find_base(model_args, generation_args.prompt)
     check_prompt(base.start.name, base.start.revision, generation_args.prompt)
 
     # Data: preferences, one row an image, and the splits that the model is scored with.
-    read = partial(read_preferences, prompt=generation_args.prompt, image_dir=data_args.preferences_image_dir)
+    asked, *others = prompt_args.all_wordings(generation_args.prompt)
+    read = partial(read_preferences, prompt=asked, others=others, image_dir=data_args.preferences_image_dir)
     of_dataset = {"split": data_args.preferences_split, "revision": data_args.preferences_revision}
     preferences = read(data_args.preferences, **of_dataset)
     if data_args.heldout_preferences:
@@ -138,7 +142,13 @@ def main(
     evaluation.finish(run, Path(__file__).stem, adapter_dir, splits)
 
 
-ARGUMENTS = (DataArguments, ModelArguments, GenerationArguments, parsed_as(CaptionDPOFields, TRAINING_ARGUMENTS))
+ARGUMENTS = (
+    DataArguments,
+    ModelArguments,
+    GenerationArguments,
+    PromptArguments,
+    parsed_as(CaptionDPOFields, TRAINING_ARGUMENTS),
+)
 
 if __name__ == "__main__":
     run_main(main, __doc__, *ARGUMENTS, config=BASE_CONFIG, interrupted=CONTINUE)

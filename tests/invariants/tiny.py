@@ -26,6 +26,7 @@ from vlmcap.training.trainer_arguments import CaptionDPOConfig, CaptionSFTConfig
 
 MINIATURE = Path(__file__).resolve().parents[2] / "recipes/miniatures/qwen2_vl"
 PROMPT = "この画像を日本語で短く説明してください。"
+OTHERS = ["Describe this image briefly.", "Mô tả ảnh này."]
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PAIRS = 14  # of preferences.jsonl
 # Width x height in pixels: 9 to 24 image tokens, so that prefixes of one batch differ in length.
@@ -43,7 +44,8 @@ def write_pictures(folder: Path) -> None:
 
 
 def write_preferences(folder: Path) -> None:
-    """Beside the pictures: preferences.jsonl, two or three pairs of all but one, and the adapter of `build_start`."""
+    """Beside the pictures: preferences.jsonl, two or three pairs of all but one; prompted.jsonl, the same with three
+    prompts; and the adapter of `build_start`."""
     rows = datasets.Dataset.from_parquet(str(folder / "data/train-00000-of-00001.parquet"))
     lines = []
     for row in rows.filter(lambda row: len(row["captions"]) > 1):
@@ -53,7 +55,10 @@ def write_preferences(folder: Path) -> None:
         for chosen, rejected in pairs[: 2 if len(texts) == 2 else 3]:
             lines.append({"prompt": PROMPT, "chosen": chosen, "rejected": rejected, "image": row["file_name"]})
     assert len(lines) == PAIRS
-    (folder / "preferences.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    prompted = [line | {"prompt": (PROMPT, *OTHERS)[number % 3]} for number, line in enumerate(lines)]
+    for name, written in (("preferences", lines), ("prompted", prompted)):
+        text = "".join(json.dumps(line) + "\n" for line in written)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     start = build_start()
     start.peft_config["default"].base_model_name_or_path = "tiny"
     start.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -68,9 +73,11 @@ def build_start():
     return model
 
 
-def build_preference_trainer(pictures: Path, output_dir: Path, validation=None, **settings) -> CaptionDPOTrainer:
-    """A CaptionDPOTrainer on the preferences beside `pictures`, held out too; one batch an epoch by default."""
-    rows = read_preferences(str(pictures / "preferences.jsonl"), PROMPT)
+def build_preference_trainer(
+    pictures: Path, output_dir: Path, validation=None, source="preferences.jsonl", others=(), **settings
+) -> CaptionDPOTrainer:
+    """A CaptionDPOTrainer on preferences beside `pictures`, held out too; one batch an epoch by default."""
+    rows = read_preferences(str(pictures / source), PROMPT, str(pictures), others=others)
     settings = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": len(rows),

@@ -100,6 +100,10 @@ class PromptArguments:
         """`args` with the first wording of the first key as its prompt, if there are prompts."""
         return replace(args, prompt=next(iter(self.first_wordings.values()))) if self.prompts else args
 
+    def all_wordings(self, prompt: str) -> list[str]:
+        """Every prompt that is trained on, the main one first: `prompt`, or the wordings of all keys."""
+        return [text for texts in self.wordings.values() for text in texts] or [prompt]
+
     @property
     def first_wordings(self) -> dict[str, str]:
         """KEY -> the prompt that captions are asked for with, of all keys that are scored, trained ones first."""
