@@ -101,8 +101,13 @@ def ours(folder, rows, samples, **settings):
 
 def trls(folder, rows, samples, gradient_accumulation_steps=1, **settings):
     """TRL's own trainer on the same images, which trains the same adapter further."""
-    prompt = [{"role": "user", "content": tiny.PROMPT}]
-    examples = [{"image": Image.open(row["image"]["path"]).convert("RGB"), "prompt": prompt} for row in rows]
+    examples = [
+        {
+            "image": Image.open(row["image"]["path"]).convert("RGB"),
+            "prompt": [{"role": "user", "content": row["prompts"][0][0] if "prompts" in row else tiny.PROMPT}],
+        }
+        for row in rows
+    ]
     model = tiny.build_model("qwen2_vl")
     model = get_peft_model(model, lora_config(model, rewarded.ARGUMENTS))
     tiny.randomise_adapter(model)
@@ -198,3 +203,11 @@ def test_however_it_is_computed(tmp_path, rows, samples, architecture, how):
     else:
         found = run(gradient_accumulation_steps=3)
     assert_same(found, run())
+
+
+def test_a_prompt_of_each_image_is_trl(folder, rows, samples):
+    """Images asked in three languages, in one batch: prompts of several lengths before their samples."""
+    asked = [tiny.PROMPT, *tiny.OTHERS]
+    prompts = [[[asked[number % 3]]] * len(texts) for number, texts in enumerate(rows["captions"])]
+    prompted = rows.add_column("prompts", prompts)
+    assert_same(ours(folder, prompted, samples), trls(folder, prompted, samples))

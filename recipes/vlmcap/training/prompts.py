@@ -8,7 +8,7 @@ import datasets
 
 from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.data.errors import DataError
-from vlmcap.data.keys import caption_keys
+from vlmcap.data.keys import caption_keys, rows_of_key
 from vlmcap.errors import notice
 from vlmcap.training.arguments import InstructionArguments
 
@@ -77,6 +77,41 @@ def prompted_rows(
     if left_out:
         notice(f"Note: {left_out:,} training captions belong to no key of prompts ({', '.join(wordings)}).")
     return _with_turns(rows, captions, prompts, [""] * len(rows))
+
+
+def rows_by_key(
+    rows: datasets.Dataset, wordings: dict[str, list[str]], weights: dict[str, float] | None, seed: int
+) -> datasets.Dataset:
+    """A row for each image and each key of its captions, for samples of it that are compared with these captions.
+
+    Args:
+        rows, wordings: as of `prompted_rows`.
+        weights: key -> how often its rows are trained on; that of the largest weight has all its images, the others
+            a share of theirs, drawn by seed. None: all of all keys.
+
+    Returns:
+        Rows as `_with_turns` makes them, all captions of a row with the same prompt, and `key`.
+
+    Raises:
+        DataError: as `caption_keys`; a key has no caption.
+    """
+    parts = []
+    for key, texts in wordings.items():
+        found = rows_of_key(rows, key, list(wordings))
+        draws = [random.Random(f"{seed} {key} {image_id}") for image_id in found["image_id"]]
+        share = weights[key] / max(weights.values()) if weights else 1.0
+        kept = [number for number, draw in enumerate(draws) if draw.random() < share]
+        if not kept:
+            raise DataError(
+                f"no training caption belongs to the key {key} of prompts: leave the key out, or publish the dataset"
+                " with such captions"
+            )
+        found, asked = found.select(kept), [draws[number].choice(texts) for number in kept]
+        captions = found["captions"][:]
+        prompts = [[[prompt]] * len(said) for prompt, said in zip(asked, captions, strict=True)]
+        part = _with_turns(found, captions, prompts, [""] * len(found))
+        parts.append(part.add_column("key", [key] * len(part)))
+    return datasets.concatenate_datasets(parts)
 
 
 def with_instructions(rows: datasets.Dataset, instructions: datasets.Dataset, prompt: str) -> datasets.Dataset:
