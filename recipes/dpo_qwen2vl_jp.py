@@ -33,7 +33,7 @@ from vlmcap.arguments import run_main
 from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
 from vlmcap.errors import UserError
 from vlmcap.models.arguments import ModelArguments
-from vlmcap.steps.arguments import EvaluationArguments, with_main_prompt
+from vlmcap.steps.arguments import EvaluationArguments
 from vlmcap.training.arguments import CONTINUE, CaptionDPOFields, PreferenceArguments
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
@@ -60,7 +60,7 @@ def main(
     prompt_args: PromptArguments,
     settings: CaptionDPOFields,
 ) -> None:
-    generation_args = with_main_prompt(generation_args, prompt_args)
+    generation_args = prompt_args.main(generation_args)
 
     # Slow imports, after the command line and the dataset were checked.
     from vlmcap.steps.early import adapter_folder, check_early
@@ -90,7 +90,8 @@ def main(
     check_start(base, generation_args, prompt_args)
 
     # Data: preferences, one row an image, and the splits that the model is scored with.
-    read = partial(read_preferences, prompt=generation_args.prompt, image_dir=data_args.preferences_image_dir)
+    asked, *others = prompt_args.all_wordings(generation_args.prompt)
+    read = partial(read_preferences, prompt=asked, others=others, image_dir=data_args.preferences_image_dir)
     of_dataset = {"split": data_args.preferences_split, "revision": data_args.preferences_revision}
     preferences = read(data_args.preferences, **of_dataset)
     if data_args.heldout_preferences:

@@ -36,7 +36,7 @@ from vlmcap.arguments import run_main
 from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.rewards.arguments import RewardArguments, weights_of
-from vlmcap.steps.arguments import EvaluationArguments, with_main_prompt
+from vlmcap.steps.arguments import EvaluationArguments
 from vlmcap.training.arguments import CONTINUE, CaptionGRPOFields, SplitArguments
 from vlmcap.training.inherited import TRAINING_ARGUMENTS, complete, parsed_as
 
@@ -72,7 +72,7 @@ def main(
 ) -> None:
     weights = weights_of(reward_args.reward_funcs, settings.reward_weights)
 
-    generation_args = with_main_prompt(generation_args, prompt_args)
+    generation_args = prompt_args.main(generation_args)
 
     # Slow imports, after the command line and the dataset were checked.
     from vlmcap.steps.early import adapter_folder, check_early

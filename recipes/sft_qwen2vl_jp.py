@@ -14,6 +14,11 @@ Any key of the YAML can be set on the command line, and an interrupted run conti
     accelerate launch recipes/sft_qwen2vl_jp.py --dataset you/stair-captions-ja --image_dir images --lora_r 16 \\
         --output_dir outputs/r16 --resume_from_checkpoint latest
 
+One adapter for several languages and styles, and conversations about pictures beside captions (README.md beside this
+file, "Several languages"):
+
+    accelerate launch recipes/sft_qwen2vl_jp.py --config recipes/configs/sft_qwen2vl_jp/languages.yaml
+
 An adapter can be trained further, on other captions for instance:
 
     accelerate launch recipes/sft_qwen2vl_jp.py --adapter you/name --dataset you/other-captions --learning_rate 2e-5 \\
@@ -26,21 +31,21 @@ with its processor and model card in `adapter/`, and `samples.html`. `--push_to_
 `adapter/` (private until you say otherwise).
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from vlmcap.arguments import run_main
 from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
 from vlmcap.models.arguments import ModelArguments
-from vlmcap.steps.arguments import EvaluationArguments, with_main_prompt
-from vlmcap.training.arguments import CONTINUE, CaptionSFTFields, SplitArguments
+from vlmcap.steps.arguments import EvaluationArguments
+from vlmcap.training.arguments import CONTINUE, CaptionSFTFields, InstructionArguments, SplitArguments
 from vlmcap.training.inherited import SFT_CONFIG, complete, parsed_as
 
 BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
 
 
 @dataclass
-class DataArguments(EvaluationArguments, SplitArguments):
+class DataArguments(EvaluationArguments, SplitArguments, InstructionArguments):
     """What is trained and evaluated on, and how captions are scored and audited."""
 
     include_yj_images: bool = field(
@@ -71,7 +76,7 @@ def main(
     prompt_args: PromptArguments,
     settings: CaptionSFTFields,
 ) -> None:
-    generation_args = with_main_prompt(generation_args, prompt_args)
+    generation_args = prompt_args.main(generation_args)
 
     # Slow imports, after the command line and the dataset were checked.
     from vlmcap.steps.early import adapter_folder, check_early
@@ -86,6 +91,7 @@ def main(
     from vlmcap.steps.prompted import find_base, plan_evaluation, plan_validation, read_for_audit
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_splits
+    from vlmcap.training.prompts import training_rows
     from vlmcap.training.report import training_report
     from vlmcap.training.trainer import CaptionTrainer
     from vlmcap.training.trainer_arguments import CaptionSFTConfig
@@ -94,10 +100,11 @@ def main(
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
     run = begin(training_args, REPORTED_SETTINGS, **groups, prompts=asdict(prompt_args))
 
-    # Data: one row an image.
+    # Data: one row an image, and rows of what is trained on, where captions have prompts of their own.
     validates = training_args.eval_strategy != "no"
     splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images, prompt_args)
     read_for_audit(data_args, generation_args, splits.test)
+    rows = training_rows(splits.train, prompt_args, data_args, generation_args.prompt, run.seed)
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
     base = find_base(model_args, generation_args, prompt_args)
@@ -109,9 +116,9 @@ def main(
     )
 
     features_of = base.feature_cache(training_args.cache_image_features, model, splits.bad_images)
-    features, validation = features_of(splits.train), None
+    features, validation = features_of(rows), None
     if features:
-        splits = replace(splits, train=features.rows)
+        rows, splits = features.rows, splits.trained_on(features.rows)
     if validates:
         validation = plan_validation(
             base, generation_args, prompt_args, data_args, splits.validation, features_of(splits.validation)
@@ -119,7 +126,7 @@ def main(
     trainer = CaptionTrainer(
         model=model,
         args=training_args,
-        rows=splits.train,
+        rows=rows,
         processing_class=base.processor,
         prompt=generation_args.prompt,
         bad_images=splits.bad_images,

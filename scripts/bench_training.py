@@ -41,11 +41,9 @@ from typing import Literal
 
 from vlmcap.arguments import run_main
 from vlmcap.atomic_write import write_atomically
-from vlmcap.experiments.presets import PRESETS
+from vlmcap.experiments.presets import ENGINES, PRESETS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-# Steps a round.
-ENGINES = {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_prefix_flex": 3}
 
 
 @dataclass
@@ -62,8 +60,13 @@ class BenchArguments:
     json: str | None = field(
         default=None, metadata={"help": "File to write the figures to, after every round those until then."}
     )
-    engines: list[str] = field(
-        default_factory=lambda: list(ENGINES)[:3], metadata={"help": f"Of {', '.join(ENGINES)} (CUDA only)."}
+    engines: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Some of those of the method; default: the first three. "
+            + "; ".join(f"{method}: {', '.join(names)}" for method, names in ENGINES.items())
+            + ". shared_prefix_flex needs CUDA."
+        },
     )
     images: int = field(default=1, metadata={"help": "Images a step, of 640 x 480 pixels with five captions each."})
     rounds: int = field(default=3, metadata={"help": "Rounds; in each, every engine takes its steps in turn."})
@@ -81,35 +84,18 @@ class BenchArguments:
     seed: int = field(default=0, metadata={"help": "Of weights, adapters and captions."})
 
 
-def table(result: dict) -> str:
-    heads = ["step", "captions/s", "vs stock", "vs lean", "peak GiB", "MFU", "loss", "gradients differ"]
-    lines = [f"{'':<16}" + "".join(f"{head:>12}" for head in heads[:-1]) + f"{heads[-1]:>18}"]
-    for row in result["rows"]:
-        engine, differ = row["engine"], row["max_grad_rel_diff"]
-        ratios = [result[key].get(engine) for key in ("speedup_vs_stock", "speedup_vs_stock_lean")]
-        cells = [f"{row['step_s_median']:.3f} s", f"{row['captions_per_s']:.2f}"]
-        cells += [f"{ratio:.2f}x" if ratio else "-" for ratio in ratios]
-        cells += [f"{row['peak_mem_bytes'] / 2**30:.2f}", f"{row['mfu']:.1%}", f"{row['loss']:.5f}"]
-        line = f"{engine:<16}" + "".join(f"{cell:>12}" for cell in cells)
-        lines.append(line + f"{'-' if differ is None else f'{differ:.1e}':>18}")
-    return "\n".join(lines)
-
-
 def main(args: BenchArguments) -> None:
-    for value, known in ((args.preset, PRESETS), *((engine, ENGINES) for engine in args.engines)):
+    args.engines = args.engines or list(ENGINES[args.method])[:3]
+    for value, known in ((args.preset, PRESETS), *((engine, ENGINES[args.method]) for engine in args.engines)):
         if value not in known:
             sys.exit(f"error: {value!r} is none of {', '.join(known)}")
     if args.memory_gib and args.device != "cuda":
         sys.exit("error: --memory_gib bounds a GPU's memory: add --device cuda")
 
     import torch
-    from transformers import PrinterCallback
 
-    from vlmcap.experiments import bench
-    from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
-    from vlmcap.models.load import base_model, load_processor
-    from vlmcap.training.collator import BadImages
-    from vlmcap.training.shared_prefix import SharedPrefixCollator
+    from vlmcap.experiments import bench, preference_bench, reward_bench
+    from vlmcap.models.load import load_processor
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch finds no CUDA device")
@@ -117,45 +103,17 @@ def main(args: BenchArguments) -> None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / total)
     preset = PRESETS[args.preset]
+    measure = {"sft": bench, "dpo": preference_bench, "grpo": reward_bench}[args.method].measure
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
         if args.model is None:
             bench.build_checkpoint(preset, processor, folder / "model", args.seed)
         rows = bench.build_rows(args.images, folder, args.seed)
-        if args.method != "sft":
-            return compare_captions(args, preset, folder, processor, rows)
-        trainers = {e: bench.build_trainer(e, args, preset, folder, processor, rows) for e in args.engines}
-        watches = {engine: bench.Watch(args.device) for engine in trainers}
-        for engine, trainer in trainers.items():
-            trainer.add_callback(watches[engine])
-            trainer.remove_callback(PrinterCallback)
-        adapter = bench.random_adapter(next(iter(trainers.values())).model, args.seed)
-        first = bench.compare_first_steps(trainers, watches, adapter)
-        examples = [{"row": number, "captions": row["captions"]} for number, row in enumerate(rows)]
-        bad_images = BadImages(folder / "bad_images.jsonl", limit=0)
-        model = base_model(next(iter(trainers.values())).model)
-        batch = SharedPrefixCollator(rows, processor, JAPANESE_PROMPT, bad_images, model)(examples)
-        for number in range(args.rounds):
-            for engine, trainer in trainers.items():
-                for _ in range(ENGINES[engine]):
-                    bench.step(trainer, adapter)
-                print(f"round {number + 1}: {engine:<16}{watches[engine].seconds[-1]:9.3f} s a step", flush=True)
-            result = bench.summarise(args, preset, trainers, watches, first, batch)
+        for result in measure(args, preset, folder, processor, rows):
             if args.json:
                 write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
-    print(f"\n{table(result)}")
-
-
-def compare_captions(args: BenchArguments, *what) -> None:
-    """The methods that learn from captions compared with each other."""
-    from vlmcap.experiments import preference_bench, reward_bench
-
-    bench = {"dpo": preference_bench, "grpo": reward_bench}[args.method]
-    result = bench.measure(args, *what)
     print(f"\n{bench.table(result)}")
-    if args.json:
-        write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

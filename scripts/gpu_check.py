@@ -4,13 +4,15 @@
     python scripts/gpu_check.py --json out.json               # the same without make: 9 minutes at most
     python scripts/gpu_check.py --minutes 30                  # a T4
     python scripts/gpu_check.py --parts t4 memory             # some parts
-    python scripts/gpu_check.py --preset tiny --device cpu    # whether it runs, in miniature, on a CPU: 3 minutes
+    python scripts/gpu_check.py --preset tiny --device cpu    # whether it runs, in miniature, on a CPU: 4 minutes
 
 It needs no network, no git and no data: the model has Qwen2-VL-2B's size and random weights, the pictures are drawn.
 scripts/README.md says how packages get to a machine without a package index. Parts, in this order:
 
     model        draws and writes the random model, loads it in NF4; always runs, the others load it too
     training     a step of TRL's stock trainer, of the lean one, and of this recipe (scripts/bench_training.py)
+    dpo          a step on preferences: TRL's DPOTrainer and this recipe (scripts/bench_training.py --method dpo)
+    grpo         a step on rewards, sampling included: TRL's GRPOTrainer and this recipe (--method grpo)
     captioning   `generate` and this project's engine (scripts/bench_captioning.py)
     t4           steps with t4.yaml in float16, allowed 14.5 GiB
     memory       steps with base.yaml: the estimate of the start report against what was needed

@@ -152,3 +152,21 @@ def test_held_out_pictures_are_unseen(folder):
         hold_out(rows, 1, seed=1)
     record = preferences_record(str(folder / "three.jsonl"))
     assert record["revision"].startswith("sha256:") and record["split"] == "train"
+
+
+def test_several_prompts(folder):
+    """Each row says which; rows of one picture may differ, the two answers of a row may not."""
+    asked = [PROMPT, "Describe it.", PROMPT]
+    rows = [FORMS["texts"] | {"image": "0.png", "prompt": prompt} for prompt in asked]
+    found = read_preferences(write(folder / "several.jsonl", rows), PROMPT, others=["Describe it."])
+    assert found["asked"] == [asked]
+    with pytest.raises(DataError, match="its prompt is 'Describe it.', and the adapter is asked 'この画像"):
+        read_preferences(str(folder / "several.jsonl"), PROMPT)
+    faults = [
+        ({}, "it has no prompt, and there are several"),
+        ({"prompt": "Describe it.", "chosen": [turn("user", PROMPT), turn("assistant", "猫")]}, "different prompts"),
+    ]
+    for change, message in faults:
+        row = {key: value for key, value in FORMS["texts"].items() if key != "prompt"} | {"image": "0.png"} | change
+        with pytest.raises(DataError, match=message):
+            read_preferences(write(folder / "fault.jsonl", [row]), PROMPT, others=["Describe it."])

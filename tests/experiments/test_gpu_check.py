@@ -1,15 +1,19 @@
 """The check for GPUs: its parts fail alone and in time, its tables say what the rows say, and it runs on a CPU."""
 
 import json
+import runpy
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from vlmcap.arguments import parse
 from vlmcap.experiments import gpu_check
-from vlmcap.experiments.gpu_check import PARTS, missing, report, run, sizes
+from vlmcap.experiments.gpu_check import PARTS, command, missing, report, run, sizes
+from vlmcap.experiments.presets import ENGINES
 
 MACHINE = {
     "hardware": {"device": "NVIDIA H200", "device_memory_bytes": 140 * 2**30},
@@ -118,14 +122,52 @@ def test_the_table_of_the_training_benchmark(repo_root):
 
 def test_a_benchmark_with_other_engines():
     """Without the stock engine there is no ratio; an engine without a name is called as in the JSON."""
-    row = {"engine": "grpo", "step_s_median": 2.0, "captions_per_s": 2.5, "peak_mem_bytes": 2**30, "mfu": 0.5}
+    row = {"engine": "another", "step_s_median": 2.0, "captions_per_s": 2.5, "peak_mem_bytes": 2**30, "mfu": 0.5}
     _, cells = PARTS["flex"].table([row | {"loss": 1.0, "max_grad_rel_diff": None}])
-    assert cells == ["grpo", "2.000", "2.50", "-", "-", "1.00 GiB", "50%", "1.0000", "-"]
+    assert cells == ["another", "2.000", "2.50", "-", "-", "1.00 GiB", "50%", "1.0000", "-"]
     row = {"engine": "branches_both", "images_per_s": 3.0, "peak_mem_bytes": 2**30}
     row |= {"identical_captions": 5, "captions": 6}
     stock = row | {"engine": "stock_both", "images_per_s": 1.5, "identical_captions": 6}
     _, _, cells = PARTS["captioning"].table([stock, row])
     assert cells[1:] == ["3.00", "2.00", "1.00 GiB", "5 of 6"]
+
+
+def test_the_tables_of_training_further():
+    """On preferences and on rewards: against TRL's trainer and against the lean one, if they were measured."""
+    row = {"peak_mem_bytes": 3 * 2**30}
+    trl, lean, ours = (
+        row | {"engine": name, "step_s_median": seconds, "samples_per_s": 20 / seconds}
+        for name, seconds in {"trl_grpo": 8.0, "trl_grpo_lean": 4.0, "grpo": 0.5}.items()
+    )
+    head, *cells = PARTS["grpo"].table([trl, lean, ours])
+    assert head[0] == "one step of 20 samples" and len({*map(len, (head, *cells))}) == 1
+    assert cells[0][1:] == ["8.000", "2.50", "1.00", "0.50", "3.00 GiB"]
+    assert cells[2] == ["this recipe", "0.500", "40.00", "16.00", "8.00", "3.00 GiB"]
+    alone = row | {"engine": "dpo", "step_s_median": 2.0, "pairs_per_s": 2.0}
+    head, cells = PARTS["dpo"].table([alone])
+    assert head[0] == "one step of 4 pairs" and cells[3:5] == ["-", "-"]
+
+
+def test_the_benchmarks_take_their_options(repo_root):
+    """And all that they measure has a name in the tables."""
+    args = SimpleNamespace(preset="tiny", device="cpu")
+    for name, part in PARTS.items():
+        if not part.command:
+            continue
+        _, script, *words = command(name, args, Path("folder"), sizes("cpu", None))
+        (parsed,) = parse("", runpy.run_path(script)["BenchArguments"], command_line=words)
+        assert parsed.model == "folder/model" and parsed.json == f"folder/{name}.json" and parsed.rounds == 1
+        assert set(parsed.engines or ENGINES[parsed.method]) <= set(gpu_check.ENGINES), name
+    assert [name for name, part in PARTS.items() if "bench_training" in part.command] == [
+        "training",
+        "dpo",
+        "grpo",
+        "flex",
+    ]
+
+
+def test_the_parts_share_nine_minutes():
+    assert sum(part.seconds for part in PARTS.values()) == 9 * 60
 
 
 def test_settings_that_ran_out_of_memory_are_in_the_table():
@@ -139,18 +181,21 @@ def test_settings_that_ran_out_of_memory_are_in_the_table():
 
 
 def test_on_a_cpu(run_script, tmp_path):
-    """In miniature, from another folder: the model, a killed and resumed run, and one process under the launcher."""
+    """In miniature, from another folder: the model, a benchmark, a killed and resumed run, and one process under the
+    launcher."""
     out = tmp_path / "out.json"
     small = ["--preset", "tiny", "--device", "cpu", "--minutes", 60, "--json", out]
-    done = run_script("gpu_check.py", *small, "--parts", "resume", "fsdp", "flex")
+    done = run_script("gpu_check.py", *small, "--parts", "dpo", "resume", "fsdp", "flex")
     result = json.loads(out.read_text(encoding="utf-8"))
     assert {name: part["status"] for name, part in result["parts"].items()} == {
         "model": "ok",
+        "dpo": "ok",
         "flex": "skipped",
         "resume": "ok",
         "fsdp": "ok",
     }
     (model,), (resumed,), (sharded,) = (result["rows"][name] for name in ("model", "resume", "fsdp"))
+    assert [row["engine"] for row in result["rows"]["dpo"]] == ["trl_dpo", "trl_dpo_lean", "dpo"]
     assert model["layers_in_4_bits"] == 8 * 7 and model["preset"] == "tiny"
     assert resumed["resumed_difference"] == resumed["repeated_difference"] == 0 < resumed["largest_change"]
     assert resumed["resumed_after"] == 3 and len(resumed["losses"]) == 6

@@ -63,8 +63,17 @@ def result_of(trainer, gradients: Gradients) -> dict:
 
 def train(pictures: Path, output: Path, settings: dict) -> None:
     """A few steps of Qwen2-VL: losses, the gradients of the first step, and what wrapped the model."""
+    train_on(tiny.read_pictures(pictures), output, settings)
+
+
+def train_prompted(pictures: Path, output: Path, settings: dict) -> None:
+    """The same, of captions with prompts of their own, and conversations."""
+    train_on(tiny.prompted(tiny.read_pictures(pictures)), output, settings)
+
+
+def train_on(rows, output: Path, settings: dict) -> None:
     settings = {"max_steps": 6, "max_grad_norm": 0.0, "learning_rate": 1e-2} | settings
-    trainer = tiny.build_trainer(output.parent, tiny.read_pictures(pictures), **settings)
+    trainer = tiny.build_trainer(output.parent, rows, **settings)
     gradients = Gradients()
     trainer.add_callback(gradients)
     trainer.train()

@@ -44,9 +44,7 @@ def write_adapter(folder: Path, architecture: str = "qwen2_vl") -> Path:
     return folder / "adapter"
 
 
-def build(
-    folder: Path, rows, adapter: Path, kind=CaptionGRPOTrainer, architecture="qwen2_vl", model=None, **settings
-) -> CaptionGRPOTrainer:
+def build(folder: Path, rows, adapter: Path, architecture="qwen2_vl", model=None, **settings) -> CaptionGRPOTrainer:
     """A trainer that takes one step on all pictures, three samples of nine tokens each. `settings` of the trainer
     (features, validation, figures, rewards) go to it, the others into its arguments."""
     model = model or tiny.build_model(architecture)
@@ -57,7 +55,7 @@ def build(
     defaults |= {"per_device_train_batch_size": len(rows) // accumulated, "save_strategy": "no", "seed": 5}
     defaults |= {"num_generations": 3, "max_completion_length": 9, "loss_type": "grpo", "report_to": "none"}
     defaults |= {"use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False}
-    return kind(
+    return CaptionGRPOTrainer(
         model,
         CaptionGRPOConfig(str(folder / "run"), **defaults | settings),
         rows,

@@ -9,7 +9,7 @@ from PIL import Image
 from trl import DPOConfig, DPOTrainer
 
 from tests.invariants import tiny
-from tests.invariants.tiny import PAIRS, PROMPT, assert_same_step, loss_and_gradients
+from tests.invariants.tiny import PAIRS, assert_same_step, loss_and_gradients
 
 
 def move_on(model) -> None:
@@ -27,13 +27,13 @@ def ours(pictures, tmp_path, **settings):
     return trainer
 
 
-def theirs(pictures, tmp_path, **settings) -> DPOTrainer:
+def theirs(pictures, tmp_path, source="preferences.jsonl", **settings) -> DPOTrainer:
     """TRL keeps the start as a second adapter, "ref", of its own."""
-    lines = [json.loads(line) for line in (pictures / "preferences.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (pictures / source).read_text(encoding="utf-8").splitlines()]
     examples = [
         {
             "images": [Image.open(pictures / line["image"]).convert("RGB")],
-            "prompt": [{"role": "user", "content": PROMPT}],
+            "prompt": [{"role": "user", "content": line["prompt"]}],
             "chosen": [{"role": "assistant", "content": line["chosen"]}],
             "rejected": [{"role": "assistant", "content": line["rejected"]}],
         }
@@ -74,6 +74,13 @@ def assert_same_preferences(one, *others) -> None:
 def test_a_step_is_that_of_trl(pictures, tmp_path, loss):
     """Several pairs of an image, captions in two of them, pictures of six sizes; the reference is another adapter."""
     assert_same_preferences(ours(pictures, tmp_path, **loss), theirs(pictures, tmp_path, **loss))
+
+
+def test_a_step_with_several_prompts_is_that_of_trl(pictures, tmp_path):
+    """Pairs of an image in three languages: each caption is a branch with its own prompt."""
+    one = ours(pictures, tmp_path, source="prompted.jsonl", others=tiny.OTHERS)
+    assert any(len({said for (said,) in prompts}) == 3 for prompts in one.train_dataset["prompts"])
+    assert_same_preferences(one, theirs(pictures, tmp_path, source="prompted.jsonl"))
 
 
 def test_accumulated_is_batched_and_trl(pictures, tmp_path):

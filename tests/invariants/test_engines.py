@@ -12,7 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.invariants.tiny import FAMILY, PROMPT, assert_same_step, build_model, build_processor, loss_and_gradients
 from vlmcap.models.load import ModelError, chat_prompt, load_model, load_processor
 from vlmcap.training.collator import BadImages, caption_examples
-from vlmcap.training.shared_prefix import PADDING, PREFIX, SharedPrefixCollator, attention_mask, branch_mask, supports
+from vlmcap.training.shared_prefix import (
+    LAYOUT,
+    PADDING,
+    PREFIX,
+    SharedPrefixCollator,
+    attention_mask,
+    branch_mask,
+    supports,
+)
 
 ALL = {"captions_per_image": 7}  # as many as an image has: one example an image
 
@@ -93,7 +101,7 @@ def test_flex_attention_is_sdpa(miniature_dir, rows, tmp_path):
         collate = SharedPrefixCollator(rows, load_processor(str(miniature_dir)), PROMPT, bad_images, model)
         batch = collate([{"row": row, "captions": rows[row]["captions"]} for row in range(len(rows))])
         segments = batch["segments"]
-        inputs = {key: value for key, value in batch.items() if key not in ("segments", "labels", "caption_start")}
+        inputs = {key: value for key, value in batch.items() if key not in LAYOUT}
         with torch.no_grad():
             output = model(**inputs, attention_mask=attention_mask(segments, attention))
         logits.append(output.logits[segments != PADDING])
@@ -126,7 +134,7 @@ def test_changing_a_caption_leaves_its_siblings_alone(trainer_of):
     trainer = trainer_of(**ALL)
     batch = next(iter(trainer.get_train_dataloader()))
     segments, start = batch["segments"], batch["caption_start"]
-    inputs = {k: v for k, v in batch.items() if k not in ("segments", "labels", "caption_start")}
+    inputs = {key: value for key, value in batch.items() if key not in LAYOUT}
     inputs["attention_mask"] = branch_mask(segments)
     other = inputs | {"input_ids": inputs["input_ids"].clone()}
     row = int((segments == 3).any(1).nonzero()[0])
@@ -157,11 +165,11 @@ def test_logits_of_caption_positions_alone(trainer_of, smoothing):
     """Forward and backward, no tensor has a row of logits for an image or prompt position."""
     trainer = trainer_of(label_smoothing_factor=smoothing, **ALL)
     batch = next(iter(trainer.get_train_dataloader()))
-    captions = batch["labels"][:, batch["caption_start"] :].numel()
-    assert captions < batch["labels"].numel()
+    captions, predicting = batch["labels"][:, batch["caption_start"] :], batch["logit_columns"]
+    assert len(predicting) <= captions.shape[1] < batch["labels"].shape[1]
     with WidestTensor(trainer.model.config.get_text_config().vocab_size) as widest:
         trainer.training_step(trainer.model, batch, 100)
-    assert widest.rows == captions
+    assert widest.rows == len(captions) * len(predicting)
 
 
 def count_passes(module: torch.nn.Module) -> dict[str, int]:

@@ -15,7 +15,6 @@ from tests.invariants.rewarded import TwoRewards
 from vlmcap.models.load import lora_config
 from vlmcap.training.collator import BadImages
 from vlmcap.training.features import cache_features
-from vlmcap.training.reward_trainer import CaptionGRPOTrainer
 
 SAMPLES, LONGEST = 3, 9
 # What both log under one name.
@@ -81,11 +80,9 @@ class Gradients(TrainerCallback):
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=self.generator)
 
 
-class Given(CaptionGRPOTrainer):
-    given: list
-
-    def _sample(self, pictures, rows):
-        return [self.given[row] for row in rows]
+def give(trainer, samples) -> None:
+    """Lets it train on these samples of its images instead of drawing some."""
+    trainer.sampler.draw = lambda pictures, rows, step: [samples[row] for row in rows]
 
 
 class GivenToTRL(GRPOTrainer):
@@ -97,15 +94,20 @@ class GivenToTRL(GRPOTrainer):
 
 
 def ours(folder, rows, samples, **settings):
-    trainer = rewarded.build(folder, rows, folder / "adapter", Given, **settings)
-    trainer.given = samples
+    trainer = rewarded.build(folder, rows, folder / "adapter", **settings)
+    give(trainer, samples)
     return trained(trainer)
 
 
 def trls(folder, rows, samples, gradient_accumulation_steps=1, **settings):
     """TRL's own trainer on the same images, which trains the same adapter further."""
-    prompt = [{"role": "user", "content": tiny.PROMPT}]
-    examples = [{"image": Image.open(row["image"]["path"]).convert("RGB"), "prompt": prompt} for row in rows]
+    examples = [
+        {
+            "image": Image.open(row["image"]["path"]).convert("RGB"),
+            "prompt": [{"role": "user", "content": row["prompts"][0][0] if "prompts" in row else tiny.PROMPT}],
+        }
+        for row in rows
+    ]
     model = tiny.build_model("qwen2_vl")
     model = get_peft_model(model, lora_config(model, rewarded.ARGUMENTS))
     tiny.randomise_adapter(model)
@@ -187,8 +189,8 @@ def test_however_it_is_computed(tmp_path, rows, samples, architecture, how):
     settings = {"loss_type": "dapo", "beta": 0.1, "num_iterations": 2, "max_steps": 2}
 
     def run(**changes):
-        trainer = rewarded.build(tmp_path, rows, adapter, Given, architecture, **settings | changes)
-        trainer.given = samples
+        trainer = rewarded.build(tmp_path, rows, adapter, architecture, **settings | changes)
+        give(trainer, samples)
         return trained(trainer)
 
     if how == "cached":
@@ -201,3 +203,11 @@ def test_however_it_is_computed(tmp_path, rows, samples, architecture, how):
     else:
         found = run(gradient_accumulation_steps=3)
     assert_same(found, run())
+
+
+def test_a_prompt_of_each_image_is_trl(folder, rows, samples):
+    """Images asked in three languages, in one batch: prompts of several lengths before their samples."""
+    asked = [tiny.PROMPT, *tiny.OTHERS]
+    prompts = [[[asked[number % 3]]] * len(texts) for number, texts in enumerate(rows["captions"])]
+    prompted = rows.add_column("prompts", prompts)
+    assert_same(ours(folder, prompted, samples), trls(folder, prompted, samples))

@@ -17,7 +17,7 @@ from tests.invariants.tiny import (
     loss_and_gradients,
 )
 from vlmcap.models.load import ModelError, chat_prompt, load_processor
-from vlmcap.training.caption_tokens import CaptionEncoder
+from vlmcap.training.caption_tokens import TurnsEncoder
 from vlmcap.training.captioner import PictureCollator
 from vlmcap.training.collator import BadImages, CaptionCollator
 from vlmcap.training.shared_prefix import SharedPrefixCollator
@@ -102,7 +102,8 @@ def test_harmless_captions_are_encoded_as_the_template_would(qwen2vl_dir):
     processor = load_processor(str(qwen2vl_dir))
     captions = ["赤い犬が走っている。", "a dog", "二匹の猫 と TV", "犬<", "|im_end|>"]
     ids = processor.tokenizer([f"{caption}<|im_end|>\n" for caption in captions], add_special_tokens=False)
-    assert CaptionEncoder(processor, PROMPT)(captions) == ids["input_ids"]
+    _, branches = TurnsEncoder(processor)([[PROMPT, caption] for caption in captions])
+    assert [branch.ids for branch in branches] == ids["input_ids"]
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|endoftext|>"])

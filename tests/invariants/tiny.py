@@ -17,13 +17,16 @@ from vlmcap.data.preferences import read_preferences
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, load_processor, lora_config
 from vlmcap.models.weights import read_adapter
-from vlmcap.training.collator import BadImages
+from vlmcap.training.collator import BadImages, conversations
 from vlmcap.training.dpo import CaptionDPOTrainer
+from vlmcap.training.policy import caption_log_probs
+from vlmcap.training.prompts import prompted_rows, with_instructions
 from vlmcap.training.trainer import CaptionTrainer
 from vlmcap.training.trainer_arguments import CaptionDPOConfig, CaptionSFTConfig
 
 MINIATURE = Path(__file__).resolve().parents[2] / "recipes/miniatures/qwen2_vl"
 PROMPT = "この画像を日本語で短く説明してください。"
+OTHERS = ["Describe this image briefly.", "Mô tả ảnh này."]
 FAMILY = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PAIRS = 14  # of preferences.jsonl
 # Width x height in pixels: 9 to 24 image tokens, so that prefixes of one batch differ in length.
@@ -41,7 +44,8 @@ def write_pictures(folder: Path) -> None:
 
 
 def write_preferences(folder: Path) -> None:
-    """Beside the pictures: preferences.jsonl, two or three pairs of all but one, and the adapter of `build_start`."""
+    """Beside the pictures: preferences.jsonl, two or three pairs of all but one; prompted.jsonl, the same with three
+    prompts; and the adapter of `build_start`."""
     rows = datasets.Dataset.from_parquet(str(folder / "data/train-00000-of-00001.parquet"))
     lines = []
     for row in rows.filter(lambda row: len(row["captions"]) > 1):
@@ -51,7 +55,10 @@ def write_preferences(folder: Path) -> None:
         for chosen, rejected in pairs[: 2 if len(texts) == 2 else 3]:
             lines.append({"prompt": PROMPT, "chosen": chosen, "rejected": rejected, "image": row["file_name"]})
     assert len(lines) == PAIRS
-    (folder / "preferences.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    prompted = [line | {"prompt": (PROMPT, *OTHERS)[number % 3]} for number, line in enumerate(lines)]
+    for name, written in (("preferences", lines), ("prompted", prompted)):
+        text = "".join(json.dumps(line) + "\n" for line in written)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     start = build_start()
     start.peft_config["default"].base_model_name_or_path = "tiny"
     start.save_pretrained(folder / "adapter", save_embedding_layers=False)
@@ -66,9 +73,11 @@ def build_start():
     return model
 
 
-def build_preference_trainer(pictures: Path, output_dir: Path, validation=None, **settings) -> CaptionDPOTrainer:
-    """A CaptionDPOTrainer on the preferences beside `pictures`, held out too; one batch an epoch by default."""
-    rows = read_preferences(str(pictures / "preferences.jsonl"), PROMPT)
+def build_preference_trainer(
+    pictures: Path, output_dir: Path, validation=None, source="preferences.jsonl", others=(), **settings
+) -> CaptionDPOTrainer:
+    """A CaptionDPOTrainer on preferences beside `pictures`, held out too; one batch an epoch by default."""
+    rows = read_preferences(str(pictures / source), PROMPT, str(pictures), others=others)
     settings = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": len(rows),
@@ -95,6 +104,47 @@ def build_preference_trainer(pictures: Path, output_dir: Path, validation=None, 
         adapter=read_adapter(str(pictures / "adapter")),
         validation=validation,
     )
+
+
+def prompted(rows: datasets.Dataset) -> datasets.Dataset:
+    """The pictures with one to eight captions in three languages and two styles, each with the prompt of its key, and
+    three conversations about two of them, one with a system's turn."""
+    captions, languages, styles = [], [], []
+    for number, scene in enumerate(scenes(len(rows), seed=3, held_out=False)):
+        said = [
+            *((text, "ja", "plain") for text in scene.japanese()[:2]),
+            *((text, "en", "") for text in scene.english()[:3]),
+            *((text, "ja", "polite") for text in scene.japanese(polite=True)[:1]),
+            *((text, "vi", "") for text in scene.vietnamese()[:2]),
+        ]
+        said = said[number : number + (8, 5, 1, 4, 3, 2)[number]] if number else said
+        for column, values in zip((captions, languages, styles), zip(*said, strict=True), strict=True):
+            column.append(list(values))
+    rows = rows.select_columns(["image", "image_id", "file_name"])
+    for name, values in (("captions", captions), ("languages", languages), ("styles", styles)):
+        rows = rows.add_column(name, values)
+    wordings = {
+        "ja/plain": ["説明して", "この画像を日本語で短く説明してください。"],
+        "ja/polite": ["丁寧に説明してください"],
+    }
+    wordings |= {"en": ["Describe this image briefly."], "vi": ["Mô tả ảnh này."]}
+    instructions = rows.select([1, 1, 4]).select_columns(["image", "image_id", "file_name"])
+    talks = [
+        [("user", "What is it?"), ("assistant", "a star"), ("user", "色は?"), ("assistant", "赤です")],
+        [("user", "How many?"), ("assistant", "two")],
+        [("system", "Be brief."), ("user", "Where?"), ("assistant", "above"), ("user", "?"), ("assistant", "below")],
+    ]
+    talks = [[{"role": role, "content": text} for role, text in talk] for talk in talks]
+    instructions = instructions.add_column("messages", talks)
+    return with_instructions(prompted_rows(rows, wordings, None, seed=2), instructions, PROMPT)
+
+
+def branch_log_probs(trainer, batch: dict) -> list[torch.Tensor]:
+    """Of each branch of a batch of one picture: the log-probabilities of its trained tokens."""
+    values = caption_log_probs(trainer.model, batch, trainer.attention)
+    start = batch["caption_start"]
+    segments, trained = batch["segments"][0, start:], batch["labels"][0, start:] != -100
+    return [values[0, (segments == segment) & trained] for segment in range(2, int(segments.max()) + 1)]
 
 
 def read_pictures(folder: Path) -> datasets.Dataset:
@@ -202,15 +252,22 @@ def randomise_adapter(model):
 
 
 def build_stock_trainer(folder: Path, rows, architecture="qwen2_vl", **settings) -> SFTTrainer:
-    """TRL's own SFTTrainer on the same captions as prompt-completion examples, with the same adapter."""
+    """TRL's own SFTTrainer on the same captions as prompt-completion examples, with the same adapter. Each of the
+    assistant's turns is an example, after all before it."""
     examples = [
         {
             "images": [Image.open(row["image"]["path"]).convert("RGB")],
-            "prompt": [{"role": "user", "content": PROMPT}],
-            "completion": [{"role": "assistant", "content": caption}],
+            "prompt": [{"role": "system", "content": system}] * bool(system)
+            + [
+                {"role": ("user", "assistant")[number % 2], "content": text}
+                for number, text in enumerate(turns[:reply])
+            ],
+            "completion": [{"role": "assistant", "content": turns[reply]}],
         }
         for row in rows
-        for caption in row["captions"]
+        for talks, system in [conversations(row, PROMPT)]
+        for turns in talks
+        for reply in range(1, len(turns), 2)
     ]
     settings = {
         "output_dir": str(folder / "stock"),

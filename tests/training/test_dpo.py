@@ -72,13 +72,22 @@ def test_each_caption_has_the_log_probability_of_its_sequence(pictures, tmp_path
 
 
 def test_captions_of_several_pairs_are_laid_out_once():
-    rows = {"chosen": [["a", "a", "b"]], "rejected": [["b", "c", "c"]]}
+    rows = {"chosen": [["a", "a", "b"]], "rejected": [["b", "c", "c"]], "asked": [["x"] * 3]}
     (whole,) = pair_examples(rows, 4)
     assert whole == {"row": 0, "captions": ["a", "b", "c"], "chosen": [0, 0, 1], "rejected": [1, 2, 2]}
     first, second = pair_examples(rows, 2)
     assert first["captions"] == ["a", "b", "c"] and second == {
         "row": 0, "captions": ["b", "c"], "chosen": [0], "rejected": [1]
     }  # fmt: skip
+    (several,) = pair_examples(rows | {"asked": [["x", "x", "y"]]}, 4)
+    assert several["captions"] == ["a", "b", "b", "c", "c"] and several["prompts"] == [
+        ["x"],
+        ["y"],
+        ["x"],
+        ["x"],
+        ["y"],
+    ]
+    assert several["chosen"] == [0, 0, 1] and several["rejected"] == [2, 3, 4]
 
 
 def test_robust_loss_is_an_unbiased_estimate():

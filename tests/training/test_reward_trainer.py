@@ -18,7 +18,8 @@ from vlmcap.rewards.arguments import RewardError
 from vlmcap.rewards.combined import Rewarded
 from vlmcap.training import checkpoints
 from vlmcap.training.arguments import CaptionGRPOFields, TrainerFields
-from vlmcap.training.reward_trainer import CaptionGRPOTrainer, RepeatingSampler, grpo_report
+from vlmcap.training.reward_trainer import grpo_report
+from vlmcap.training.sampling import RepeatingSampler
 from vlmcap.training.trainer_arguments import CaptionGRPOConfig
 from vlmcap.training.validation import CaptionValidation
 
@@ -46,39 +47,47 @@ def build(folder, rows, tmp_path):
     return build
 
 
-class Kept(CaptionGRPOTrainer):
-    """Keeps the samples of every step, by row."""
+def keep_samples(trainer) -> list[dict]:
+    """The samples of every step that it will take, by row."""
+    kept, draw = [], trainer.sampler.draw
 
-    def _sample(self, pictures, rows):
-        found = super()._sample(pictures, rows)
-        self.kept = [*getattr(self, "kept", []), dict(zip(rows, found, strict=True))]
+    def keep(pictures, rows, step):
+        found = draw(pictures, rows, step)
+        kept.append(dict(zip(rows, found, strict=True)))
         return found
+
+    trainer.sampler.draw = keep
+    return kept
 
 
 # Samples -------------------------------------------------------------------------------------------------------------
 def test_samples_depend_on_seed_step_and_image_alone(build):
-    whole = build("whole", kind=Kept, max_steps=2)
+    whole = build("whole", max_steps=2)
+    in_whole = keep_samples(whole)
     whole.train()
-    parts = build("parts", kind=Kept, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3)
-    parts.sampled_at_once = 1
+    parts = build("parts", max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    parts.sampler.at_once = 1
+    in_parts = keep_samples(parts)
     parts.train()
-    assert whole.kept == parts.kept
-    assert whole.kept[0] != whole.kept[1]
-    other = build("other", kind=Kept, seed=6)
+    assert in_whole == in_parts
+    assert in_whole[0] != in_whole[1]
+    other = build("other", seed=6)
+    in_other = keep_samples(other)
     other.train()
-    assert other.kept[0] != whole.kept[0]
-    samples = [sample for images in whole.kept[0].values() for sample in images]
+    assert in_other[0] != in_whole[0]
+    samples = [sample for images in in_whole[0].values() for sample in images]
     assert len({tuple(sample) for sample in samples}) > 12, "samples of one image should differ"
 
 
 def test_no_special_token_is_sampled_but_the_end(build):
     """At this temperature all tokens are about as likely. Without the bar a third of these samples would hold one."""
-    trainer = build(kind=Kept, temperature=1000.0, num_generations=30, max_completion_length=30)
+    trainer = build(temperature=1000.0, num_generations=30, max_completion_length=30)
     tokenizer = trainer.processing_class.tokenizer
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = set(trainer.sampling.eos_token_id)
+    ends = set(trainer.sampler.config.eos_token_id)
+    kept = keep_samples(trainer)
     trainer.train()
-    samples = [sample for images in trainer.kept[0].values() for sample in images]
+    samples = [sample for images in kept[0].values() for sample in images]
     assert len(special - ends) > 5
     assert not any(special & set(sample[:-1]) or (special - ends) & set(sample) for sample in samples)
     assert any(sample[-1] in ends for sample in samples) and any(len(sample) == 30 for sample in samples)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from vlmcap.errors import UserError
 
@@ -95,6 +95,14 @@ class PromptArguments:
             odd = sorted(set(self.prompt_weights) ^ set(wordings))
             raise ValueError(f"prompt_weights must have the keys of prompts, and differ in {', '.join(odd)}")
         self.wordings: dict[str, list[str]] = wordings
+
+    def main(self, args: GenerationArguments) -> GenerationArguments:
+        """`args` with the first wording of the first key as its prompt, if there are prompts."""
+        return replace(args, prompt=next(iter(self.first_wordings.values()))) if self.prompts else args
+
+    def all_wordings(self, prompt: str) -> list[str]:
+        """Every prompt that is trained on, the main one first: `prompt`, or the wordings of all keys."""
+        return [text for texts in self.wordings.values() for text in texts] or [prompt]
 
     @property
     def first_wordings(self) -> dict[str, str]:

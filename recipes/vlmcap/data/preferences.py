@@ -2,10 +2,10 @@
 
 A row holds `chosen` and `rejected`, each a text or a list of messages, and one picture in `image` or `images`
 (embedded, or a path). `prompt`, a text or messages, may be a column, or the turn in front of both answers, or missing:
-then the rows are of whatever prompt they are used with. Rows of the same picture become one row with all its pairs.
+then the rows are of the prompt that they are used with. Rows of the same picture become one row with all its pairs.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha256
@@ -37,6 +37,7 @@ def read_preferences(
     image_dir: str | None = None,
     split: str = "train",
     revision: str | None = None,
+    others: Sequence[str] = (),
 ) -> datasets.Dataset:
     """The pairs of a file or dataset by picture. Every picture is decoded once, so that none fails later.
 
@@ -46,11 +47,12 @@ def read_preferences(
         image_dir: folder of the pictures, where rows name files. Without it a name in a file of rows is a path as
             seen from the working folder, or else from the folder of that file.
         split, revision: of a dataset.
+        others: more prompts that rows may have, in other languages for instance. Every row must then have one.
 
     Returns:
         One row an image, in the order of their first pairs: `image` (undecoded), `image_id` and `file_name` (texts),
-        `chosen` and `rejected` (lists of as many texts), `sha256` of the picture's file. `image_id` is that of the
-        rows, or else the first digits of `sha256`.
+        `chosen`, `rejected` and `asked` (lists of as many texts; the prompts), `sha256` of the picture's file.
+        `image_id` is that of the rows, or else the first digits of `sha256`.
 
     Raises:
         DataError: there is no such source, or no pair in it; naming rows: a text is missing, empty or the same on both
@@ -64,7 +66,7 @@ def read_preferences(
     faults, pairs = [], []
     for number, record in enumerate(records):
         try:
-            pairs.append(_pair(record, prompt))
+            pairs.append(_pair(record, [prompt, *others]))
         except ValueError as error:
             faults.append(f"{place(number)}: {error}")
             pairs.append(None)
@@ -94,6 +96,7 @@ def read_preferences(
         "file_name": [Path(cell["path"] or "").name or image_id for cell, image_id in zip(cells, groups, strict=True)],
         "chosen": [[pairs[number]["chosen"] for number in numbers] for numbers in groups.values()],
         "rejected": [[pairs[number]["rejected"] for number in numbers] for numbers in groups.values()],
+        "asked": [[pairs[number]["asked"] for number in numbers] for numbers in groups.values()],
         "sha256": list(known.values()),
     }
     more = datasets.Dataset.from_dict(columns)
@@ -254,18 +257,21 @@ def _identify(
 
 
 # What a row says ----------------------------------------------------------------------------------------------------
-def _pair(record: dict, prompt: str) -> dict:
-    """{"chosen", "rejected", "image_id"} of a row; ValueError where it says anything else than a preference."""
-    texts = {}
+def _pair(record: dict, prompts: list[str]) -> dict:
+    """{"chosen", "rejected", "asked", "image_id"} of a row. Raises ValueError where it is no preference."""
+    texts, found = {}, set()
     for side in ("chosen", "rejected"):
-        asked, texts[side] = _answer(record.get(side), side)
-        for turns in (asked, record.get("prompt")):
-            if turns:
-                _check_prompt(turns, prompt)
+        turns, texts[side] = _answer(record.get(side), side)
+        found |= {_prompt(asked, prompts) for asked in (turns, record.get("prompt")) if asked}
         if not texts[side].strip():
             raise ValueError(f"{side} is an empty text")
     if texts["chosen"].strip() == texts["rejected"].strip():
         raise ValueError(f"chosen and rejected are the same text, {shown(texts['chosen'])}")
+    if len(found) > 1:
+        raise ValueError(f"chosen and rejected answer different prompts, {' and '.join(map(shown, sorted(found)))}")
+    if not found and len(prompts) > 1:
+        raise ValueError(f"it has no prompt, and there are several: {', '.join(map(shown, prompts))}")
+    texts["asked"] = found.pop() if found else prompts[0]
     image_id = record.get("image_id")
     if image_id is not None and type(image_id) not in (int, str):
         raise ValueError(f"image_id must be a number or a text, but is {shown(image_id)}")
@@ -283,18 +289,21 @@ def _answer(value: object, side: str) -> tuple[list, str]:
     return value[:-1], _text(value[-1].get("content"), side)
 
 
-def _check_prompt(turns: object, prompt: str) -> None:
+def _prompt(turns: object, prompts: list[str]) -> str:
+    """The text of a prompt, one of `prompts`."""
     if isinstance(turns, str):
         asked = turns
     elif isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], dict) and turns[0].get("role") == "user":
         asked = _text(turns[0].get("content"), "prompt")
     else:
         raise ValueError(f"the prompt must be a text or one turn of the user, but is {shown(turns)}")
-    if asked != prompt:
+    if asked not in prompts:
         raise ValueError(
-            f"its prompt is {shown(asked)}, and the adapter is asked {shown(prompt)}: what is preferred as an answer"
-            " to one says nothing of the other. Write the adapter's prompt, or leave the column out"
+            f"its prompt is {shown(asked)}, and the adapter is asked {' or '.join(map(shown, prompts))}: what is"
+            " preferred as an answer to one says nothing of the other. Write the adapter's prompt, or leave the column"
+            " out"
         )
+    return asked
 
 
 def _text(content: object, what: str) -> str:

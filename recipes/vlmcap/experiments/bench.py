@@ -1,6 +1,7 @@
 """What scripts/bench_training.py measures: trainers on random weights, their steps, and what a step must compute.
 
-`args` is the script's BenchArguments, `preset` the widths and depths of the model.
+`args` is the script's BenchArguments, `preset` the widths and depths of the model. The last part of the module is
+shared with `preference_bench` and `reward_bench`, which train an adapter further.
 """
 
 import ctypes
@@ -9,22 +10,26 @@ import re
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import datasets
 import psutil
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PrinterCallback, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from vlmcap import provenance
 from vlmcap.data.images import open_image
+from vlmcap.experiments.presets import ENGINES
+from vlmcap.markdown import text_table
 from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, base_model, count_parameters, load_model, lora_config
 from vlmcap.training.collator import BadImages
-from vlmcap.training.shared_prefix import PADDING, PREFIX, branch_mask
+from vlmcap.training.shared_prefix import PADDING, PREFIX, SharedPrefixCollator, branch_mask
 from vlmcap.training.trainer import CaptionTrainer
 from vlmcap.training.trainer_arguments import CaptionSFTConfig
 
@@ -32,6 +37,9 @@ from vlmcap.training.trainer_arguments import CaptionSFTConfig
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L4": 121e12, "A10": 125e12, "T4": 65e12}
 # What a model is loaded in on a GPU for a precision, as the recipe does on one that has no other.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Of a document -> what the column of a table is called.
+SPEEDUPS = {"speedup_vs_stock": "vs stock", "speedup_vs_stock_lean": "vs lean"}
+SPEEDUPS |= {"speedup_vs_trl": "vs TRL", "speedup_vs_trl_lean": "vs lean"}
 
 
 def build_checkpoint(preset: dict, processor, folder: Path, seed: int, device: str = "cpu") -> None:
@@ -87,20 +95,12 @@ def build_trainer(engine: str, args, preset: dict, folder: Path, processor, rows
     flags = {"bf16": None, "fp16": False} if args.precision is None else {"bf16": False, "fp16": False}
     if args.precision in ("bf16", "fp16"):
         flags[args.precision] = True
-    settings = {
-        "output_dir": str(folder / engine),
+    settings = one_step(engine, args, folder) | {
         "per_device_train_batch_size": len(rows) if fast else sum(map(len, rows["captions"])),
-        "max_steps": 1,
         "learning_rate": 1e-4,
         "label_smoothing_factor": 0.0 if engine == "trl_stock_lean" else 0.1,
         "gradient_checkpointing": args.gradient_checkpointing if fast else engine == "trl_stock",
-        "use_cpu": args.device == "cpu",
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
         "max_length": None,
-        "seed": args.seed,
     }
     model = load_model(
         str(args.model or folder / "model"),
@@ -108,8 +108,7 @@ def build_trainer(engine: str, args, preset: dict, folder: Path, processor, rows
         dtype=DTYPES.get(args.precision) if args.device == "cuda" else None,
         attn_implementation="flex_attention" if engine == "shared_prefix_flex" else "sdpa",
     )
-    # Without dropout, so that losses and gradients can be compared.
-    peft_config = lora_config(model, ModelArguments(model_name_or_path=args.preset, lora_dropout=0.0))
+    peft_config = adapter_config(args, model)
     torch.manual_seed(args.seed)
     if fast:
         return CaptionTrainer(
@@ -139,9 +138,7 @@ def build_trainer(engine: str, args, preset: dict, folder: Path, processor, rows
         peft_config=peft_config,
     )
     if not recipe.bf16:  # neither float32 on a CPU nor the GradScaler takes TRL's bfloat16 trainables
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        train_in_float32(trainer.model)
     return trainer
 
 
@@ -152,6 +149,12 @@ class Watch(TrainerCallback):
         self.cuda = device == "cuda"
         self.seconds, self.peak = [], []
         self.keep_gradients, self.gradients = False, None
+
+    def forget(self) -> None:
+        """What a first step, which is slower or was compared, has left."""
+        self.keep_gradients, self.gradients = False, None
+        self.seconds.clear()
+        self.peak.clear()
 
     def memory(self) -> int:
         return torch.cuda.memory_allocated() if self.cuda else psutil.Process().memory_info().rss
@@ -270,9 +273,7 @@ def compare_first_steps(trainers: dict, watches: dict, adapter: dict) -> dict[st
             trainer.args.label_smoothing_factor = epsilon
             losses[engine, epsilon] = step(trainer, adapter)
             gradients[engine, epsilon] = watch.gradients
-        watch.keep_gradients, watch.gradients = False, None
-        watch.seconds.clear()
-        watch.peak.clear()
+        watch.forget()
     first = {}
     for engine, epsilon in losses:
         ours = ("shared_prefix", epsilon)
@@ -285,44 +286,39 @@ def compare_first_steps(trainers: dict, watches: dict, adapter: dict) -> dict[st
     return first
 
 
+def measure(args, preset: dict, folder: Path, processor, rows: datasets.Dataset) -> Iterator[dict]:
+    """The JSON document after each round.
+
+    Args:
+        rows: as `build_rows` returns them, with the checkpoint in `args.model` or `folder` / "model".
+    """
+    trainers = {engine: build_trainer(engine, args, preset, folder, processor, rows) for engine in args.engines}
+    watches = watch_all(trainers, Watch, args)
+    model = next(iter(trainers.values())).model
+    adapter = random_adapter(model, args.seed)
+    first = compare_first_steps(trainers, watches, adapter)
+    examples = [{"row": number, "captions": row["captions"]} for number, row in enumerate(rows)]
+    bad_images = BadImages(folder / "bad_images.jsonl", limit=0)
+    batch = SharedPrefixCollator(rows, processor, JAPANESE_PROMPT, bad_images, base_model(model))(examples)
+    for _ in rounds(args, trainers, watches, adapter):
+        yield summarise(args, preset, trainers, watches, first, batch)
+
+
 def summarise(args, preset: dict, trainers: dict, watches: dict, first: dict, batch: dict) -> dict:
-    """The JSON document."""
     peak, peak_source = peak_flops(args.device)
     model = next(iter(trainers.values())).model
     work = useful_flops(model, batch)
     captions = caption_lengths(batch)
     vision = base_model(model).model.visual.named_parameters()
-    rows = []
-    for engine, watch in watches.items():
-        seconds = statistics.median(watch.seconds)
-        weights = sum(p.numel() * p.element_size() for p in trainers[engine].model.parameters())
-        rows.append(
-            {
-                "engine": engine,
-                "captions_per_s": len(captions) / seconds,
-                "images_per_s": args.images / seconds,
-                "step_s_median": seconds,
-                "step_s": watch.seconds,
-                "peak_mem_bytes": weights + max(watch.peak),
-                "max_grad_rel_diff": None,
-                "mfu": work / seconds / peak,
-            }
-            | first[engine]
-        )
-    by_engine = {row["engine"]: row["step_s_median"] for row in rows}
+    rows = step_rows(trainers, watches, {"captions": len(captions), "images": args.images})
+    for row in rows:
+        row |= {"max_grad_rel_diff": None, "mfu": work / row["step_s_median"] / peak} | first[row["engine"]]
+    document = machine(args, preset, model)
+    document["model"]["vision_parameters"] = sum(p.numel() for n, p in vision if ".modules_to_save." not in n)
     return {
         "rows": rows,
-        "speedup_vs_stock": {e: by_engine["trl_stock"] / s for e, s in by_engine.items() if "trl_stock" in by_engine},
-        "speedup_vs_stock_lean": {
-            e: by_engine["trl_stock_lean"] / s for e, s in by_engine.items() if "trl_stock_lean" in by_engine
-        },
-        "settings": asdict(args),
-        "model": {
-            "parameters": count_parameters(model),
-            "vision_parameters": sum(p.numel() for n, p in vision if ".modules_to_save." not in n),
-            "weights": "random",
-            "quantization": "nf4" if preset["load_in_4bit"] else None,
-        },
+        "speedup_vs_stock": speedups(rows, "trl_stock"),
+        "speedup_vs_stock_lean": speedups(rows, "trl_stock_lean"),
         "batch": {
             "images": args.images,
             "captions": len(captions),
@@ -334,6 +330,106 @@ def summarise(args, preset: dict, trainers: dict, watches: dict, first: dict, ba
         "peak_flops": peak,
         "peak_flops_source": peak_source,
         "max_memory_reserved_bytes": torch.cuda.max_memory_reserved() if args.device == "cuda" else None,
+    } | document
+
+
+def caption_lengths(batch: dict) -> list[int]:
+    """Tokens of every caption of a shared-prefix batch, end of turn included."""
+    return [int((row == segment).sum()) for row in batch["segments"] for segment in row.unique() if segment > PREFIX]
+
+
+# Of every method -----------------------------------------------------------------------------------------------------
+def one_step(engine: str, args, folder: Path) -> dict:
+    """What all trainers are set to: one optimizer step an epoch, of which nothing is kept but the log."""
+    return {
+        "output_dir": str(folder / engine),
+        "max_steps": 1,
+        "use_cpu": args.device == "cpu",
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": args.seed,
+    }
+
+
+def adapter_config(args, model) -> LoraConfig:
+    """Without dropout, so that losses and gradients can be compared."""
+    return lora_config(model, ModelArguments(model_name_or_path=args.preset, lora_dropout=0.0))
+
+
+def load_base(args, preset: dict, folder: Path):
+    return load_model(str(args.model or folder / "model"), load_in_4bit=preset["load_in_4bit"])
+
+
+def write_adapter(args, preset: dict, folder: Path) -> dict[str, torch.Tensor]:
+    """A random adapter in `folder` / "adapter", from which training further starts. Returns its weights."""
+    model = load_base(args, preset, folder)
+    model = get_peft_model(model, adapter_config(args, model))
+    weights = random_adapter(model, args.seed)
+    for name, value in weights.items():
+        model.get_parameter(name).data.copy_(value)
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return weights
+
+
+def load_adapted(args, preset: dict, folder: Path) -> PeftModel:
+    """The base with the adapter of `write_adapter`, for TRL to train."""
+    return PeftModel.from_pretrained(load_base(args, preset, folder), folder / "adapter", is_trainable=True)
+
+
+def train_in_float32(model) -> None:
+    """As this project's trainers do; the GradScaler of float16 fails on TRL's bfloat16."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def watch_all(trainers: dict, kind: type, args) -> dict:
+    """Engine -> the watch of its trainer, of this kind."""
+    watches = {engine: kind(args.device) for engine in trainers}
+    for engine, trainer in trainers.items():
+        trainer.add_callback(watches[engine])
+        trainer.remove_callback(PrinterCallback)
+    return watches
+
+
+def rounds(args, trainers: dict, watches: dict, adapter: dict[str, torch.Tensor]) -> Iterator[None]:
+    """In each round every engine takes its steps in turn, from the given weights; yields after a line for each."""
+    for number in range(args.rounds):
+        for engine, trainer in trainers.items():
+            for _ in range(ENGINES[args.method][engine]):
+                step(trainer, adapter)
+            print(f"round {number + 1}: {engine:<16}{watches[engine].seconds[-1]:9.3f} s a step", flush=True)
+        yield
+
+
+def step_rows(trainers: dict, watches: dict, counts: dict[str, int]) -> list[dict]:
+    """A row an engine: seconds, memory, and how many a second of what a step has (`counts`)."""
+    rows = []
+    for engine, watch in watches.items():
+        seconds = statistics.median(watch.seconds)
+        weights = sum(p.numel() * p.element_size() for p in trainers[engine].model.parameters())
+        rows.append(
+            {"engine": engine}
+            | {f"{what}_per_s": count / seconds for what, count in counts.items()}
+            | {"step_s_median": seconds, "step_s": watch.seconds, "peak_mem_bytes": weights + max(watch.peak)}
+        )
+    return rows
+
+
+def speedups(rows: list[dict], peer: str) -> dict[str, float]:
+    """Engine -> how many times faster than `peer` its step is; empty where that was not measured."""
+    seconds = {row["engine"]: row["step_s_median"] for row in rows}
+    return {engine: seconds[peer] / value for engine, value in seconds.items()} if peer in seconds else {}
+
+
+def machine(args, preset: dict, model) -> dict:
+    """What every document says of the model and of where it was measured."""
+    quantization = "nf4" if preset["load_in_4bit"] else None
+    return {
+        "settings": asdict(args),
+        "model": {"parameters": count_parameters(model), "weights": "random", "quantization": quantization},
         "hardware": provenance.hardware(),
         "versions": provenance.versions(),
         "commit": provenance.git_commit(),
@@ -341,6 +437,23 @@ def summarise(args, preset: dict, trainers: dict, watches: dict, first: dict, ba
     }
 
 
-def caption_lengths(batch: dict) -> list[int]:
-    """Tokens of every caption of a shared-prefix batch, end of turn included."""
-    return [int((row == segment).sum()) for row in batch["segments"] for segment in row.unique() if segment > PREFIX]
+def table(document: dict) -> str:
+    """The rows as lines of text."""
+    lines = []
+    for row in document["rows"]:
+        cells = {"": row["engine"], "step": f"{row['step_s_median']:.3f} s"}
+        for what in ("captions", "pairs", "samples"):
+            if f"{what}_per_s" in row:
+                cells[f"{what}/s"] = f"{row[f'{what}_per_s']:.2f}"
+        for key, head in SPEEDUPS.items():
+            if key in document:
+                ratio = document[key].get(row["engine"])
+                cells[head] = f"{ratio:.2f}x" if ratio else "-"
+        cells["peak GiB"] = f"{row['peak_mem_bytes'] / 2**30:.2f}"
+        if "mfu" in row:
+            cells["MFU"] = f"{row['mfu']:.1%}"
+        if "loss" in row:
+            differ = row["max_grad_rel_diff"]
+            cells |= {"loss": f"{row['loss']:.5f}", "gradients differ": "-" if differ is None else f"{differ:.1e}"}
+        lines.append(cells)
+    return text_table([list(lines[0]), *(list(cells.values()) for cells in lines)])

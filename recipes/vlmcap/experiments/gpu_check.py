@@ -32,6 +32,12 @@ ENGINES = {
     "trl_stock_lean": "the same without smoothing and checkpointing",
     "shared_prefix": "this recipe (smoothing 0.1)",
     "shared_prefix_flex": "this recipe with FlexAttention",
+    "trl_dpo": "TRL's `DPOTrainer` as configured by default (gradient checkpointing)",
+    "trl_dpo_lean": "the same without checkpointing",
+    "dpo": "this recipe",
+    "trl_grpo": "TRL's `GRPOTrainer` as configured by default (gradient checkpointing)",
+    "trl_grpo_lean": "the same without checkpointing",
+    "grpo": "this recipe",
     "stock": "`generate`",
     "branches": "this project's engine",
     "stock_both": "`generate`, base and adapter",
@@ -80,6 +86,31 @@ def training_table(rows: list[dict]) -> list[list[str]]:
             f"{row['mfu']:.0%}",
             f"{row['loss']:.4f}",
             "-" if row["max_grad_rel_diff"] is None else f"{row['max_grad_rel_diff']:.1e}",
+        ]
+        for row in rows
+    ]
+
+
+def preference_table(rows: list[dict]) -> list[list[str]]:
+    return further_table(rows, "pairs", "dpo")
+
+
+def reward_table(rows: list[dict]) -> list[list[str]]:
+    return further_table(rows, "samples", "grpo")
+
+
+def further_table(rows: list[dict], what: str, method: str) -> list[list[str]]:
+    """Of training an adapter further, on `what`."""
+    count = round(rows[0][f"{what}_per_s"] * rows[0]["step_s_median"])
+    by_engine = {row["engine"]: row["step_s_median"] for row in rows}
+    head = [f"one step of {count} {what}", "seconds", f"{what}/s", "against TRL", "against lean", "peak memory"]
+    return [head] + [
+        [
+            ENGINES[row["engine"]],
+            f"{row['step_s_median']:.3f}",
+            f"{row[f'{what}_per_s']:.2f}",
+            *(ratio(by_engine.get(f"trl_{method}{kind}"), row["step_s_median"]) for kind in ("", "_lean")),
+            gib(row["peak_mem_bytes"]),
         ]
         for row in rows
     ]
@@ -182,21 +213,22 @@ class Part:
     on_cpu: bool = True
 
 
-TRAINING = "bench_training --images {images} --rounds {rounds} --max_pixels {max_pixels} --engines"
+TRAINING = "bench_training --images {images} --rounds {rounds} --max_pixels {max_pixels}"
+SFT = f"{TRAINING} --engines"
 CAPTIONING = "bench_captioning --images {pictures} --batch_size {batch} --rounds {caption_rounds}"
 # In this order. What only a benchmark of scripts/ measures is another row here: its JSON has "rows".
 PARTS = {
-    "model": Part("The model", 50, "", model_table),
-    "training": Part("Training", 80, f"{TRAINING} trl_stock trl_stock_lean shared_prefix", training_table),
-    "captioning": Part("Captioning", 100, f"{CAPTIONING} --max_pixels {{max_pixels}}", captioning_table),
-    "t4": Part("`t4.yaml` in float16, with 14.5 GiB", 40, "", memory_table),
-    "memory": Part("The start report's estimate of memory", 40, "", memory_table),
-    "flex": Part(
-        "FlexAttention", 60, f"{TRAINING} shared_prefix shared_prefix_flex", training_table, (8, 0), on_cpu=False
-    ),
-    "precision": Part("Captions by precision, engine and batch size", 75, "", precision_table),
-    "resume": Part("Resuming", 50, "", resume_table),
-    "fsdp": Part("FSDP-QLoRA", 45, "", fsdp_table, (8, 0)),
+    "model": Part("The model", 45, "", model_table),
+    "training": Part("Training", 70, f"{SFT} trl_stock trl_stock_lean shared_prefix", training_table),
+    "dpo": Part("Training on preferences", 50, f"{TRAINING} --method dpo", preference_table),
+    "grpo": Part("Training on rewards", 55, f"{TRAINING} --method grpo", reward_table),
+    "captioning": Part("Captioning", 75, f"{CAPTIONING} --max_pixels {{max_pixels}}", captioning_table),
+    "t4": Part("`t4.yaml` in float16, with 14.5 GiB", 35, "", memory_table),
+    "memory": Part("The start report's estimate of memory", 35, "", memory_table),
+    "flex": Part("FlexAttention", 45, f"{SFT} shared_prefix shared_prefix_flex", training_table, (8, 0), on_cpu=False),
+    "precision": Part("Captions by precision, engine and batch size", 50, "", precision_table),
+    "resume": Part("Resuming", 45, "", resume_table),
+    "fsdp": Part("FSDP-QLoRA", 35, "", fsdp_table, (8, 0)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Sizes of the models that the benchmarks build with random weights. Imports nothing heavy."""
+"""What the benchmarks compare, and sizes of the models that they build with random weights. Imports nothing heavy."""
 
 # Widths and depths. The real ones are those of Qwen2-VL-2B-Instruct's config.json. The proxy keeps its proportions:
 # vision encoder and projector are 30% of the parameters, the ViT is half as large as the language layers. The tiny one
@@ -22,4 +22,12 @@ PRESETS = {
         "vision": {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2},
         "load_in_4bit": True,
     },
+}
+
+# What scripts/bench_training.py compares, by method: TRL's trainer as a user would set it up, a leaner one, and this
+# project's. The number is that of steps a round.
+ENGINES = {
+    "sft": {"trl_stock": 1, "trl_stock_lean": 1, "shared_prefix": 3, "shared_prefix_flex": 3},
+    "dpo": {"trl_dpo": 1, "trl_dpo_lean": 1, "dpo": 3},
+    "grpo": {"trl_grpo": 1, "trl_grpo_lean": 1, "grpo": 3},
 }

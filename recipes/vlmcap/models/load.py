@@ -247,6 +247,12 @@ def takes_prompt(processor: ProcessorMixin) -> bool:
     return isinstance(processor, PaliGemmaProcessor) or processor.chat_template is not None
 
 
+def special_tokens(processor: ProcessorMixin) -> set[str]:
+    """What ends a turn, stands for an image and so on, and may not be taken for that in somebody's text."""
+    known = processor.tokenizer.added_tokens_decoder.values()
+    return {token.content for token in known if token.special} | {processor.image_token}
+
+
 def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
     """The text of one user turn, image first, up to where the assistant begins to write.
 
@@ -258,8 +264,7 @@ def chat_prompt(processor: ProcessorMixin, prompt: str) -> str:
     """
     if not takes_prompt(processor):
         raise ModelError(f"{type(processor).__name__} has no chat template: this model cannot be given a prompt")
-    specials = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    held = sorted(token for token in specials | {processor.image_token} if token in prompt)
+    held = sorted(token for token in special_tokens(processor) if token in prompt)
     if held:
         raise ModelError(f"the prompt holds {held[0]}, a special token of this model: write it without")
     if isinstance(processor, PaliGemmaProcessor):

@@ -55,6 +55,7 @@ class Rewards:
         image_ids: Sequence[str] | None = None,
         tokenizer: str = "unidic-lite",
         idf_path: str | Path | None = None,
+        language: str = "ja",
     ):
         """Reads all that the functions need; 566,000 captions take about a minute.
 
@@ -65,6 +66,7 @@ class Rewards:
             image_ids: images that will be rewarded, which `instances` must list; those of train_rows by default.
             tokenizer: words of all functions.
             idf_path: where to write the document frequencies, for `eval_captioning.py --idf`.
+            language: of the captions; `japanese` is 0 in another one.
 
         Raises:
             RewardError: no such reward, weights that do not fit, a function that cannot be imported.
@@ -91,7 +93,7 @@ class Rewards:
             "chrf": functions.chrf,
             "length": partial(functions.length, band=self.band, tokenizer=tokenizer),
             "chair": partial(functions.chair, lexicon=things, instances=objects),
-            "japanese": functions.japanese,
+            "japanese": functions.japanese if language == "ja" else lambda captions, *_: [0.0] * len(captions),
             "repetition": partial(functions.repetition, tokenizer=tokenizer),
             "copy": partial(functions.copy, trained=frozenset(map(normalised, captions)) - {""}),
         }
@@ -112,6 +114,33 @@ class Rewards:
             for name, function in zip(self.names, self._functions, strict=True)
         ]
         per_function = np.array(values, dtype=np.float64).reshape(len(self.names), len(captions)).T
+        return Rewarded(per_function, per_function @ np.array(self.weights))
+
+
+class RewardsByKey:
+    """The rewards of captions of several keys: each caption by those of its row's key, with the words and document
+    frequencies of its language.
+
+    Args:
+        by_key: key -> Rewards, of the same functions.
+
+    Attributes:
+        names, weights: as those of `Rewards`.
+    """
+
+    def __init__(self, by_key: dict[str, Rewards]):
+        self.by_key = by_key
+        first = next(iter(by_key.values()))
+        self.names, self.weights = first.names, first.weights
+
+    def __call__(self, captions: list[str], references: list[list[str]], rows: list[dict]) -> Rewarded:
+        """As that of `Rewards`; rows have a `key`."""
+        per_function = np.zeros((len(captions), len(self.names)))
+        for key, rewards in self.by_key.items():
+            places = [place for place, row in enumerate(rows) if row["key"] == key]
+            if places:
+                of_key = ([values[place] for place in places] for values in (captions, references, rows))
+                per_function[places] = rewards(*of_key).per_function
         return Rewarded(per_function, per_function @ np.array(self.weights))
 
 

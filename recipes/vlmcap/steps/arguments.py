@@ -1,9 +1,8 @@
 """Settings that the recipes of models with a prompt share. Imports nothing heavy: command lines are read with it."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
-from vlmcap.errors import UserError
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.training.arguments import ScoredSplitArguments
 
 NO_PROMPTS = PromptArguments()  # a run with one prompt
@@ -30,20 +29,6 @@ class EvaluationArguments(ScoredSplitArguments):
             " what is in an image."
         },
     )
-
-
-def with_main_prompt(args: GenerationArguments, prompts: PromptArguments) -> GenerationArguments:
-    """`args` with the prompt of the main key, where there are keys.
-
-    Raises:
-        UserError: captions are constrained to Japanese, and a key is of another language.
-    """
-    if not prompts.prompts:
-        return args
-    other = next((key for key in prompts.first_wordings if key.split("/")[0] != "ja"), None)
-    if args.japanese_only and other:
-        raise UserError(f"--japanese_only constrains the captions of all keys, of {other} too: leave it out")
-    return replace(args, prompt=next(iter(prompts.first_wordings.values())))
 
 
 def trained_prompts(prompts: PromptArguments) -> dict[str, str] | None:

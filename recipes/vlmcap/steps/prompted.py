@@ -17,6 +17,7 @@ from vlmcap.captioning.predictions import model_record
 from vlmcap.captioning.settings import check_prompts
 from vlmcap.data.corpora import SEEN_CORPORA
 from vlmcap.data.keys import parse_key
+from vlmcap.errors import UserError
 from vlmcap.evaluation.audit import write_audit
 from vlmcap.evaluation.audit_checks import read_instances
 from vlmcap.evaluation.lexicon import Lexicon
@@ -86,12 +87,15 @@ def find_base(args: ModelArguments, generation_args: GenerationArguments, prompt
     Raises:
         ModelError: there is no such model or adapter, the adapter was trained with other settings, or a prompt would
             end the user's turn.
+        UserError: captions are constrained to Japanese, and a key is of another language.
     """
+    other = next((key for key in prompts.first_wordings if parse_key(key)[0] != "ja"), None)
+    if generation_args.japanese_only and other:
+        raise UserError(f"--japanese_only constrains the captions of all keys, of {other} too: leave it out")
     name, revision = args.model_name_or_path, args.model_revision
     args = replace(args, model_revision=resolve_revision(name, revision))
     processor = load_processor(name, args.model_revision, args.min_pixels, args.max_pixels)
-    wordings = [text for texts in prompts.wordings.values() for text in texts]
-    for prompt in [generation_args.prompt, *wordings, *prompts.first_wordings.values()]:
+    for prompt in [*prompts.all_wordings(generation_args.prompt), *prompts.first_wordings.values()]:
         chat_prompt(processor, prompt)
     if not args.adapter:
         return PromptedBase(args, processor, None)

@@ -1,6 +1,6 @@
 """The data of a run, checked before hours are spent."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -44,6 +44,12 @@ class Splits:
     validation_split: str | None
     bad_images: BadImages
     empty: dict = field(default_factory=lambda: {"captions": 0, "images": 0})
+
+    def trained_on(self, rows: datasets.Dataset) -> "Splits":
+        """The splits without training images that are not in `rows`, since their pictures cannot be read."""
+        kept = set(map(str, rows["image_id"]))
+        places = [place for place, image_id in enumerate(self.train["image_id"]) if str(image_id) in kept]
+        return replace(self, train=self.train.select(places))
 
 
 def load_splits(

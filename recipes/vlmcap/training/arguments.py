@@ -60,6 +60,26 @@ class SplitArguments(ScoredSplitArguments):
 
 
 @dataclass
+class InstructionArguments:
+    """Conversations about pictures that are trained on beside captions."""
+
+    instructions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows with `messages` (one image, one or more turns), trained on beside the captions: a Hub id, a"
+            " folder of a dataset, or a JSONL file."
+        },
+    )
+    instructions_split: str = field(default="train", metadata={"help": "Split of a dataset of instructions."})
+    instructions_revision: str | None = field(
+        default=None, metadata={"help": "Revision of a dataset of instructions on the Hub."}
+    )
+    instructions_image_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the pictures that instructions name, where they are not embedded."}
+    )
+
+
+@dataclass
 class PreferenceArguments(ScoredSplitArguments):
     """Preferences to train on, and the captions that the model is scored with."""
 

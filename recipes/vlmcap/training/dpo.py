@@ -44,22 +44,27 @@ HEX = 16  # digits of a hash in a file's name
 
 
 def pair_examples(rows: Dataset, pairs_per_image: int) -> Dataset:
-    """Training examples: {"row": index into `rows`, "captions": texts, "chosen", "rejected": places in them}.
+    """Training examples: {"row": index into `rows`, "captions": texts, "chosen", "rejected": places in them}, and
+    "prompts", [prompt] of each caption, where the rows have several.
 
     An image with more than `pairs_per_image` pairs yields several examples.
 
     Args:
         rows: as `read_preferences` returns them.
     """
-    examples = {"row": [], "captions": [], "chosen": [], "rejected": []}
-    for row, (chosen, rejected) in enumerate(zip(rows["chosen"], rows["rejected"], strict=True)):
-        for start in range(0, len(chosen), pairs_per_image):
+    examples = {"row": [], "captions": [], "prompts": [], "chosen": [], "rejected": []}
+    for row, (asked, *sides) in enumerate(zip(rows["asked"], rows["chosen"], rows["rejected"], strict=True)):
+        for start in range(0, len(asked), pairs_per_image):
             some = slice(start, start + pairs_per_image)
-            texts = list(dict.fromkeys([*chosen[some], *rejected[some]]))
+            chosen, rejected = (list(zip(asked[some], texts[some], strict=True)) for texts in sides)
+            captions = list(dict.fromkeys([*chosen, *rejected]))
             examples["row"].append(row)
-            examples["captions"].append(texts)
-            examples["chosen"].append([texts.index(text) for text in chosen[some]])
-            examples["rejected"].append([texts.index(text) for text in rejected[some]])
+            examples["captions"].append([text for _, text in captions])
+            examples["prompts"].append([[prompt] for prompt, _ in captions])
+            examples["chosen"].append([captions.index(pair) for pair in chosen])
+            examples["rejected"].append([captions.index(pair) for pair in rejected])
+    if len({prompt for asked in rows["asked"] for prompt in asked}) < 2:
+        del examples["prompts"]
     return Dataset.from_dict(examples)
 
 
@@ -321,7 +326,7 @@ def reference_facts(
     """All that the reference's log-probabilities depend on, as JSON has it; `pairs` hashes pictures and texts."""
     pairs = hashlib.sha256()
     for some in (rows, heldout):
-        for row in some.select_columns(["sha256", "chosen", "rejected"]):
+        for row in some.select_columns(["sha256", "asked", "chosen", "rejected"]):
             pairs.update(json.dumps(row, sort_keys=True).encode())
     return {
         "adapter": weights_hash(adapter.folder),

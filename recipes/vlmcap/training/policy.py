@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vlmcap.training.loss import chunks
-from vlmcap.training.shared_prefix import PREFIX, attention_mask, branch_sources
+from vlmcap.training.shared_prefix import PREFIX, caption_logits
 
 
 def token_log_probs(
@@ -69,19 +69,9 @@ def caption_log_probs(model: nn.Module, batch: dict, attention: str, temperature
     Returns:
         float32, (B, L - caption_start), 0 outside of the captions.
     """
-    start, segments = batch["caption_start"], batch["segments"]
-    labels = batch["labels"][:, start:]
-    rows, width = labels.shape
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "caption_start", "segments")}
-    # The hidden state at position i predicts token i + 1, so the last one predicts nothing.
-    positions = torch.arange(start - 1, start - 1 + width, device=labels.device)
-    outputs = model(
-        **inputs, attention_mask=attention_mask(segments, attention), logits_to_keep=positions, use_cache=False
-    )
-    sources = branch_sources(segments, start) + width * torch.arange(rows, device=labels.device)[:, None]
-    return token_log_probs(outputs.logits.flatten(0, 1), sources.flatten(), labels.flatten(), temperature).view(
-        rows, width
-    )
+    outputs, sources, labels = caption_logits(model, batch, attention)
+    values = token_log_probs(outputs.logits.flatten(0, 1), sources, labels, temperature)
+    return values.view(len(batch["labels"]), -1)
 
 
 def caption_sums(values: torch.Tensor, batch: dict, captions: int) -> torch.Tensor:

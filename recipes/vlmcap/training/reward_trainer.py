@@ -14,86 +14,34 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    SuppressTokensLogitsProcessor,
-    Trainer,
-    set_seed,
-)
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
 from vlmcap.atomic_write import write_atomically
-from vlmcap.captioning.arguments import BeamArguments
-from vlmcap.captioning.branches import BranchGenerator
-from vlmcap.captioning.generate import search_config
 from vlmcap.captioning.predictions import weights_hash
 from vlmcap.data.images import references_of
 from vlmcap.errors import UserError, notice
 from vlmcap.models.load import ModelError, free_frozen_parts
-from vlmcap.models.tower import fed_with_features, feed_features
+from vlmcap.models.tower import feed_features
 from vlmcap.models.weights import Adapter
 from vlmcap.rewards.combined import Rewards
 from vlmcap.rewards.watch import warning
 from vlmcap.training import shared_prefix
-from vlmcap.training.collator import BadImages, caption_examples, read_picture
+from vlmcap.training.caption_tokens import Branch
+from vlmcap.training.collator import BadImages, caption_examples
 from vlmcap.training.features import FeatureCache
 from vlmcap.training.grpo import advantages_of, grpo_loss, score_alike
 from vlmcap.training.policy import StartWeights, caption_log_probs
 from vlmcap.training.report import training_report
 from vlmcap.training.resumable import ResumableTrainer
-from vlmcap.training.sampler import SimilarSizeSampler, count_image_tokens
-from vlmcap.training.shared_prefix import SharedPrefixCollator, lay_out
+from vlmcap.training.sampler import count_image_tokens
+from vlmcap.training.sampling import CaptionSampler, PictureCollator, RepeatingSampler, fed_with
+from vlmcap.training.shared_prefix import lay_out
 from vlmcap.training.trackers import trackers
 from vlmcap.training.trainer import start_from
 from vlmcap.training.trainer_arguments import CaptionGRPOConfig
 from vlmcap.training.validation import CaptionValidation
 
-LAID_OUT = ("input_ids", "segments", "position_ids", "labels", "caption_start")
-
-
-class PictureCollator(SharedPrefixCollator):
-    """Turns examples of `caption_examples` into pictures with their prompts; captions come later, by sampling.
-
-    Returns a dict of B images: input_ids, attention_mask (int64, (B, P), padded on the left), position_ids (int64,
-    (3, B, P)), pixel_values and image_grid_thw as in `SharedPrefixCollator`, rows (int64, (B,)): where they are in the
-    dataset.
-    """
-
-    def __call__(self, examples: list[dict]) -> dict:
-        rows = [example["row"] for example in examples]
-        if self.features is None:
-            read = [read_picture(self.rows, row, self.bad_images) for row in rows]
-            rows = [row for row, _ in read]
-            pictures = dict(self.processor.image_processor([image for _, image in read], return_tensors="pt"))
-        else:
-            pictures = self.features.batch(rows)
-        ids, mask, positions = self.prefixes(pictures["image_grid_thw"])
-        prompts = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        return prompts | pictures | {"rows": torch.tensor(rows)}
-
-
-class RepeatingSampler(SimilarSizeSampler):
-    """The order of `SimilarSizeSampler`, the images of every optimizer step `times` times in a row: their samples are
-    trained on as often. What is left at the end of an epoch, less than a step, waits for another epoch.
-
-    Args:
-        step: images of an optimizer step.
-    """
-
-    def __init__(self, sizes: list[int], batch_size: int, seed: int, step: int, times: int):
-        super().__init__(sizes, batch_size, seed)
-        self.step, self.times = step, times
-
-    def __len__(self) -> int:
-        return len(self.sizes) // self.step * self.step * self.times
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(super().__iter__())
-        for start in range(0, len(order) - self.step + 1, self.step):
-            yield from order[start : start + self.step] * self.times
+LAID_OUT = ("input_ids", "position_ids", *shared_prefix.LAYOUT)
 
 
 @dataclass
@@ -111,9 +59,8 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
     """GRPO (`vlmcap.training.grpo`) of captions, from an adapter on.
 
     In every step the frozen vision encoder runs once an image. From its output `num_generations` captions are sampled
-    as branches of the image (`BranchGenerator`), and laid out as branches again for one forward with gradients
-    (`shared_prefix`). Samples depend on seed, step and image alone, not on their batch or process. Special tokens but
-    the end are never sampled: an `<|image_pad|>` in a caption would be taken for another image.
+    as branches of the image (`CaptionSampler`), and laid out as branches again for one forward with gradients
+    (`shared_prefix`).
 
     Args:
         rows: as `load_captions` returns them; their captions are the references of the rewards.
@@ -158,7 +105,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         self.rows, self.bad_images, self.validation, self.shared_prefix = rows, bad_images, validation, True
         self.texts = rows.remove_columns("image")
         self.rewards, self.figures, self.features = rewards, figures, features
-        self.sampled_at_once, self.adapter = sampled_at_once, adapter
+        self.adapter = adapter
         self.attention = model.config.get_text_config()._attn_implementation
         images = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         if len(rows) < images:
@@ -191,11 +138,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         self.model_accepts_loss_kwargs = True  # `compute_loss` takes the number of tokens of the whole step
         free_frozen_parts(self.model)
         self.start = StartWeights(self.model) if args.beta else None
-        self.sampling = sampling_config(self.model, processing_class.tokenizer, args)
-        barred = barred_tokens(
-            processing_class.tokenizer, self.model.config.get_text_config().vocab_size, self.sampling
-        )
-        self.limits = LogitsProcessorList([SuppressTokensLogitsProcessor(barred, device=str(args.device))])
+        self.sampler = CaptionSampler(self.model, processing_class, args, sampled_at_once)
         self.samples, self.batches = None, []
         # What is logged: of every step since the last line; of its tokens (see `grpo_loss`); and of the whole run.
         self.step_figures = defaultdict(list)
@@ -245,7 +188,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         """Samples captions of a step's pictures, whose pixels are encoded, and rewards them."""
         rows = [row for batch in pictures for row in batch["rows"].tolist()]
         begin = time.perf_counter()
-        tokens = self._sample(pictures, rows)
+        tokens = self.sampler.draw(pictures, rows, self.state.global_step)
         self.step_figures["seconds/sampling"].append(time.perf_counter() - begin)
         advantages = self._reward(rows, tokens)
         batched, start = Samples([], [], []), 0
@@ -256,44 +199,6 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
             batched.old_log_probs.append(None)
             start = end
         return batched
-
-    def _sample(self, pictures: list[dict], rows: list[int]) -> list[list[list[int]]]:
-        """Token ids of the samples of each picture; `rows`: where these are in the dataset."""
-        seed, step = self.args.seed, self.state.global_step
-        shape = (self.args.num_generations, self.args.max_completion_length)
-
-        def draws(number: int) -> torch.Tensor:
-            text = f"{seed} {step} {rows[number]}".encode()
-            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7]))
-            return torch.rand(shape, generator=generator)
-
-        at_once = min(self.sampled_at_once, len(rows))
-        engine = BranchGenerator(self.model, self.sampling, self.limits, at_once, draws=draws)
-        found = {caption.number: caption.tokens for caption in engine.run(self._single(pictures))}
-        return [[self._cut(sample) for sample in found[number].tolist()] for number in range(len(rows))]
-
-    def _single(self, pictures: list[dict]) -> Iterator[dict]:
-        """Each picture of some batches with its prompt, as `BranchGenerator` takes it."""
-        image_token = self.processing_class.image_token_id
-        for batch in pictures:
-            features = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
-            for row, mask in enumerate(batch["attention_mask"].bool()):
-                ids = batch["input_ids"][row][mask][None]
-                yield {
-                    "input_ids": ids,
-                    "attention_mask": torch.ones_like(ids),
-                    "mm_token_type_ids": (ids == image_token).long(),
-                    "pixel_values": features[row],
-                    "image_grid_thw": batch["image_grid_thw"][row : row + 1],
-                }
-
-    def _cut(self, sample: list[int]) -> list[int]:
-        """A sample up to its end, which is one of its tokens."""
-        ends = [place for place, token in enumerate(sample) if token in self.sampling.eos_token_id]
-        return sample[: ends[0] + 1] if ends else sample
-
-    def _truncated(self, sample: list[int]) -> bool:
-        return sample[-1] not in self.sampling.eos_token_id
 
     def _reward(self, rows: list[int], tokens: list[list[list[int]]]) -> list[list[float]]:
         """Advantages of the samples of some rows; what is logged of them is kept."""
@@ -308,7 +213,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
 
         # One row a sample, of all processes: rewards, their sum, tokens, truncated, distinct captions of the image.
         distinct = [len(set(captions[i : i + count])) / count for i in range(0, len(captions), count)]
-        rest = [[len(s), self._truncated(s), distinct[i // count]] for i, s in enumerate(samples)]
+        rest = [[len(s), self.sampler.truncated(s), distinct[i // count]] for i, s in enumerate(samples)]
         own = torch.cat(
             [torch.tensor(rewarded.per_function), torch.tensor(rewarded.total)[:, None], torch.tensor(rest)], dim=1
         )
@@ -339,13 +244,14 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         """The batch that is trained on: pictures with their samples as branches, and what belongs to these."""
         samples = self.samples
         prefix = [pictures[name].cpu() for name in ("input_ids", "attention_mask", "position_ids")]
-        batch = lay_out(*prefix, samples.tokens[number])
+        branches = [[Branch(tokens, [True] * len(tokens)) for tokens in image] for image in samples.tokens[number]]
+        batch = lay_out(*prefix, branches)
         trained = batch["labels"][:, batch["caption_start"] :] != -100
         if self.args.mask_truncated_completions:
             segments = batch["segments"][:, batch["caption_start"] :]
             for row, image in enumerate(samples.tokens[number]):
                 for branch, sample in enumerate(image):
-                    if self._truncated(sample):
+                    if self.sampler.truncated(sample):
                         trained[row] &= segments[row] != shared_prefix.PREFIX + 1 + branch
         old = samples.old_log_probs[number]
         batch |= {"trained": trained, "advantages": torch.tensor(samples.advantages[number])}
@@ -463,37 +369,6 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
 
     def _state_file(self, folder: str) -> Path:
         return Path(folder) / f"samples_{self.args.process_index}.json"
-
-
-@contextmanager
-def fed_with(model: nn.Module, features: FeatureCache | None) -> Iterator[Callable[[list[dict]], list[torch.Tensor]]]:
-    """`fed_with_features`, also for a model that is given cached features."""
-    if features is None:
-        with fed_with_features(model) as encode:
-            yield encode
-    else:
-        yield lambda batches: [batch["pixel_values"] for batch in batches]
-
-
-def sampling_config(model: nn.Module, tokenizer: PreTrainedTokenizerBase, args: CaptionGRPOConfig) -> GenerationConfig:
-    """How samples are drawn: the ends and the padding are those of beam search (`search_config`)."""
-    config = search_config(model, tokenizer, BeamArguments(num_beams=1, max_new_tokens=args.max_completion_length))
-    ends = config.eos_token_id
-    config.update(
-        do_sample=True,
-        num_return_sequences=args.num_generations,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        eos_token_id=[ends] if isinstance(ends, int) else ends,
-    )
-    return config
-
-
-def barred_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: int, config: GenerationConfig) -> list[int]:
-    """What is never sampled: special tokens but the ends, and rows of the output layer that are no token."""
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted((special | set(range(len(tokenizer), vocabulary))) - set(config.eos_token_id))
 
 
 def grpo_report(trainer: CaptionGRPOTrainer, model_name: str, max_pixels: int | None, caption_tokens: int) -> str:

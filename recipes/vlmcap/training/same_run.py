@@ -17,7 +17,7 @@ MUST_MATCH = (
 ).split()
 # Where the rest of what must match comes from, where no setting has its name.
 SOURCES = {
-    "training captions": "dataset, revision, split and images that can be read",
+    "training captions": "dataset, revision, split, images that can be read, prompts and instructions",
     "image sizes": "min_pixels and max_pixels",
 }
 # What else decides the losses. It may be changed on purpose (a longer run). Then a line says so.
@@ -37,8 +37,9 @@ def must_match(args: TrainingArguments, examples: Dataset, model: nn.Module) -> 
     returns them."""
     settings = args.to_dict() | {"world_size": args.world_size}
     captions, trained = hashlib.sha256(), hashlib.sha256()
-    for row, texts in zip(examples["row"], examples["captions"], strict=True):
-        captions.update(json.dumps([row, texts]).encode())
+    columns = [name for name in ("row", "captions", "prompts", "system") if name in examples.column_names]
+    for values in zip(*(examples[name] for name in columns), strict=True):
+        captions.update(json.dumps(values).encode())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             trained.update(json.dumps([name, list(parameter.shape)]).encode())

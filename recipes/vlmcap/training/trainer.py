@@ -5,6 +5,7 @@ import json
 import warnings
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from torch import nn
@@ -16,6 +17,7 @@ from vlmcap.models.load import MODEL_TYPES, ModelError, free_frozen_parts
 from vlmcap.models.tower import feed_features
 from vlmcap.models.weights import Adapter
 from vlmcap.training import shared_prefix
+from vlmcap.training.caption_tokens import TurnsEncoder
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
 from vlmcap.training.features import FeatureCache
 from vlmcap.training.resumable import ResumableTrainer
@@ -35,9 +37,9 @@ class CaptionTrainer(ResumableTrainer, SFTTrainer):
     that the shared-prefix engine does not know, or `shared_prefix: false`, gets one caption a sequence.
 
     Args:
-        rows: as `load_captions` returns them.
+        rows: as `load_captions` returns them, or with prompts of their own (`vlmcap.training.prompts`).
         processing_class: processor of the model.
-        prompt: the user's text after the image.
+        prompt: the user's text after the image, for captions without prompts of their own.
         bad_images: the list of unreadable pictures.
         features: cached image features of the rows, for the shared-prefix engine. The model's vision encoder is then
             taken out.
@@ -61,7 +63,13 @@ class CaptionTrainer(ResumableTrainer, SFTTrainer):
         adapter: Adapter | None = None,
     ):
         self.rows, self.bad_images, self.validation = rows, bad_images, validation
-        examples = caption_examples(rows, args.captions_per_image)
+        one_prompt = "prompts" in rows.column_names and not TurnsEncoder(processing_class).picture_first
+        if one_prompt:
+            PartialState().print(
+                "Note: the chat template writes the picture after the user's text. Captions share a picture only with"
+                " those of the same prompt."
+            )
+        examples = caption_examples(rows, args.captions_per_image, one_prompt)
         self.sizes = [0] * len(examples)
         if args.per_device_train_batch_size > 1 and model.config.model_type in MODEL_TYPES:
             tokens = count_image_tokens(rows, processing_class)
@@ -122,20 +130,8 @@ class CaptionTrainer(ResumableTrainer, SFTTrainer):
         return SimilarSizeSampler(self.sizes, self.args.per_device_train_batch_size, seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, start = inputs.pop("labels"), inputs.pop("caption_start")
-        labels = labels[:, start:]
-        batch, width = labels.shape
-        # The hidden state at position i predicts token i + 1, so the last one predicts nothing.
-        positions = torch.arange(start - 1, start - 1 + width, device=labels.device)
-        sources = torch.arange(width, device=labels.device).expand(batch, -1)
-        if self.shared_prefix:
-            segments = inputs.pop("segments")
-            sources = shared_prefix.branch_sources(segments, start)
-            inputs["attention_mask"] = shared_prefix.attention_mask(segments, self.attention)
-        outputs = model(**inputs, logits_to_keep=positions, use_cache=False)
-        logits = outputs.logits.flatten(0, 1)
-        sources = (sources + width * torch.arange(batch, device=labels.device)[:, None]).flatten()
-        loss = self.caption_loss(logits, sources, labels.flatten(), num_items_in_batch)
+        outputs, sources, labels = shared_prefix.caption_logits(model, inputs, self.attention)
+        loss = self.caption_loss(outputs.logits.flatten(0, 1), sources, labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def validate(self, model: nn.Module) -> dict[str, float]:

@@ -54,8 +54,8 @@ class CaptionValidation:
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """`bleu_1` .. `bleu_4`, `rouge_l`, `cider_d` of a model in evaluation mode. With keys they are means over these,
-        and `cider_d_KEY` is that of each, a slash in it written as a hyphen.
+        """`bleu_1` .. `bleu_4`, `rouge_l`, `cider_d` of a model in evaluation mode. With keys they are means, and
+        `cider_d_KEY` is that of each, a slash in it written as a hyphen.
 
         Each process captions its share of the images, and all of them return the scores of all images. Decoding is
         deterministic and draws no random number, so that a run with validation trains as one without.
