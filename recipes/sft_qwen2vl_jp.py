@@ -45,7 +45,7 @@ BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
 
 
 @dataclass
-class DataArguments(EvaluationArguments, SplitArguments, InstructionArguments):
+class DataArguments(EvaluationArguments, InstructionArguments, SplitArguments):
     """What is trained and evaluated on, and how captions are scored and audited."""
 
     include_yj_images: bool = field(
