@@ -474,21 +474,24 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     """What a run record says of a dataset: id, revision, split, licence, corpus.
 
     The revision is the commit on the Hub; for a folder of publish_datasets.py, the fingerprint of its build. The
-    corpus is one of `corpora.card_names` by the tags of its card, None for a dataset of other origin.
+    corpus is one of `corpora.card_names` by the tags of its card, None for a dataset of other origin. Of corpora that
+    were joined it has "training_corpora" too, those of CORPORA with captions in the training split.
 
     Raises:
         DataError: there is no such folder and no such dataset on the Hub, or it has no card.
     """
     commit, data = _card(dataset, revision)
-    tags = data.get("tags")
-    corpus = next((name for name in card_names() if isinstance(tags, list) and f"{name}-captions" in tags), None)
-    return {
+    tags = data.get("tags") if isinstance(data.get("tags"), list) else []
+    corpus = next((name for name in card_names() if f"{name}-captions" in tags), None)
+    joined = [name for name in CORPORA if f"{name}-training-captions" in tags]
+    record = {
         "id": public_name(dataset),
         "revision": commit,
         "split": split,
         "license": data.get("license"),
         "corpus": corpus,
     }
+    return record | {"training_corpora": joined} if joined else record
 
 
 def _card(dataset: str, revision: str | None) -> tuple[str | None, DatasetCardData]:
