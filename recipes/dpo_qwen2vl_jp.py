@@ -65,31 +65,29 @@ def main(
     # Slow imports, after the command line and the dataset were checked.
     from vlmcap.steps.early import adapter_folder, check_early
 
-    check_early(settings, data_args)
+    check_early(settings, data_args, prompt_args)
     if not data_args.preferences:
         raise UserError("--preferences is needed: preferences.jsonl of scripts/human_eval.py, or a dataset of them")
     adapter_dir = adapter_folder(settings.output_dir, model_args.adapter)
 
     from accelerate import PartialState
 
-    from vlmcap.captioning.settings import check_prompt
     from vlmcap.data.preferences import check_unseen, hold_out, read_preferences
     from vlmcap.models.load import lora_config
     from vlmcap.steps.begin import begin
-    from vlmcap.steps.prompted import find_base, plan_evaluation, read_for_audit
+    from vlmcap.steps.prompted import check_start, find_base, plan_evaluation, plan_validation, read_for_audit
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_scored_splits
     from vlmcap.training.dpo import CaptionDPOTrainer, dpo_report
     from vlmcap.training.trainer_arguments import CaptionDPOConfig
-    from vlmcap.training.validation import CaptionValidation
 
     training_args = complete(CaptionDPOConfig, settings)
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
     run = begin(training_args, REPORTED_SETTINGS, **groups, prompts=asdict(prompt_args))
 
     # Model and adapter: what is asked of them is known before the data are read.
-    base = find_base(model_args, generation_args.prompt)
-    check_prompt(base.start.name, base.start.revision, generation_args.prompt)
+    base = find_base(model_args, generation_args, prompt_args)
+    check_start(base, generation_args, prompt_args)
 
     # Data: preferences, one row an image, and the splits that the model is scored with.
     asked, *others = prompt_args.all_wordings(generation_args.prompt)
@@ -102,17 +100,17 @@ def main(
     else:
         preferences, heldout = hold_out(preferences, data_args.heldout_share, run.seed)
     validates = training_args.eval_strategy != "no"
-    splits, left_out = load_scored_splits(data_args, run.output_dir, validates, run.seed, preferences)
+    splits, left_out = load_scored_splits(data_args, run.output_dir, validates, run.seed, preferences, prompt_args)
 
     read_for_audit(data_args, generation_args, splits.test)
     model = base.load()
-    evaluation = plan_evaluation(base, model, generation_args, data_args, splits, run.output_dir)
+    evaluation = plan_evaluation(base, model, generation_args, prompt_args, data_args, splits, run.output_dir)
 
     features_of = base.feature_cache(training_args.cache_image_features, model, splits.bad_images)
     features, heldout_features, validation = features_of(preferences), features_of(heldout), None
     if validates:
-        validation = CaptionValidation(
-            splits.validation, base.processor, generation_args, data_args.tokenizer, features_of(splits.validation)
+        validation = plan_validation(
+            base, generation_args, prompt_args, data_args, splits.validation, features_of(splits.validation)
         )
     trainer = CaptionDPOTrainer(
         model=model,
@@ -134,7 +132,7 @@ def main(
 
     # Training. The weights are loaded as those of the SFT recipe, which captioning.json says.
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    save_trained(trainer, adapter_dir, splits, run.config(base.args), "sft_qwen2vl_jp", generation_args)
+    save_trained(trainer, adapter_dir, splits, run.config(base.args), "sft_qwen2vl_jp", generation_args, prompt_args)
     del trainer, model
 
     # Evaluation: base, starting adapter and the adapter as saved on disk, on the same images with the same decoding.

@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 
 from vlmcap.arguments import run_main
-from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.rewards.arguments import RewardArguments, weights_of
 from vlmcap.steps.arguments import EvaluationArguments
@@ -67,43 +67,46 @@ def main(
     model_args: ModelArguments,
     reward_args: RewardArguments,
     generation_args: GenerationArguments,
+    prompt_args: PromptArguments,
     settings: CaptionGRPOFields,
 ) -> None:
     weights = weights_of(reward_args.reward_funcs, settings.reward_weights)
 
+    generation_args = prompt_args.main(generation_args)
+
     # Slow imports, after the command line and the dataset were checked.
     from vlmcap.steps.early import adapter_folder, check_early
 
-    check_early(settings, data_args)
+    check_early(settings, data_args, prompt_args)
     adapter_dir = adapter_folder(settings.output_dir, model_args.adapter)
 
     from accelerate import PartialState
 
-    from vlmcap.captioning.settings import check_prompt
     from vlmcap.evaluation.audit_checks import read_instances
     from vlmcap.models.load import lora_config
     from vlmcap.rewards.combined import Rewards
     from vlmcap.rewards.watch import caption_figures
     from vlmcap.steps.begin import begin
-    from vlmcap.steps.prompted import find_base, plan_evaluation, read_for_audit
+    from vlmcap.steps.prompted import check_start, find_base, plan_evaluation, plan_validation, read_for_audit
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_splits
     from vlmcap.training.reward_trainer import CaptionGRPOTrainer, grpo_report
     from vlmcap.training.trainer_arguments import CaptionGRPOConfig
-    from vlmcap.training.validation import CaptionValidation
 
     training_args = complete(CaptionGRPOConfig, settings)
     is_main = PartialState().is_main_process
     groups = {"data": asdict(data_args), "model": asdict(model_args), "rewards": asdict(reward_args)}
-    run = begin(training_args, REPORTED_SETTINGS, **groups, generation=asdict(generation_args))
+    run = begin(
+        training_args, REPORTED_SETTINGS, **groups, generation=asdict(generation_args), prompts=asdict(prompt_args)
+    )
 
     # Model and adapter: what is asked of them is known before the data are read.
-    base = find_base(model_args, generation_args.prompt)
-    check_prompt(base.start.name, base.start.revision, generation_args.prompt)
+    base = find_base(model_args, generation_args, prompt_args)
+    check_start(base, generation_args, prompt_args)
 
     # Data: one row an image, with the captions that samples are compared with.
     validates = training_args.eval_strategy != "no"
-    splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images)
+    splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images, prompt_args)
     rewarded = [*splits.train["image_id"], *(splits.validation["image_id"] if validates else [])]
     rewards = Rewards(
         reward_args.reward_funcs,
@@ -118,15 +121,15 @@ def main(
 
     things = read_for_audit(data_args, generation_args, splits.test)
     model = base.load()
-    evaluation = plan_evaluation(base, model, generation_args, data_args, splits, run.output_dir)
+    evaluation = plan_evaluation(base, model, generation_args, prompt_args, data_args, splits, run.output_dir)
 
     features_of = base.feature_cache(training_args.cache_image_features, model, splits.bad_images)
     features, validation, figures = features_of(splits.train), None, None
     if features:
         splits = replace(splits, train=features.rows)
     if validates:
-        validation = CaptionValidation(
-            splits.validation, base.processor, generation_args, data_args.tokenizer, features_of(splits.validation)
+        validation = plan_validation(
+            base, generation_args, prompt_args, data_args, splits.validation, features_of(splits.validation)
         )
         ids, named = list(map(str, splits.validation["image_id"])), reward_args.reward_instances
         objects = read_instances(named, things, ids) if named else {}
@@ -153,7 +156,7 @@ def main(
     # Training. The weights are loaded as those of the SFT recipe, which captioning.json says.
     trainer.train(resume_from_checkpoint=run.checkpoint)
     reported = run.config(base.args) | {"rewards": dict(zip(rewards.names, rewards.weights, strict=True))}
-    save_trained(trainer, adapter_dir, splits, reported, "sft_qwen2vl_jp", generation_args)
+    save_trained(trainer, adapter_dir, splits, reported, "sft_qwen2vl_jp", generation_args, prompt_args)
     del trainer, model
 
     # Evaluation: base, starting adapter and the adapter as saved on disk, on the same images with the same decoding.
@@ -166,6 +169,7 @@ ARGUMENTS = (
     ModelArguments,
     RewardArguments,
     GenerationArguments,
+    PromptArguments,
     parsed_as(CaptionGRPOFields, TRAINING_ARGUMENTS),
 )
 

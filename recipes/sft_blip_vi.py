@@ -51,6 +51,7 @@ def main(
     from vlmcap.captioning.predictions import model_record
     from vlmcap.data.corpora import SEEN_CORPORA
     from vlmcap.evaluation.scoring import ScoreOptions
+    from vlmcap.evaluation.tasks import one_task
     from vlmcap.models.blip import add_lora, learn_vietnamese, load_blip, load_blip_adapter
     from vlmcap.models.load import resolve_revision
     from vlmcap.steps.begin import begin
@@ -105,7 +106,7 @@ def main(
     finish(
         run,
         Path(__file__).stem,
-        beam_args,
+        [one_task(beam_args, data_args.tokenizer, splits.test)],
         splits,
         base_dir=base_dir,
         base_record=base_record,
@@ -113,7 +114,6 @@ def main(
         trained_dir=adapter_dir,
         trained_saw=trained_saw,
         load_trained=lambda: load_blip_adapter(str(adapter_dir)),
-        tokenizer=data_args.tokenizer,
         options=ScoreOptions(spice_url=data_args.spice_url, spice_dir=data_args.spice_dir),
     )
 

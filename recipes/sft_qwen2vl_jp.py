@@ -45,7 +45,7 @@ BASE_CONFIG = Path(__file__).parent / "configs/sft_qwen2vl_jp/base.yaml"
 
 
 @dataclass
-class DataArguments(EvaluationArguments, SplitArguments, InstructionArguments):
+class DataArguments(EvaluationArguments, InstructionArguments, SplitArguments):
     """What is trained and evaluated on, and how captions are scored and audited."""
 
     include_yj_images: bool = field(
@@ -81,21 +81,20 @@ def main(
     # Slow imports, after the command line and the dataset were checked.
     from vlmcap.steps.early import adapter_folder, check_early
 
-    check_early(settings, data_args)
+    check_early(settings, data_args, prompt_args)
     adapter_dir = adapter_folder(settings.output_dir, model_args.adapter, needs_start=False)
 
     from accelerate import PartialState
 
     from vlmcap.models.load import lora_config
     from vlmcap.steps.begin import begin
-    from vlmcap.steps.prompted import find_base, plan_evaluation, read_for_audit
+    from vlmcap.steps.prompted import find_base, plan_evaluation, plan_validation, read_for_audit
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_splits
     from vlmcap.training.prompts import training_rows
     from vlmcap.training.report import training_report
     from vlmcap.training.trainer import CaptionTrainer
     from vlmcap.training.trainer_arguments import CaptionSFTConfig
-    from vlmcap.training.validation import CaptionValidation
 
     training_args = complete(CaptionSFTConfig, settings)
     groups = {"data": asdict(data_args), "model": asdict(model_args), "generation": asdict(generation_args)}
@@ -103,17 +102,17 @@ def main(
 
     # Data: one row an image, and rows of what is trained on, where captions have prompts of their own.
     validates = training_args.eval_strategy != "no"
-    splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images)
+    splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images, prompt_args)
     read_for_audit(data_args, generation_args, splits.test)
     rows = training_rows(splits.train, prompt_args, data_args, generation_args.prompt, run.seed)
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
-    base = find_base(model_args, generation_args.prompt)
+    base = find_base(model_args, generation_args, prompt_args)
     model = base.load()
 
     # The base's captions, of another run perhaps, must be such that they can be taken or continued after training.
     evaluation = plan_evaluation(
-        base, model, generation_args, data_args, splits, run.output_dir, shared_dir=data_args.base_dir
+        base, model, generation_args, prompt_args, data_args, splits, run.output_dir, shared_dir=data_args.base_dir
     )
 
     features_of = base.feature_cache(training_args.cache_image_features, model, splits.bad_images)
@@ -121,8 +120,8 @@ def main(
     if features:
         rows, splits = features.rows, splits.trained_on(features.rows)
     if validates:
-        validation = CaptionValidation(
-            splits.validation, base.processor, generation_args, data_args.tokenizer, features_of(splits.validation)
+        validation = plan_validation(
+            base, generation_args, prompt_args, data_args, splits.validation, features_of(splits.validation)
         )
     trainer = CaptionTrainer(
         model=model,
@@ -141,7 +140,9 @@ def main(
 
     # Training
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    save_trained(trainer, adapter_dir, splits, run.config(base.args), Path(__file__).stem, generation_args)
+    save_trained(
+        trainer, adapter_dir, splits, run.config(base.args), Path(__file__).stem, generation_args, prompt_args
+    )
     del trainer, model
 
     # Evaluation: the base and the adapter as saved on disk, on the same images with the same decoding; then scores,

@@ -50,6 +50,7 @@ def main(
     from vlmcap.captioning.generate import check_predictions
     from vlmcap.data.corpora import SEEN_CORPORA
     from vlmcap.evaluation.scoring import ScoreOptions
+    from vlmcap.evaluation.tasks import one_task
     from vlmcap.models.vit_gpt2 import build_vit_gpt2, freeze, load_vit_gpt2, parameter_groups
     from vlmcap.steps.begin import begin
     from vlmcap.steps.finish import finish, saw_records
@@ -113,7 +114,7 @@ def main(
     finish(
         run,
         Path(__file__).stem,
-        beam_args,
+        [one_task(beam_args, data_args.tokenizer, splits.test)],
         splits,
         base_dir=base_dir,
         base_record=base_record,
@@ -121,7 +122,6 @@ def main(
         trained_dir=model_dir,
         trained_saw=trained_saw,
         load_trained=lambda: load_vit_gpt2(str(model_dir)),
-        tokenizer=data_args.tokenizer,
         options=ScoreOptions(spice_url=data_args.spice_url, spice_dir=data_args.spice_dir),
     )
 

@@ -54,6 +54,7 @@ def main(
     from vlmcap.captioning.generate import check_predictions
     from vlmcap.data.corpora import SEEN_CORPORA
     from vlmcap.evaluation.scoring import ScoreOptions
+    from vlmcap.evaluation.tasks import one_task
     from vlmcap.models.vit_llama import add_lora, build_vit_llama, load_vit_llama
     from vlmcap.reporting.hub import check_llama_name
     from vlmcap.steps.begin import begin
@@ -113,7 +114,7 @@ def main(
     finish(
         run,
         Path(__file__).stem,
-        beam_args,
+        [one_task(beam_args, data_args.tokenizer, splits.test)],
         splits,
         base_dir=base_dir,
         base_record=base_record,
@@ -121,7 +122,6 @@ def main(
         trained_dir=adapter_dir,
         trained_saw=trained_saw,
         load_trained=lambda: load_vit_llama(str(adapter_dir)),
-        tokenizer=data_args.tokenizer,
         options=ScoreOptions(spice_url=data_args.spice_url, spice_dir=data_args.spice_dir),
     )
 

@@ -17,6 +17,11 @@ Three captions of each picture; Japanese script alone, without certain words; ca
     python scripts/caption.py photos --adapter you/name --japanese_only --avoid_words words.txt \\
         --output captions.jsonl --review_queue review
 
+An adapter that was trained with several prompts is asked with one of them, by default with the first:
+
+    python scripts/caption.py photos --adapter you/name --language en
+    python scripts/caption.py photos --adapter you/name --language ja --style polite
+
 Through a server with OpenAI's chat interface (vLLM, `transformers serve`, llama.cpp), which holds the model; with
 --adapter, prompt and image size come from its captioning.json. A key is taken from CAPTION_SERVER_KEY.
 
@@ -31,7 +36,7 @@ import sys
 from functools import partial
 
 from vlmcap.arguments import run_main
-from vlmcap.captioning.arguments import FORM, CaptionArguments, check_caption_arguments, name_pictures
+from vlmcap.captioning.arguments import CaptionArguments, check_caption_arguments, name_pictures
 
 
 def main(args: CaptionArguments) -> None:
@@ -53,13 +58,14 @@ def main(args: CaptionArguments) -> None:
 
         server = open_server(args)
         caption, record = partial(server_captions, server=server, concurrency=args.concurrency), server.record()
-        japanese = True
+        prompted, language = True, server.language
     else:
         from vlmcap.captioning.captioner import load_captioner
 
         captioner = load_captioner(args)
         caption = partial(caption_pictures, stream=captioner.stream, workers=args.workers)
-        record, japanese = captioner.record, captioner.record["prompt"] is not None
+        record, language = captioner.record, captioner.language
+        prompted = record["prompt"] is not None
     failed = caption_paths(paths, caption, args, record)
 
     if args.output and args.format == "html":
@@ -74,10 +80,12 @@ def main(args: CaptionArguments) -> None:
     elif args.output and args.format != "jsonl":
         write_formatted(args)
     if args.review_queue:
+        from vlmcap.evaluation.audit_checks import form_of
         from vlmcap.evaluation.review import review_form
 
-        hold_back = args.hold_back or [reason for reason in FORM if japanese or reason != "non_japanese"]
-        released, held_back = review_form(journal_path(args), args.review_queue, hold_back)
+        known = [reason for reason in form_of(language) if prompted or reason != "non_japanese"]
+        queue = (journal_path(args), args.review_queue, args.hold_back or known)
+        released, held_back = review_form(*queue, language)
         print(f"{released:,} captions released, {held_back:,} held back: {args.review_queue}", file=sys.stderr)
     if failed:
         reasons = "\n".join(f"  {printable(shown_name(path))}: {printable(why)}" for path, why in failed.items())

@@ -165,6 +165,13 @@ class CaptionArguments:
         default=1, metadata={"help": "Captions of each picture, the best first: alternatives of the beam."}
     )
     prompt: str | None = field(default=None, metadata={"help": f"Text after the image; {OF_ADAPTER} the recipe's."})
+    language: str | None = field(
+        default=None,
+        metadata={"help": "Of an adapter with several prompts: the one for captions in this language, e.g. en."},
+    )
+    style: str | None = field(
+        default=None, metadata={"help": "The one for captions of this style, e.g. polite; with --language or alone."}
+    )
     num_beams: int | None = field(default=None, metadata={"help": f"Beam width, 1 is greedy; {OF_ADAPTER} 3."})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": f"A caption is cut after this many tokens; {OF_ADAPTER} 64."}
@@ -235,6 +242,10 @@ def check_caption_arguments(args: CaptionArguments) -> None:
         raise UserError("--format html writes a file: add --output captions.html")
     if args.review_queue and not args.output:
         raise UserError("--review_queue divides the captions of a file: add --output captions.jsonl")
+    if args.prompt and (args.language or args.style):
+        raise UserError(
+            "--language and --style choose one of the adapter's prompts, and --prompt is another: give one"
+        )
     if args.overwrite and not args.sidecar:
         raise UserError("--overwrite is for the .txt files of --sidecar: add --sidecar, or leave it out")
     if args.num_beams:

@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 from vlmcap.captioning.arguments import CaptionArguments, GenerationArguments, check_num_captions
 from vlmcap.captioning.generate import decoding_record, image_size_record
 from vlmcap.captioning.predictions import model_record
-from vlmcap.captioning.settings import NAME, CaptioningSettings, read_settings
+from vlmcap.captioning.settings import NAME, CaptioningSettings, key_of_prompt, read_settings
 from vlmcap.captioning.stream import CaptionStream
 from vlmcap.errors import UserError, notice
 from vlmcap.models.blip import load_blip_adapter
@@ -37,6 +37,7 @@ class Captioner:
     """A loaded model with its settings. `stream` captions pictures, `num_captions` of each.
 
     `record` is "model", "prompt" and "decoding" of a run record; captions are continued only by a model with the same.
+    `language` is an ISO 639-1 code.
     """
 
     model: PreTrainedModel | PeftModel
@@ -44,6 +45,7 @@ class Captioner:
     args: GenerationArguments
     num_captions: int
     record: dict
+    language: str
 
     @cached_property
     def stream(self) -> CaptionStream:
@@ -73,9 +75,11 @@ def decoding_of(args: CaptionArguments, settings: CaptioningSettings | None) -> 
     """How captions are asked for: as the command line says, or else captioning.json, or else the defaults.
 
     Raises:
-        UserError: more captions are asked for than the beam has.
+        UserError: more captions are asked for than the beam has; there is no prompt for the language or style.
     """
     values = {"generation_batch_size": args.batch_size, "avoid_words": args.avoid_words}
+    if not args.prompt and (key := key_of_prompt(settings, args.adapter or args.model, args.language, args.style)):
+        values["prompt"] = settings.prompts[key]
     for key in ("prompt", "num_beams", "max_new_tokens", "no_repeat_ngram_size", "japanese_only"):
         for source in (args, settings):
             if key not in values and getattr(source, key, None) is not None:
@@ -83,6 +87,12 @@ def decoding_of(args: CaptionArguments, settings: CaptioningSettings | None) -> 
     decoding = GenerationArguments(**values)
     check_num_captions(args.num_captions, decoding.num_beams)
     return decoding
+
+
+def language_of(args: CaptionArguments, settings: CaptioningSettings | None) -> str:
+    """The language of the captions, an ISO 639-1 code: of the prompt's key; Japanese where there is none."""
+    key = key_of_prompt(settings, args.adapter or args.model, args.language, args.style)
+    return key.split("/")[0] if key and not args.prompt else "ja"
 
 
 def load_captioner(args: CaptionArguments) -> Captioner:
@@ -119,7 +129,7 @@ def load_captioner(args: CaptionArguments) -> Captioner:
     }
     record["decoding"]["num_captions"] = args.num_captions
     del record["decoding"]["batch_size"]  # captions may be continued with another
-    return Captioner(model, processor, decoding, args.num_captions, record)
+    return Captioner(model, processor, decoding, args.num_captions, record, language_of(args, settings))
 
 
 def _load_prompted(

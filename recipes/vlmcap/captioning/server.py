@@ -15,7 +15,7 @@ import httpx2
 from PIL import Image
 
 from vlmcap.captioning.arguments import CaptionArguments
-from vlmcap.captioning.captioner import decoding_of, find_settings
+from vlmcap.captioning.captioner import decoding_of, find_settings, language_of
 from vlmcap.captioning.pictures import read_ahead, read_picture
 from vlmcap.errors import UserError, notice
 
@@ -44,6 +44,7 @@ class ChatServer:
         model: name of the served model; None takes the only one that there is.
         max_pixels: larger pictures are scaled down.
         first_wait: seconds before a second try; every further wait is twice as long.
+        language: of the captions, an ISO 639-1 code.
 
     Raises:
         ServerError: the address is malformed; there is no such server; `model` is None and it serves several.
@@ -58,6 +59,7 @@ class ChatServer:
         max_pixels: int | None = None,
         concurrency: int = 8,
         first_wait: float = FIRST_WAIT,
+        language: str = "ja",
     ):
         if not address.startswith(("http://", "https://")):
             raise ServerError(f"--server {address}: an address such as http://localhost:8000 is needed")
@@ -69,7 +71,7 @@ class ChatServer:
             timeout=TIMEOUT,
             limits=httpx2.Limits(max_connections=concurrency),
         )
-        self.prompt, self.max_new_tokens = prompt, max_new_tokens
+        self.prompt, self.max_new_tokens, self.language = prompt, max_new_tokens, language
         self.max_pixels, self.first_wait = max_pixels or MAX_PIXELS, first_wait
         self.stopped = threading.Event()
         self.model = model or self._only_model()
@@ -225,4 +227,12 @@ def open_server(args: CaptionArguments) -> ChatServer:
     if decoding.num_beams > 1 and settings:
         notice(f"the server searches in its own way: {args.adapter} was scored with {decoding.num_beams} beams")
     max_pixels = args.max_pixels or (settings and settings.max_pixels)
-    return ChatServer(args.server, args.model, decoding.prompt, decoding.max_new_tokens, max_pixels, args.concurrency)
+    return ChatServer(
+        args.server,
+        args.model,
+        decoding.prompt,
+        decoding.max_new_tokens,
+        max_pixels,
+        args.concurrency,
+        language=language_of(args, settings),
+    )

@@ -14,6 +14,9 @@ meant.
                     references', female_to_male the ratio to compare with that of the references.
     form            empty, repeating, cut off, not Japanese, copied from the prompt, special tokens
     overlap         images, pictures and captions that training and test share; captions that are training captions
+
+The lexicons are Japanese: captions of another language are audited for form and overlap alone, and for the script of
+their language instead of Japanese.
 """
 
 import json
@@ -26,7 +29,7 @@ import numpy as np
 from vlmcap import provenance
 from vlmcap.atomic_write import write_atomically
 from vlmcap.evaluation import audit_checks
-from vlmcap.evaluation.audit_checks import COPIED_CHARACTERS, KANJI_ALONE, REPEATED_WORDS, Rate
+from vlmcap.evaluation.audit_checks import COPIED_CHARACTERS, COPIED_LETTERS, KANJI_ALONE, REPEATED_WORDS, Rate
 from vlmcap.evaluation.audit_document import AuditError, read_object
 from vlmcap.evaluation.bootstrap import LEVEL, interval, resampled_scores
 from vlmcap.evaluation.caption_files import read_predictions
@@ -46,6 +49,7 @@ def write_audit(
     test_rows: datasets.Dataset | None = None,
     count_tokens: Callable[[str], int] | None = None,
     base: dict | None = None,
+    language: str = "ja",
 ) -> dict:
     """Audits a predictions file and writes audit.json; returns what was written.
 
@@ -59,6 +63,7 @@ def write_audit(
             compared when both have the column `image`. Without train_rows there is no `overlap`.
         count_tokens: length of a caption in the model's tokens, to find those cut at max_new_tokens.
         base: the audit of the base model on the same images, for the card; goes in without its details.
+        language: of the captions, an ISO 639-1 code.
 
     Raises:
         AuditError: images without references or annotations, or an annotation file that is not COCO's.
@@ -70,27 +75,27 @@ def write_audit(
     record = _run_record(predictions_path)
     if references is not None:
         references = _references_of(predictions, references)
-    things, about_persons = Lexicon(lexicon), Lexicon(persons)
     flagged: dict[str, list[str]] = {image_id: [] for image_id in predictions}
-
     document: dict = {
         "counts": {"images": len(predictions), "references": sum(map(len, (references or {}).values()))},
     }
-    if references or instances:
-        objects = audit_checks.read_instances(instances, things, predictions) if instances else {}
-        document["hallucination"] = audit_checks.hallucination(predictions, references, objects, things, flagged)
-    document["persons"] = audit_checks.persons(predictions, references, about_persons, flagged)
-    document["form"] = audit_checks.form(predictions, record, count_tokens, flagged)
+    lexicons = {"language": language}
+    if language == "ja":
+        things, about_persons = Lexicon(lexicon), Lexicon(persons)
+        if references or instances:
+            objects = audit_checks.read_instances(instances, things, predictions) if instances else {}
+            document["hallucination"] = audit_checks.hallucination(predictions, references, objects, things, flagged)
+        document["persons"] = audit_checks.persons(predictions, references, about_persons, flagged)
+        lexicons = {"lexicon": _lexicon_record(things), "persons": _lexicon_record(about_persons)}
+        lexicons["instances"] = [Path(path).name for path in instances]
+    document["form"] = audit_checks.form(predictions, record, count_tokens, flagged, language)
     if train_rows is not None:
         document["overlap"] = audit_checks.overlap(predictions, references, train_rows, test_rows, flagged)
     _resolve(document)
     document["flagged"] = {image_id: reasons for image_id, reasons in flagged.items() if reasons}
-    document["settings"] = {
-        "lexicon": {"name": things.name, "sha256": things.sha256, "words": things.words()},
-        "persons": {"name": about_persons.name, "sha256": about_persons.sha256, "words": about_persons.words()},
-        "instances": [Path(path).name for path in instances],
+    document["settings"] = lexicons | {
         "repeated_words": REPEATED_WORDS,
-        "copied_characters": COPIED_CHARACTERS,
+        "copied_characters": COPIED_CHARACTERS if language == "ja" else COPIED_LETTERS,
         "kanji_alone": KANJI_ALONE,
         "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "level": LEVEL},
     }
@@ -106,6 +111,10 @@ def write_audit(
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(document, ensure_ascii=False, indent=2) + "\n")
     return document
+
+
+def _lexicon_record(lexicon: Lexicon) -> dict:
+    return {"name": lexicon.name, "sha256": lexicon.sha256, "words": lexicon.words()}
 
 
 def _run_record(predictions_path: str | Path) -> dict:

@@ -21,12 +21,17 @@ from vlmcap.captioning.constraints import japanese_characters
 from vlmcap.data.picture_files import is_picture_file, open_picture
 from vlmcap.evaluation.audit_document import OVERLAP, AuditError, read_object
 from vlmcap.evaluation.lexicon import Lexicon, analyse
+from vlmcap.evaluation.tokenise import LANGUAGE_TOKENIZERS, tokenise
 from vlmcap.strict_parsing import shown
 
+# Languages, by ISO 639-1, whose captions are written in Latin letters.
+LATIN = ("en", "vi")
 # A caption repeats when this many words occur twice, in this order.
 REPEATED_WORDS = 5
 # A caption copies the prompt when it holds this many of its characters in a row, or all of a shorter prompt.
 COPIED_CHARACTERS = 15
+# The same in languages that are written with letters, which are shorter than characters of Japanese.
+COPIED_LETTERS = 30
 # Kanji alone, without any kana, are Chinese when there are so many. Human captions have up to five.
 KANJI_ALONE = 8
 # One character five times in a row, or anything longer three times. Without the bound, which is longer than captions
@@ -226,15 +231,29 @@ def _female_to_male(captions: Iterable[set[str]]) -> float | None:
 
 
 # Form --------------------------------------------------------------------------------------------------------------
+def form_of(language: str) -> tuple[str, ...]:
+    """What `form_faults` can find in captions of a language: FORM, with another script to expect."""
+    if language == "ja":
+        return FORM
+    script = ("non_latin",) if language in LATIN else ()
+    return tuple(found for fault in FORM for found in (script if fault == "non_japanese" else (fault,)))
+
+
 def form_faults(
-    caption: str, prompt: str = "", tokens: int | None = None, max_new_tokens: int | None = None
+    caption: str,
+    prompt: str = "",
+    tokens: int | None = None,
+    max_new_tokens: int | None = None,
+    language: str = "ja",
 ) -> set[str]:
-    """Which of FORM are wrong with a caption.
+    """Which of `form_of(language)` are wrong with a caption.
 
     Args:
         prompt: what was asked, for captions that repeat it.
         tokens, max_new_tokens: length of the caption in the model's tokens, and where it was cut. Without them only
-            the last word says whether a caption is cut off: a particle, an unfinished verb, a comma, an open bracket.
+            the end says whether a caption is cut off: a comma, an open bracket; in Japanese a particle, an unfinished
+            verb.
+        language: an ISO 639-1 code.
     """
     text = unicodedata.normalize("NFKC", caption).strip()
     faults = set()
@@ -243,20 +262,36 @@ def form_faults(
         text = MARKUP.sub(" ", text).strip()
     if not any(character.isalnum() for character in text):
         return faults | {"empty"}
-    words = [token.surface for token in analyse(text)]
+    words = _words(text, language)
     ngrams = [tuple(words[i : i + REPEATED_WORDS]) for i in range(len(words) - REPEATED_WORDS + 1)]
     if len(set(ngrams)) < len(ngrams) or LOOP.search(text):
         faults.add("repetition")
-    if _is_foreign(text):
+    japanese = language == "ja"
+    if japanese and _is_foreign(text):
         faults.add("non_japanese")
-    elif _is_cut_off(text):
+    elif language in LATIN and _is_not_latin(text):
+        faults.add("non_latin")
+    elif _is_cut_off(text) or japanese and _lacks_an_end(text):
         faults.add("truncated")
     if tokens is not None and max_new_tokens is not None and tokens >= max_new_tokens:
         faults.add("truncated")
     asked = unicodedata.normalize("NFKC", prompt).strip()
-    if asked and _shares(text, asked, min(len(asked), COPIED_CHARACTERS)):
+    if asked and _shares(text, asked, min(len(asked), COPIED_CHARACTERS if japanese else COPIED_LETTERS)):
         faults.add("copied_prompt")
     return faults
+
+
+def _words(text: str, language: str) -> list[str]:
+    if language == "ja":
+        return [token.surface for token in analyse(text)]
+    return tokenise([text], LANGUAGE_TOKENIZERS.get(language, "none"))[0]
+
+
+def _is_not_latin(text: str) -> bool:
+    """Most letters are not Latin."""
+    letters = [character for character in text if character.isalpha()]
+    latin = sum(unicodedata.name(character, "").startswith("LATIN") for character in letters)
+    return latin * 2 < len(letters)
 
 
 def _is_foreign(text: str) -> bool:
@@ -275,8 +310,11 @@ def _is_foreign(text: str) -> bool:
 def _is_cut_off(text: str) -> bool:
     if "\ufffd" in text or any(text.count(a) > text.count(b) for a, b in ("「」", "『』", "()", "【】")):
         return True
-    if text[-1] in ",、・":
-        return True
+    return text[-1] in ",、・"
+
+
+def _lacks_an_end(text: str) -> bool:
+    """The last word of a Japanese caption ends no sentence."""
     if not text[-1].isalnum():  # 。 ! ? and closing brackets end a sentence
         return False
     last = analyse(text)[-1]
@@ -292,18 +330,22 @@ def _shares(text: str, prompt: str, length: int) -> bool:
 
 
 def form(
-    predictions: dict[str, str], record: dict, count_tokens: Callable[[str], int] | None, flagged: dict[str, list[str]]
+    predictions: dict[str, str],
+    record: dict,
+    count_tokens: Callable[[str], int] | None,
+    flagged: dict[str, list[str]],
+    language: str = "ja",
 ) -> dict:
     limit, prompt = record.get("decoding", {}).get("max_new_tokens"), record.get("prompt") or ""
-    found = []
+    found, possible = [], form_of(language)
     for image_id, caption in predictions.items():
         tokens = count_tokens(caption) if count_tokens else None
-        faults = form_faults(caption, prompt, tokens, limit)
-        flagged[image_id].extend(fault for fault in FORM if fault in faults)
+        faults = form_faults(caption, prompt, tokens, limit, language)
+        flagged[image_id].extend(fault for fault in possible if fault in faults)
         found.append(faults)
     every = np.ones(len(found))
-    rates: dict = {fault: Rate([fault in faults for faults in found], every) for fault in FORM}
-    words = [[token.surface for token in analyse(caption)] for caption in predictions.values()]
+    rates: dict = {fault: Rate([fault in faults for faults in found], every) for fault in possible}
+    words = [_words(caption, language) for caption in predictions.values()]
     for size in (2, 3, 4):
         ngrams = [[tuple(row[i : i + size]) for i in range(len(row) - size + 1)] for row in words]
         rates[f"repeated_{size}grams"] = Rate(

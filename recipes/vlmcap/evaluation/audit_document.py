@@ -91,7 +91,8 @@ def write_review_queue(
     reasons = {
         *HELD_BACK,
         *OVERLAP,
-        *(f"persons: {group}" for group in audit["persons"]["groups"] if group != "gender"),
+        "non_latin",
+        *(f"persons: {group}" for group in audit.get("persons", {"groups": {}})["groups"] if group != "gender"),
     }
     unknown = [reason for reason in hold_back if reason not in reasons]
     if unknown:
@@ -137,7 +138,13 @@ def _compared(document: dict) -> dict:
     return {
         "number of images": document["counts"]["images"],
         "number of references": document["counts"]["references"],
-        "lexicon": document["settings"]["lexicon"]["sha256"][:12],
-        "lexicon of persons": document["settings"]["persons"]["sha256"][:12],
+        "language": document["settings"].get("language", "ja"),
+        "lexicon": _lexicon(document, "lexicon"),
+        "lexicon of persons": _lexicon(document, "persons"),
         "objects_from": document.get("hallucination", {}).get("objects_from"),
     }
+
+
+def _lexicon(document: dict, name: str) -> str:
+    """The hash of a lexicon; captions that are not Japanese are audited without one."""
+    return document["settings"][name]["sha256"][:12] if "language" not in document["settings"] else "none"

@@ -27,6 +27,8 @@ from vlmcap.errors import UserError
 
 JAPANESE_TOKENIZERS = ("unidic-lite", "ipadic", "characters")
 TOKENIZERS = (*JAPANESE_TOKENIZERS, "vietnamese", "english", "none")
+# Of captions that say their language, by its ISO 639-1 code.
+LANGUAGE_TOKENIZERS = {"ja": "unidic-lite", "en": "english", "vi": "vietnamese"}
 
 _split_13a = Tokenizer13a()
 # Quotes, dashes and the ellipsis as ASCII has them; control characters, which are dashes and quotes of Windows.
@@ -42,7 +44,7 @@ _ENGLISH_PUNCTUATION = "'\"`.?!,:;-()[]{}"
 
 
 class TokenizerError(UserError):
-    """There is no tokenizer of that name; the message lists those there are."""
+    """There is no tokenizer of that name, or for a language; the message lists those there are."""
 
 
 def tokenise(texts: Iterable[str], tokenizer: str = "unidic-lite") -> list[list[str]]:
@@ -71,6 +73,22 @@ def tokenizer_signature(tokenizer: str = "unidic-lite") -> str:
         return f"tok:english-13a-ptb-sacrebleu-{metadata.version('sacrebleu')}|norm:nfc|punct:drop|case:lc"
     version = "" if tokenizer == "characters" else f"-{metadata.version(tokenizer)}"
     return f"tok:{tokenizer}{version}|norm:nfkc|punct:drop|case:lc"
+
+
+def tokenizer_of(language: str, japanese: str = "unidic-lite") -> str:
+    """The tokenizer for captions in a language, an ISO 639-1 code.
+
+    Args:
+        japanese: that for Japanese, if it is one of JAPANESE_TOKENIZERS.
+
+    Raises:
+        TokenizerError: there is none for the language.
+    """
+    if language not in LANGUAGE_TOKENIZERS:
+        raise TokenizerError(
+            f"captions in {language!r} cannot be scored: there are tokenizers for {', '.join(LANGUAGE_TOKENIZERS)}"
+        )
+    return japanese if language == "ja" and japanese in JAPANESE_TOKENIZERS else LANGUAGE_TOKENIZERS[language]
 
 
 def _splitter(tokenizer: str) -> Callable[[str], list[str]]:

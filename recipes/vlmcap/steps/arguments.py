@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.training.arguments import ScoredSplitArguments
+
+NO_PROMPTS = PromptArguments()  # a run with one prompt
 
 
 @dataclass
@@ -26,3 +29,16 @@ class EvaluationArguments(ScoredSplitArguments):
             " what is in an image."
         },
     )
+
+
+def trained_prompts(prompts: PromptArguments) -> dict[str, str] | None:
+    """Key -> the prompt that an adapter is asked, of the keys that it is trained on; None without keys."""
+    return {key: texts[0] for key, texts in prompts.wordings.items()} or None
+
+
+def reported_prompts(prompts: PromptArguments) -> dict:
+    """What the model card prints among the settings."""
+    if not prompts.prompts:
+        return {}
+    weights = {"prompt_weights": prompts.prompt_weights} if prompts.prompt_weights else {}
+    return {"prompts": prompts.wordings} | weights

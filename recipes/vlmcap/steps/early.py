@@ -5,10 +5,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vlmcap.atomic_write import check_writable
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.data.lookup import find_dataset
 from vlmcap.errors import UserError, notice
 from vlmcap.evaluation.external import ScorerUnavailable, check_local_spice, check_meteor
-from vlmcap.evaluation.tokenise import tokenizer_signature
+from vlmcap.evaluation.tokenise import tokenizer_of, tokenizer_signature
 from vlmcap.training.arguments import ScoredSplitArguments, TrainerFields
 from vlmcap.upload import check_push_rights
 
@@ -34,7 +35,9 @@ EXTRAS = ("tensorboard", "trackio", "wandb")
 UNFIT_LAUNCHES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 
 
-def check_early(settings: TrainerFields, data_args: ScoredSplitArguments) -> None:
+def check_early(
+    settings: TrainerFields, data_args: ScoredSplitArguments, prompts: PromptArguments | None = None
+) -> None:
     """Needs no torch, and comes before it: with `use_cpu`, also of accelerate, torch sees no GPU.
 
     Says whether METEOR will be left out.
@@ -43,7 +46,7 @@ def check_early(settings: TrainerFields, data_args: ScoredSplitArguments) -> Non
         PushError: with `push_to_hub`, the Hub's token may not push to `hub_model_id`, or what is there is public.
         DataError: there is no such folder and no such dataset on the Hub; it lacks a split, a column, a card or the
             pictures that the run will need.
-        TokenizerError: there is no such tokenizer for the scores.
+        TokenizerError: there is no such tokenizer for the scores, or none for a language of `prompts`.
         UserError: `spice_dir` holds no SPICE, or there is no Java for it; a tracker of `report_to` is not known or not
             installed; `accelerate launch` was configured for DeepSpeed or Megatron-LM.
         OSError: a folder that the run writes into cannot be written.
@@ -58,6 +61,8 @@ def check_early(settings: TrainerFields, data_args: ScoredSplitArguments) -> Non
         check_push_rights(settings.hub_model_id)
     revision = find_dataset(data_args.dataset, data_args.dataset_revision)
     tokenizer_signature(data_args.tokenizer)
+    for key in prompts.first_wordings if prompts else ():
+        tokenizer_of(key.split("/")[0])
     settings_of_some = vars(data_args)
     if settings_of_some.get("spice_dir"):
         try:

@@ -2,7 +2,8 @@
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,20 +12,22 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmcap.captioning.arguments import BeamArguments
 from vlmcap.captioning.branches import supports_branches
+from vlmcap.captioning.engines import ADAPTER, BASE
 from vlmcap.captioning.predictions import model_record
-from vlmcap.captioning.split import caption_split, caption_split_both
+from vlmcap.captioning.split import caption_split
 from vlmcap.data.corpora import seen_of
-from vlmcap.data.images import open_image, references_of
+from vlmcap.data.images import open_image
 from vlmcap.evaluation.caption_files import read_predictions
-from vlmcap.evaluation.scoring import ScoreOptions, write_metrics
+from vlmcap.evaluation.scoring import ScoreOptions
+from vlmcap.evaluation.tasks import CaptionTask
 from vlmcap.reporting.card_facts import is_miniature
 from vlmcap.reporting.cards import score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
 from vlmcap.reporting.hub import push_adapter
 from vlmcap.steps.begin import Run
 from vlmcap.steps.splits import Splits
+from vlmcap.steps.tasks import score_task, task_file
 
 SAMPLES = 24
 Loader = Callable[[], tuple[PreTrainedModel | PeftModel, ProcessorMixin]]
@@ -47,7 +50,7 @@ def saw_records(base_saw: dict[str, str], splits: Splits) -> tuple[dict, dict]:
 def finish(
     run: Run,
     recipe: str,
-    generation_args: BeamArguments,
+    tasks: Sequence[CaptionTask],
     splits: Splits,
     *,
     base_dir: Path,
@@ -56,7 +59,6 @@ def finish(
     trained_dir: Path,
     trained_saw: dict,
     load_trained: Loader,
-    tokenizer: str,
     options: ScoreOptions | None = None,
     audit: Callable[[], None] | None = None,
 ) -> None:
@@ -64,12 +66,12 @@ def finish(
 
     Args:
         recipe: its name, e.g. "sft_blip_vi".
+        tasks: what both are asked for, the main task first; all captions of an image are made in one pass.
         base_dir: folder of the untrained model's captions.
         base_record: "model", "dataset" and "saw" of their run record.
         trained_dir: folder of the trained weights, with training.json.
         trained_saw: "saw" of the trained model's run record.
         load_base, load_trained: the models as they are on the Hub or on disk, each with its processor.
-        tokenizer: word segmentation of the metrics.
         audit: audits the captions in both folders, for the card.
     """
     PartialState().wait_for_everyone()
@@ -78,22 +80,23 @@ def finish(
     base = base_record["model"]
     trained = base | model_record(model, base["id"], base["revision"], adapter=str(trained_dir))
     record = {"model": trained, "dataset": splits.test_record, "saw": trained_saw}
+    of_base = [task_file(task, base_dir, base_record, BASE) for task in tasks]
+    of_trained = [task_file(task, trained_dir, record) for task in tasks]
     if isinstance(model, PeftModel) and supports_branches(model):
-        files = [(base_dir / "predictions.jsonl", base_record), (trained_dir / "predictions.jsonl", record)]
-        caption_split_both(model, processor, splits.test, files, generation_args)
+        caption_split(model, processor, splits.test, *of_base, *of_trained)
     else:
-        caption_split(model, processor, splits.test, trained_dir / "predictions.jsonl", generation_args, record)
+        caption_split(model, processor, splits.test, *of_trained)
         del model  # both would not fit
         _free_memory()
-        caption_split(*load_base(), splits.test, base_dir / "predictions.jsonl", generation_args, base_record)
+        caption_split(*load_base(), splits.test, *(replace(file, which=ADAPTER) for file in of_base))
     if not PartialState().is_main_process:
         return
 
-    metrics = write_both_metrics(base_dir, trained_dir, splits.test, tokenizer, {"recipe": recipe}, options)
+    metrics = write_both_metrics(base_dir, trained_dir, tasks, {"recipe": recipe}, options)
     if audit:
         audit()
     write_adapter_card(trained_dir, run.push_to)
-    show_results(run.output_dir, metrics, splits.test, base_dir, trained_dir, run.seed)
+    show_results(run.output_dir, metrics, tasks[0], splits.test, base_dir, trained_dir, run.seed)
     if run.push_to:
         print(f"Pushed to {push_adapter(trained_dir, run.push_to)}")
 
@@ -106,45 +109,60 @@ def _free_memory() -> None:
 def write_both_metrics(
     base_dir: Path,
     trained_dir: Path,
-    rows: datasets.Dataset,
-    tokenizer: str,
+    tasks: Sequence[CaptionTask],
     more: dict,
     options: ScoreOptions | None = None,
 ) -> dict:
     """Scores the predictions in both folders, writes metrics.json into each and returns the trained model's.
 
     It holds the base's whole document under "base" (except for its scores of single images), training.json under
-    "training", and `more`.
+    "training", and `more`. With keys it holds all of them under "languages": key -> "trained", "prompt" and, unless it
+    is the main one, the whole document of the trained model, except for its scores of single images.
 
     Raises as `write_metrics` does.
     """
-    references = references_of(rows)
 
-    def scored(folder: Path, more: dict | None = None) -> dict:
-        files = (folder / "predictions.jsonl", references, folder / "metrics.json")
-        return write_metrics(*files, tokenizer, more, options)
+    def scored(task: CaptionTask, more: dict) -> dict:
+        base = score_task(task, base_dir, options=options)
+        del base["per_image"]  # as large as the rest together, and in the base's own file
+        return score_task(task, trained_dir, more | {"base": base}, options)
 
-    base = scored(base_dir)
-    del base["per_image"]  # as large as the rest together, and in the base's own file
+    main, *others = tasks
+    documents = {task.key: scored(task, {}) for task in others}
+    for document in documents.values():
+        del document["per_image"]
+    languages = {
+        task.key: {"trained": task.trained, "prompt": task.args.prompt} | documents.get(task.key, {})
+        for task in tasks
+        if task.key
+    }
     training = json.loads((trained_dir / "training.json").read_text(encoding="utf-8"))
-    return scored(trained_dir, more | {"training": training, "base": base})
+    return scored(main, more | {"training": training} | ({"languages": languages} if languages else {}))
 
 
 def show_results(
-    output_dir: Path, metrics: dict, rows: datasets.Dataset, base_dir: Path, trained_dir: Path, seed: int
+    output_dir: Path,
+    metrics: dict,
+    task: CaptionTask,
+    rows: datasets.Dataset,
+    base_dir: Path,
+    trained_dir: Path,
+    seed: int,
 ) -> None:
     """Writes `output_dir/samples.html` and prints the scores of base and trained model.
 
     Args:
         metrics: as `write_both_metrics` returns them.
-        rows: the test images; the page shows some of them, drawn with `seed`.
+        task: the main one.
+        rows: the test images; the page shows some of those of the task, drawn with `seed`.
     """
     said = {
         "base": read_predictions(base_dir / "predictions.jsonl"),
         "adapter": read_predictions(trained_dir / "predictions.jsonl"),
     }
+    rows = rows.select([number for number, name in enumerate(rows["image_id"]) if str(name) in task.references])
     samples = [
-        {"image": open_image(row), "image_id": row["image_id"], "references": row["captions"]}
+        {"image": open_image(row), "image_id": row["image_id"], "references": task.references[str(row["image_id"])]}
         | {system: captions[str(row["image_id"])] for system, captions in said.items()}
         for row in rows.shuffle(seed=seed).select(range(min(SAMPLES, len(rows))))
     ]
@@ -152,7 +170,13 @@ def show_results(
     if is_miniature(metrics):
         note += " Drawn scenes and a miniature model: a demonstration, no evidence about the real one."
     page = write_sample_page(output_dir / "samples.html", "Before and after", samples, score_rows(metrics), note)
-    print()
-    for name, *values in score_rows(metrics):
-        print(f"{name:<12}" + "".join(f"{value:>18}" for value in values))
+    for title, shown in {task.key: metrics, **_other_languages(metrics)}.items():
+        print(f"\n{title}" if title else "")
+        for name, *values in score_rows(metrics | shown):
+            print(f"{name:<12}" + "".join(f"{value:>18}" for value in values))
     print(f"\nWeights and model card: {trained_dir}\nSample captions:        {page}")
+
+
+def _other_languages(metrics: dict) -> dict[str, dict]:
+    """Key -> its document, of all but the main key."""
+    return {key: document for key, document in metrics.get("languages", {}).items() if "scores" in document}

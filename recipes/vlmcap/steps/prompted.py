@@ -11,14 +11,17 @@ import datasets
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin
 
-from vlmcap.captioning.arguments import GenerationArguments
+from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
 from vlmcap.captioning.generate import check_predictions, decoding_record, image_size_record
 from vlmcap.captioning.predictions import model_record
+from vlmcap.captioning.settings import check_prompts
 from vlmcap.data.corpora import SEEN_CORPORA
-from vlmcap.data.images import references_of
+from vlmcap.data.keys import parse_key
+from vlmcap.errors import UserError
 from vlmcap.evaluation.audit import write_audit
 from vlmcap.evaluation.audit_checks import read_instances
 from vlmcap.evaluation.lexicon import Lexicon
+from vlmcap.evaluation.tasks import CaptionTask, caption_tasks
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.models.load import (
     chat_prompt,
@@ -30,13 +33,14 @@ from vlmcap.models.load import (
 )
 from vlmcap.models.weights import Adapter
 from vlmcap.provenance import public_name
-from vlmcap.steps.arguments import EvaluationArguments
+from vlmcap.steps.arguments import EvaluationArguments, trained_prompts
 from vlmcap.steps.begin import Run
 from vlmcap.steps.finish import finish, saw_records
 from vlmcap.steps.splits import Splits
 from vlmcap.steps.start import score_start
 from vlmcap.training.collator import BadImages
 from vlmcap.training.features import FeatureCache, cache_features
+from vlmcap.training.validation import CaptionValidation
 
 
 @dataclass(frozen=True)
@@ -77,21 +81,33 @@ class PromptedBase:
         return cached
 
 
-def find_base(args: ModelArguments, prompt: str) -> PromptedBase:
+def find_base(args: ModelArguments, generation_args: GenerationArguments, prompts: PromptArguments) -> PromptedBase:
     """Base and starting adapter as they will be loaded; no weights are loaded yet.
 
     Raises:
-        ModelError: there is no such model or adapter, the adapter was trained with other settings, or the prompt would
+        ModelError: there is no such model or adapter, the adapter was trained with other settings, or a prompt would
             end the user's turn.
+        UserError: captions are constrained to Japanese, and a key is of another language.
     """
+    other = next((key for key in prompts.first_wordings if parse_key(key)[0] != "ja"), None)
+    if generation_args.japanese_only and other:
+        raise UserError(f"--japanese_only constrains the captions of all keys, of {other} too: leave it out")
     name, revision = args.model_name_or_path, args.model_revision
     args = replace(args, model_revision=resolve_revision(name, revision))
     processor = load_processor(name, args.model_revision, args.min_pixels, args.max_pixels)
-    chat_prompt(processor, prompt)
+    for prompt in [*prompts.all_wordings(generation_args.prompt), *prompts.first_wordings.values()]:
+        chat_prompt(processor, prompt)
     if not args.adapter:
         return PromptedBase(args, processor, None)
     start = read_trained_adapter(args)
     return PromptedBase(replace(args, adapter_revision=start.revision), processor, start)
+
+
+def check_start(base: PromptedBase, generation_args: GenerationArguments, prompts: PromptArguments) -> None:
+    """Raises SettingsError where the starting adapter was trained with other prompts than this run trains."""
+    option = "--prompts" if prompts.prompts else "--prompt"
+    asked = (trained_prompts(prompts) or {None: generation_args.prompt}).values()
+    check_prompts(base.start.name, base.start.revision, asked, option)
 
 
 def read_for_audit(
@@ -114,13 +130,15 @@ class Evaluation:
     """How the adapter is evaluated beside its base: on the same images, with the same decoding.
 
     Attributes:
+        tasks: what both are asked for, the main task first.
+        data_args: what is audited, and how.
         base_dir: folder of the base's captions.
         base_record: "model", "dataset" and "saw" of their run record.
         trained_saw: "saw" of the trained model's run record.
     """
 
     base: PromptedBase
-    generation_args: GenerationArguments
+    tasks: list[CaptionTask]
     data_args: EvaluationArguments
     base_dir: Path
     base_record: dict
@@ -129,30 +147,15 @@ class Evaluation:
     def score_start(self, folder: Path, adapter_dir: Path, splits: Splits) -> None:
         """Captions of the adapter that training started from go into `folder`; see `vlmcap.steps.start`."""
         start = self.base.start
-        score_start(
-            folder,
-            adapter_dir,
-            start,
-            partial(self.base.load_with, start.name, start.revision),
-            self.generation_args,
-            splits,
-            self.base_record,
-            self.data_args.tokenizer,
-            partial(self.audit, splits=splits),
-        )
+        load_start = partial(self.base.load_with, start.name, start.revision)
+        score_start(folder, adapter_dir, start, load_start, self.tasks, splits, self.base_record, self.audit)
 
     def finish(self, run: Run, recipe: str, adapter_dir: Path, splits: Splits) -> None:
         """Captions, scores and audits of base and trained adapter, card, page and push; see `vlmcap.steps.finish`."""
-
-        def audit() -> None:
-            base = self.audit(self.base_dir, splits)
-            # scripts/audit_captions.py compares the pictures too.
-            self.audit(adapter_dir, splits, train_rows=splits.train.remove_columns("image"), base=base)
-
         finish(
             run,
             recipe,
-            self.generation_args,
+            self.tasks,
             splits,
             base_dir=self.base_dir,
             base_record=self.base_record,
@@ -160,20 +163,25 @@ class Evaluation:
             trained_dir=adapter_dir,
             trained_saw=self.trained_saw,
             load_trained=partial(self.base.load_with, str(adapter_dir)),
-            tokenizer=self.data_args.tokenizer,
-            audit=audit,
+            audit=partial(self._audit_both, adapter_dir, splits),
         )
 
-    def audit(self, folder: Path, splits: Splits, **more) -> dict:
-        """Audits the captions in a folder; `more` is of `write_audit`."""
-        tokenizer = self.base.processor.tokenizer
+    def _audit_both(self, adapter_dir: Path, splits: Splits) -> None:
+        trained_on = splits.train.remove_columns("image")  # scripts/audit_captions.py compares the pictures too
+        for task in self.tasks:
+            self.audit(adapter_dir, task, train_rows=trained_on, base=self.audit(self.base_dir, task))
+
+    def audit(self, place: Path, task: CaptionTask, **more) -> dict:
+        """Audits the captions of a task; `place` is the folder of the main one, `more` is of `write_audit`."""
+        folder, tokenizer = task.folder(place), self.base.processor.tokenizer
         return write_audit(
             folder / "predictions.jsonl",
-            references_of(splits.test),
+            task.references,
             folder / "audit.json",
             lexicon=self.data_args.lexicon,
             instances=self.data_args.instances or [],
             count_tokens=lambda caption: len(tokenizer(caption, add_special_tokens=False)["input_ids"]),
+            language=parse_key(task.key)[0] if task.key else "ja",
             **more,
         )
 
@@ -182,6 +190,7 @@ def plan_evaluation(
     base: PromptedBase,
     model: PreTrainedModel,
     generation_args: GenerationArguments,
+    prompts: PromptArguments,
     data_args: EvaluationArguments,
     splits: Splits,
     output_dir: Path,
@@ -206,7 +215,31 @@ def plan_evaluation(
     if shared_dir is not None:
         asked = {"prompt": generation_args.prompt, "images": len(splits.test)}
         asked |= decoding_record(generation_args) | image_size_record(base.processor)
+        if prompts.prompts:
+            asked["prompts"] = prompts.first_wordings
         text = json.dumps(record | asked, sort_keys=True, ensure_ascii=False)
         base_dir = Path(shared_dir) / hashlib.sha256(text.encode()).hexdigest()[:12]
-    check_predictions(base.processor, base_dir / "predictions.jsonl", generation_args, record)
-    return Evaluation(base, generation_args, data_args, base_dir, record, trained_saw)
+    place = f"{data_args.dataset} ({data_args.test_split})"
+    tasks = caption_tasks(prompts, generation_args, data_args.tokenizer, splits.test, place)
+    for task in tasks:
+        check_predictions(base.processor, task.folder(base_dir) / "predictions.jsonl", task.args, record)
+    return Evaluation(base, tasks, data_args, base_dir, record, trained_saw)
+
+
+def plan_validation(
+    base: PromptedBase,
+    generation_args: GenerationArguments,
+    prompts: PromptArguments,
+    data_args: EvaluationArguments,
+    rows: datasets.Dataset,
+    features: FeatureCache | None,
+) -> CaptionValidation:
+    """What captions the validation images in training: with keys, each of those that are trained on.
+
+    Args:
+        rows: validation rows of `load_splits`.
+        features: of the rows.
+    """
+    place = f"{data_args.dataset} ({data_args.validation_split})"
+    tasks = caption_tasks(prompts, generation_args, data_args.tokenizer, rows, place, only_trained=True)
+    return CaptionValidation(rows, base.processor, generation_args, data_args.tokenizer, features, tasks)

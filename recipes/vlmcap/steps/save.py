@@ -9,15 +9,22 @@ from transformers import Trainer
 
 from vlmcap import provenance
 from vlmcap.atomic_write import write_atomically
-from vlmcap.captioning.arguments import BeamArguments
+from vlmcap.captioning.arguments import BeamArguments, PromptArguments
 from vlmcap.captioning.predictions import delete_predictions, weights_hash
 from vlmcap.captioning.settings import settings_of, write_settings
+from vlmcap.steps.arguments import NO_PROMPTS, reported_prompts, trained_prompts
 from vlmcap.steps.splits import Splits
 from vlmcap.training import checkpoints
 
 
 def save_trained(
-    trainer: Trainer, folder: Path, splits: Splits, config: dict, recipe: str, generation_args: BeamArguments
+    trainer: Trainer,
+    folder: Path,
+    splits: Splits,
+    config: dict,
+    recipe: str,
+    generation_args: BeamArguments,
+    prompts: PromptArguments = NO_PROMPTS,
 ) -> None:
     """Saves what was trained and, beside it, captioning.json: how it captions, and training.json: what was trained on,
     with which settings, and the results.
@@ -30,6 +37,7 @@ def save_trained(
         config: the settings that the model card prints.
         recipe: its name, e.g. "sft_blip_vi".
         generation_args: how the trained model is asked for captions.
+        prompts: of a model that is trained with several.
 
     Raises:
         CheckpointError: the disk is full; what was in `folder` is unchanged.
@@ -47,7 +55,7 @@ def save_trained(
     if not PartialState().is_main_process:
         return
     training = {
-        "config": config,
+        "config": config | reported_prompts(prompts),
         "dataset": splits.record,
         "images": len(splits.train),
         "captions": sum(map(len, splits.train["captions"])),
@@ -62,11 +70,14 @@ def save_trained(
     with checkpoints.reported(str(folder), folder.parent, fix):
         folder.mkdir(exist_ok=True)
         if weights_hash(folder) != weights_hash(new):
-            delete_predictions(folder / "predictions.jsonl")
+            for other in (folder, *folder.glob("languages/*")):
+                delete_predictions(other / "predictions.jsonl")
         (folder / "training.json").unlink(missing_ok=True)
         name_special_tokens(new)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        write_settings(new, settings_of(recipe, model, trainer.processing_class, generation_args))
+        write_settings(
+            new, settings_of(recipe, model, trainer.processing_class, generation_args, trained_prompts(prompts))
+        )
         for path in [path for path in new.rglob("*") if path.is_file()]:
             target = folder / path.relative_to(new)
             target.parent.mkdir(exist_ok=True)

@@ -6,19 +6,23 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 
+from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
+from vlmcap.data.columns import keep_captions
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import (
     check_images,
     check_no_overlap,
     dataset_record,
     load_captions,
-    references_of,
     without_empty_captions,
 )
+from vlmcap.data.keys import caption_keys
 from vlmcap.data.preferences import preferences_record
 from vlmcap.errors import notice
 from vlmcap.evaluation.audit_checks import picture_hashes
 from vlmcap.evaluation.scoring import check_references
+from vlmcap.evaluation.tasks import caption_tasks
+from vlmcap.steps.arguments import NO_PROMPTS
 from vlmcap.training import checkpoints
 from vlmcap.training.arguments import PreferenceArguments, ScoredSplitArguments, SplitArguments
 from vlmcap.training.collator import BadImages, drop_missing
@@ -49,7 +53,12 @@ class Splits:
 
 
 def load_splits(
-    args: SplitArguments, output_dir: Path, validates: bool, seed: int, include_yj_images: bool = True
+    args: SplitArguments,
+    output_dir: Path,
+    validates: bool,
+    seed: int,
+    include_yj_images: bool = True,
+    prompts: PromptArguments = NO_PROMPTS,
 ) -> Splits:
     """Loads the splits of a run and checks them: what cannot be read is found now, what overlaps ends the run.
 
@@ -63,9 +72,13 @@ def load_splits(
         seed: of the choice of validation images.
         include_yj_images: False leaves out training images that YJ Captions describes too. A dataset without the
             column in_yj is taken as not compared with YJ Captions (null).
+        prompts: where they have keys, rows are images with a caption of one, and training captions are those of the
+            trained keys alone; the number of those left out is printed. `max_test_images` and `max_validation_images`
+            count the images of each key, so that one with few of them is scored too. Validation is of trained keys.
 
     Raises:
-        DataError: no such dataset or split, an image in two splits, unreadable pictures, no training caption.
+        DataError: no such dataset or split, an image in two splits, unreadable pictures, no training caption, no
+            caption of a key.
         ScoreError: test or validation captions without any word; the message names the images.
     """
     is_main = PartialState().is_main_process
@@ -81,6 +94,14 @@ def load_splits(
         check_no_overlap(train, rows[name], splits[name])
     if "in_yj" not in train.column_names:
         train = train.add_column("in_yj", [None] * len(train), feature=datasets.Value("bool"))
+    if prompts.prompts:
+        train, unasked = _of_trained_keys(train, prompts)
+        if is_main and any(unasked.values()):
+            print(
+                f"Left out of {args.train_split}: {unasked['captions']:,} captions of no key of prompts, and"
+                f" {unasked['images']:,} images without any other",
+                flush=True,
+            )
     train, empty = without_empty_captions(train)
     if is_main and any(empty.values()):
         print(
@@ -90,23 +111,28 @@ def load_splits(
         )
     if not include_yj_images:
         train = train.select([i for i, in_yj in enumerate(train["in_yj"]) if not in_yj])
-    train, test = _first(train, args.max_train_images), _first(test, args.max_test_images)
+    train, test = _first(train, args.max_train_images), _first(test, args.max_test_images, prompts)
     if not len(train):
         raise DataError(f"{args.dataset} ({args.train_split}) has no image with a caption to train on")
     if validates:
-        validation = _first(validation.shuffle(seed=seed), args.max_validation_images)
+        validation = _first(validation.shuffle(seed=seed), args.max_validation_images, prompts, only_trained=True)
     bad_images = BadImages(output_dir / "bad_images.jsonl", int(args.max_bad_images * len(train)))
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         bad_images.begin(keep=bool(checkpoints.checkpoints(output_dir)))
-        _check_scored(args, test, validation)
+        _check_scored(args, test, validation, prompts)
     train = drop_missing(train, bad_images, write=is_main)
     test_record = record | {"split": args.test_split}
     return Splits(train, validation, test, record, test_record, splits.get("validation"), bad_images, empty)
 
 
 def load_scored_splits(
-    args: PreferenceArguments, output_dir: Path, validates: bool, seed: int, preferences: datasets.Dataset
+    args: PreferenceArguments,
+    output_dir: Path,
+    validates: bool,
+    seed: int,
+    preferences: datasets.Dataset,
+    prompts: PromptArguments = NO_PROMPTS,
 ) -> tuple[Splits, dict[str, int]]:
     """Loads and checks the splits that a model trained on preferences is scored with, as `load_splits` does.
 
@@ -140,14 +166,15 @@ def load_scored_splits(
             )
         if left_out[split]:
             notice(f"Left out of {split}: {left_out[split]:,} of {len(found):,} images, which preferences are about")
-    test, validation = _first(rows[args.test_split], args.max_test_images), None
+    test, validation = _first(rows[args.test_split], args.max_test_images, prompts), None
     if validates:
-        validation = _first(rows[args.validation_split].shuffle(seed=seed), args.max_validation_images)
+        shuffled = rows[args.validation_split].shuffle(seed=seed)
+        validation = _first(shuffled, args.max_validation_images, prompts, only_trained=True)
     bad_images = BadImages(output_dir / "bad_images.jsonl", limit=0)
     if PartialState().is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         bad_images.begin(keep=False)
-        _check_scored(args, test, validation)
+        _check_scored(args, test, validation, prompts)
     train = preferences.remove_columns(["chosen", "rejected"])
     train = train.add_column("captions", [list(dict.fromkeys(texts)) for texts in preferences["chosen"]])
     train = train.add_column("in_yj", [None] * len(train), feature=datasets.Value("bool"))
@@ -156,13 +183,39 @@ def load_scored_splits(
     return Splits(train, validation, test, preferences_of, record, split_of, bad_images), left_out
 
 
-def _check_scored(args: ScoredSplitArguments, test: datasets.Dataset, validation: datasets.Dataset | None) -> None:
+def _check_scored(
+    args: ScoredSplitArguments, test: datasets.Dataset, validation: datasets.Dataset | None, prompts: PromptArguments
+) -> None:
     scored = [(args.test_split, test), *([(args.validation_split, validation)] if validation is not None else [])]
     for split, rows in scored:
-        check_references(references_of(rows), args.tokenizer, f"{args.dataset} ({split})")
+        place = f"{args.dataset} ({split})"
+        asked = (prompts, GenerationArguments(), args.tokenizer, rows, place)
+        for task in caption_tasks(*asked, only_trained=rows is validation):
+            check_references(task.references, task.tokenizer, task.named(place))
     for split, rows in scored:
         check_images(rows, split)
 
 
-def _first(rows: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    return rows.select(range(min(count or len(rows), len(rows))))
+def _of_trained_keys(rows: datasets.Dataset, prompts: PromptArguments) -> tuple[datasets.Dataset, dict[str, int]]:
+    """Rows with captions of the trained keys alone; and how many {"captions", "images"} are left out."""
+    keys = caption_keys(rows, list(prompts.first_wordings))
+    kept = [[place for place, key in enumerate(of) if key in prompts.wordings] for of in keys]
+    found = keep_captions(rows, kept)
+    return found, {"captions": sum(map(len, keys)) - sum(map(len, kept)), "images": len(rows) - len(found)}
+
+
+def _first(
+    rows: datasets.Dataset, count: int | None, prompts: PromptArguments = NO_PROMPTS, only_trained: bool = False
+) -> datasets.Dataset:
+    """The first `count` rows; with keys the first of each key, so that rows without a caption of one are left out."""
+    if not prompts.prompts:
+        return rows.select(range(min(count or len(rows), len(rows))))
+    count, taken = count or len(rows), []
+    found = dict.fromkeys(prompts.wordings if only_trained else prompts.first_wordings, 0)
+    for number, keys in enumerate(caption_keys(rows, list(prompts.first_wordings))):
+        wanted = found.keys() & set(keys)
+        if any(found[key] < count for key in wanted):
+            taken.append(number)
+            for key in wanted:
+                found[key] += 1
+    return rows.select(taken)

@@ -79,7 +79,7 @@ class PictureCollator:
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         read = [read_example(self.rows, example, self.bad_images) for example in examples]
         pixels = self.processor.image_processor([image for image, _ in read], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels} | self.texts([captions[0] for _, captions in read])
+        return {"pixel_values": pixels} | self.texts([example["captions"][0] for _, example in read])
 
     def texts(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """The batch without its pictures."""
