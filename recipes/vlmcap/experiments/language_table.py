@@ -109,28 +109,30 @@ def finished(cells: dict[str, list[GridCell]]) -> dict[str, list[Trained]]:
 
 # Tables: rows of text, header first ----------------------------------------------------------------------------------
 def language_rows(runs: dict[str, list[Trained]]) -> list[list[str]]:
-    """CIDEr-D in each language, of the base and after each training; and how much of the base's English is left.
+    """CIDEr-D in each language, of the base and after each training; and how much of the base's English is left; empty
+    if no training is there.
 
     Intervals are of 95%. Images, the same for all, and seeds are drawn with replacement (a bootstrap of two levels: it
     covers the choice of images and the scatter of seeds).
     """
+    done = [name for name in TRAININGS if name in runs]
+    if not done:
+        return []
     kept = f"{LANGUAGES[ENGLISH]} kept"
     rows = [["trained on", *(f"CIDEr-D, {label}" for label in LANGUAGES.values()), kept, "seeds", "steps/s"]]
-    first = next(iter(runs[name] for name in TRAININGS if name in runs))[0]
-    base = {key: np.stack([first.cider_d(key, "base")]) for key in LANGUAGES}
+    base = {key: np.stack([runs[done[0]][0].cider_d(key, "base")]) for key in LANGUAGES}
     rows.append(["nothing (the base)", *(_with_interval(values) for values in base.values()), "-", "-", "-"])
-    for name in TRAININGS:
-        if name in runs:
-            of_seeds = {key: np.stack([run.cider_d(key) for run in runs[name]]) for key in LANGUAGES}
-            rows.append(
-                [
-                    name,
-                    *(_with_interval(values) for values in of_seeds.values()),
-                    _with_interval(of_seeds[ENGLISH], base[ENGLISH]),
-                    str(len(runs[name])),
-                    f"{mean(run.steps_a_second for run in runs[name]):.2f}",
-                ]
-            )
+    for name in done:
+        of_seeds = {key: np.stack([run.cider_d(key) for run in runs[name]]) for key in LANGUAGES}
+        rows.append(
+            [
+                name,
+                *(_with_interval(values) for values in of_seeds.values()),
+                _with_interval(of_seeds[ENGLISH], base[ENGLISH]),
+                str(len(runs[name])),
+                f"{mean(run.steps_a_second for run in runs[name]):.2f}",
+            ]
+        )
     return rows
 
 
