@@ -49,8 +49,9 @@ of them holds out has its captions alone, and trains nowhere:
         uitviic_captions_test2017.json --karpathy dataset_coco.json \\
         --tokenizer Qwen/Qwen2-VL-2B-Instruct --output_dir outputs/multi
 
-coco, uit_viic, food_titles and own can do without --tokenizer. With it, lengths are counted in its tokens too, and the training captions set
-the limit that longer captions are cut to (printed, and in cleaning_report.json as cleaning.max_tokens).
+coco, uit_viic, food_titles and own can do without --tokenizer. With it, lengths are counted in its tokens too, and the
+training captions set the limit that longer captions are cut to (printed, and in cleaning_report.json as
+cleaning.max_tokens).
 
 With the photographs inside (coco/train2014/*.jpg and coco/val2014/*.jpg; about 20 GB for STAIR, 4 GB for YJ):
 
