@@ -526,11 +526,12 @@ def _card(dataset: str, revision: str | None) -> tuple[str | None, DatasetCardDa
 
 
 def check_no_overlap(train: datasets.Dataset, other: datasets.Dataset, split: str = "test") -> None:
-    """Raises DataError when an image is trained on and is in the other split too."""
-    both = sorted(set(train["image_id"]) & set(other["image_id"]))
+    """Raises DataError when an image is trained on and is in the other split too. Ids may be numbers or texts."""
+    both = set(map(str, train["image_id"])) & set(map(str, other["image_id"]))
     if both:
+        first = min(both, key=lambda image_id: (len(image_id), image_id))
         raise DataError(
-            f"{len(both)} images are in the training and in the {split} split (image_id {both[0]}, ...). Scores on"
+            f"{len(both)} images are in the training and in the {split} split (image_id {first}, ...). Scores on"
             " them would mean nothing: publish the dataset again with disjoint splits, or name other splits."
         )
 
