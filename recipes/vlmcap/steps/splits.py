@@ -98,7 +98,7 @@ def load_splits(
         train, unasked = _of_trained_keys(train, prompts)
         if is_main and any(unasked.values()):
             print(
-                f"Left out of {args.train_split}: {unasked['captions']:,} captions of no key of prompts, and"
+                f"Left out of {args.train_split}: {unasked['captions']:,} captions of no trained key, and"
                 f" {unasked['images']:,} images without any other",
                 flush=True,
             )
