@@ -28,7 +28,7 @@ In `output_dir` it leaves what the SFT recipe leaves, `start/`: captions and sco
 `idf.json`: the document frequencies of the training captions (`eval_captioning.py --idf` takes them).
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -84,12 +84,13 @@ def main(
 
     from vlmcap.evaluation.audit_checks import read_instances
     from vlmcap.models.load import lora_config
-    from vlmcap.rewards.combined import Rewards
+    from vlmcap.rewards.combined import rewards_of_run
     from vlmcap.rewards.watch import caption_figures
     from vlmcap.steps.begin import begin
     from vlmcap.steps.prompted import check_start, find_base, plan_evaluation, plan_validation, read_for_audit
     from vlmcap.steps.save import save_trained
     from vlmcap.steps.splits import load_splits
+    from vlmcap.training.prompts import rows_by_key
     from vlmcap.training.reward_trainer import CaptionGRPOTrainer, grpo_report
     from vlmcap.training.trainer_arguments import CaptionGRPOConfig
 
@@ -104,40 +105,44 @@ def main(
     base = find_base(model_args, generation_args, prompt_args)
     check_start(base, generation_args, prompt_args)
 
-    # Data: one row an image, with the captions that samples are compared with.
+    # Data: one row an image (and key of prompts), with the captions that samples are compared with.
     validates = training_args.eval_strategy != "no"
     splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images, prompt_args)
     rewarded = [*splits.train["image_id"], *(splits.validation["image_id"] if validates else [])]
-    rewards = Rewards(
+    rewards = rewards_of_run(
         reward_args.reward_funcs,
         weights,
         splits.train,
+        prompt_args,
+        tokenizer=data_args.tokenizer,
+        idf_dir=run.output_dir if is_main else None,
         lexicon=data_args.lexicon,
         instances=reward_args.reward_instances,
         image_ids=list(map(str, rewarded)),
-        tokenizer=data_args.tokenizer,
-        idf_path=run.output_dir / "idf.json" if is_main else None,
     )
+    rows = splits.train
+    if prompt_args.prompts:
+        rows = rows_by_key(rows, prompt_args.wordings, prompt_args.prompt_weights, run.seed)
 
     things = read_for_audit(data_args, generation_args, splits.test)
     model = base.load()
     evaluation = plan_evaluation(base, model, generation_args, prompt_args, data_args, splits, run.output_dir)
 
     features_of = base.feature_cache(training_args.cache_image_features, model, splits.bad_images)
-    features, validation, figures = features_of(splits.train), None, None
+    features, validation, figures = features_of(rows), None, None
     if features:
-        splits = replace(splits, train=features.rows)
+        rows, splits = features.rows, splits.trained_on(features.rows)
     if validates:
         validation = plan_validation(
             base, generation_args, prompt_args, data_args, splits.validation, features_of(splits.validation)
         )
         ids, named = list(map(str, splits.validation["image_id"])), reward_args.reward_instances
         objects = read_instances(named, things, ids) if named else {}
-        figures = partial(caption_figures, lexicon=things, instances=objects, tokenizer=data_args.tokenizer)
+        figures = partial(caption_figures, lexicon=things, instances=objects)
     trainer = CaptionGRPOTrainer(
         model=model,
         args=training_args,
-        rows=splits.train,
+        rows=rows,
         processing_class=base.processor,
         prompt=generation_args.prompt,
         bad_images=splits.bad_images,

@@ -6,6 +6,7 @@
         --images 4 --precision fp16 --max_pixels 200704 --memory_gib 14.5             # would it fit a T4?
     python scripts/bench_training.py --preset cpu_proxy --method dpo --json out.json      # against DPOTrainer
     python scripts/bench_training.py --preset cpu_proxy --method grpo --json out.json     # GRPOTrainer, 5 minutes
+    python scripts/bench_training.py --preset cpu_proxy --languages ja en vi --json out.json  # a prompt a caption
 
 The same images and captions go through three trainers, a step of each in turn, so that other work on the machine
 slows all of them:
@@ -24,6 +25,10 @@ MFU counts the work that must be done, whoever does it: the vision encoder forwa
 and backward, the language model forward and backward through its activations over prefix and captions once, logits of
 caption positions. It is divided by the device's peak: NVIDIA's dense 16-bit figure, or a matrix product timed here.
 
+`--languages ja en vi` gives each of the five captions the prompt of its language. The stock trainer sees a picture, a
+prompt and a caption in each of its sequences as before. Here the captions share the picture alone, and each brings its
+prompt.
+
 `--method dpo` compares training on preferences: `trl_dpo`, TRL's DPOTrainer as configured by default (gradient
 checkpointing), `trl_dpo_lean`, without that, and `dpo`, this project's.
 
@@ -41,7 +46,7 @@ from typing import Literal
 
 from vlmcap.arguments import run_main
 from vlmcap.atomic_write import write_atomically
-from vlmcap.experiments.presets import ENGINES, PRESETS
+from vlmcap.experiments.presets import ENGINES, PRESETS, PROMPTS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -68,6 +73,13 @@ class BenchArguments:
             + ". shared_prefix_flex needs CUDA."
         },
     )
+    languages: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"With --method sft: captions in each of these languages in turn, of {', '.join(PROMPTS)}, each"
+            " with the prompt of its language. Default: Japanese, one prompt."
+        },
+    )
     images: int = field(default=1, metadata={"help": "Images a step, of 640 x 480 pixels with five captions each."})
     rounds: int = field(default=3, metadata={"help": "Rounds; in each, every engine takes its steps in turn."})
     gradient_checkpointing: bool = field(
@@ -86,9 +98,12 @@ class BenchArguments:
 
 def main(args: BenchArguments) -> None:
     args.engines = args.engines or list(ENGINES[args.method])[:3]
-    for value, known in ((args.preset, PRESETS), *((engine, ENGINES[args.method]) for engine in args.engines)):
+    asked = [(args.preset, PRESETS), *((engine, ENGINES[args.method]) for engine in args.engines)]
+    for value, known in asked + [(language, PROMPTS) for language in args.languages]:
         if value not in known:
             sys.exit(f"error: {value!r} is none of {', '.join(known)}")
+    if args.languages and args.method != "sft":
+        sys.exit(f"error: --method {args.method} is measured with one prompt: leave --languages out")
     if args.memory_gib and args.device != "cuda":
         sys.exit("error: --memory_gib bounds a GPU's memory: add --device cuda")
 
@@ -109,7 +124,7 @@ def main(args: BenchArguments) -> None:
         processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
         if args.model is None:
             bench.build_checkpoint(preset, processor, folder / "model", args.seed)
-        rows = bench.build_rows(args.images, folder, args.seed)
+        rows = bench.build_rows(args.images, folder, args.seed, args.languages)
         for result in measure(args, preset, folder, processor, rows):
             if args.json:
                 write_atomically(Path(args.json), json.dumps(result, indent=2) + "\n")

@@ -38,6 +38,7 @@ RUN_BY = {
     "scripts/hold_out_captions.py": "tests/evaluation/test_eval_script.py",
     "scripts/human_eval.py": "tests/human/test_human.py",
     "scripts/infer_baseline.py": "tests/captioning/test_baselines_script.py",
+    "scripts/language_table.py": "tests/experiments/test_language_table.py",
     "scripts/publish_datasets.py": "tests/recipes/test_round_trip.py",
     "scripts/publish_metric.py": "tests/evaluation/test_metric_space.py",
     "scripts/publish_space.py": "tests/reporting/test_caption_space.py",

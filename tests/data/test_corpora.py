@@ -198,11 +198,11 @@ def test_a_pushed_card_has_its_word_cloud(scene_titles, hub, tmp_path):
         ({"source": "uit_viic", "annotations": None}, "needs --annotations: the three files"),
         (
             {"karpathy": "dataset_coco.json"},
-            "--karpathy has no meaning with --source food_titles: .* stair and yj",
+            "--karpathy has no meaning with --source food_titles: .* stair and yj and coco and multi",
         ),
         (
             {"yj_annotations": ["yj.json"]},
-            "--yj_annotations has no meaning .* stair and uit_viic",
+            "--yj_annotations has no meaning .* stair and coco and uit_viic and multi",
         ),
         ({"holdout": 0.5}, "--holdout 0.5: expected a share"),
         ({"annotations": ["a.csv", "b.csv"]}, "2 files; the titles are one CSV"),
@@ -288,8 +288,9 @@ def test_entries_name_what_there_is():
     assert get_args(get_type_hints(PublishArguments)["source"]) == tuple(CORPORA)
     for corpus in CORPORA.values():
         assert callable(resolve_name(corpus.reader))
-        assert all(map(resolve_name, corpus.languages.values() or [corpus.rules]))
+        assert all(map(resolve_name, corpus.languages.values() or ([] if corpus.joins else [corpus.rules])))
         assert {*corpus.options, *corpus.needs} <= settings and corpus.seen.keys() <= set(SEEN_CORPORA)
+        assert set(corpus.joins) <= set(CORPORA) and all(f"{name}_annotations" in settings for name in corpus.joins)
     assert all((publish_module.CARDS / f"{name}_captions.md.j2").is_file() for name in card_names())
 
 

@@ -212,6 +212,9 @@ def test_overlap_is_refused(folder):
     check_no_overlap(rows.select([0]), rows.select([1, 2]))
     with pytest.raises(DataError, match=r"1 images are in the training and in the test split \(image_id 2"):
         check_no_overlap(rows.select([0, 1]), rows.select([1, 2]))
+    texts = rows.select([0, 1]).cast_column("image_id", datasets.Value("string"))  # as those of instructions
+    with pytest.raises(DataError, match=r"1 images are in the training and in the test split \(image_id 2"):
+        check_no_overlap(texts, rows.select([1, 2]))
 
 
 def test_record_of_a_folder_and_of_nothing(folder, hub):

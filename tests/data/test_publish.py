@@ -238,7 +238,7 @@ def test_yj_images_in_a_held_out_split_stop_the_build(world):
         ({"karpathy": "dataset_coco.json"}, "not both"),
         ({"images": "no/such/folder"}, "no/such/folder: no such folder"),
         ({"tokenizer": "no/such/folder"}, "--tokenizer no/such/folder"),
-        ({"source": "yj", "yj_annotations": ["a.json"]}, "it goes with stair and uit_viic"),
+        ({"source": "yj", "yj_annotations": ["a.json"]}, "it goes with stair and coco and uit_viic and multi"),
         ({"push_to_hub": True}, "needs --repo_id"),
     ],
 )

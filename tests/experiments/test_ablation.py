@@ -16,6 +16,7 @@ from vlmcap.experiments.ablation import (
     AblationError,
     cells,
     read_grid,
+    run_cells,
     run_grid,
     summary_rows,
 )
@@ -125,6 +126,25 @@ def test_a_grid_says_what_is_trained_and_which_scores_count(grid_to_run):
     assert len(header) == len(row)
     first, second = text_table([header, row]).splitlines()
     assert len(first) == len(second) and first.index("least") + len("least") == second.index("0.6420") + len("0.6420")
+
+
+def test_cells_run_at_once(grid_to_run):
+    """Two that wait for each other, and a third after them."""
+    meet = """
+(output.parent / output.name.replace("=", "")).touch()
+start = time.monotonic()
+while len(list(output.parent.iterdir())) < 4:  # two folders and two files
+    assert time.monotonic() < start + 60, "no other cell runs"
+    time.sleep(0.1)
+"""
+    begin, end = RECIPE.split('print("resumed')
+    recipe = grid_to_run.parent / "recipe.py"
+    recipe.write_text(f'{begin}{meet}print("resumed{end}')
+    document = yaml.safe_load(grid_to_run.read_text()) | {"vary": {}, "grid": {"seed": [1, 2, 3]}}
+    grid_to_run.write_text(yaml.safe_dump(document))
+    grid = read_grid(grid_to_run)
+    run_cells(grid, cells(grid), at_once=2)
+    assert all(cell.finished() for cell in cells(grid))
 
 
 def test_sigterm_ends_the_cell_too(grid_to_run, repo_root, tmp_path):

@@ -27,6 +27,22 @@ def test_bench_training_on_small_pictures(run_script, tmp_path):
     assert result["model"]["vision_parameters"] / result["model"]["parameters"] == pytest.approx(0.30, abs=0.005)
 
 
+def test_bench_training_in_several_languages(run_script, tmp_path):
+    """Five captions with three prompts: the same training as with a sequence for each, of other captions."""
+    out = tmp_path / "out.json"
+    small = ["--preset", "tiny", "--max_pixels", 12_544, "--rounds", 1, "--json", out]
+    two = ["--engines", "trl_stock", "shared_prefix"]
+    run_script("bench_training.py", *small, *two, "--languages", "ja", "en", "vi")
+    result = json.loads(out.read_text(encoding="utf-8"))
+    stock, ours = result["rows"]
+    assert ours["loss_rel_diff"] < 1e-5 and ours["max_grad_rel_diff"] < 1e-4
+    assert ours["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+    assert result["settings"]["languages"] == ["ja", "en", "vi"]
+    assert result["batch"]["captions"] == 5 and 15 < result["batch"]["caption_tokens_mean"] < 19
+    assert result["batch"]["prefix_tokens"] == result["batch"]["image_tokens"] + 5  # the picture, and no prompt
+    assert list(result["speedup_vs_stock"]) == ["trl_stock", "shared_prefix"]
+
+
 def test_bench_training_on_preferences(run_script, tmp_path):
     out = tmp_path / "out.json"
     run_script("bench_training.py", "--method", "dpo", "--max_pixels", 12_544, "--rounds", 1, "--json", out)
@@ -75,3 +91,8 @@ def test_unknown_names_are_refused(run_script):
     )
     refused = run_script("bench_training.py", "--engines", "shared_prefix", "fast", expect=1)
     assert "'fast' is none of trl_stock, trl_stock_lean" in refused.stderr
+    refused = run_script("bench_training.py", "--method", "dpo", "--engines", "shared_prefix", expect=1)
+    assert "'shared_prefix' is none of trl_dpo, trl_dpo_lean, dpo" in refused.stderr
+    assert "'fr' is none of ja, en, vi" in run_script("bench_training.py", "--languages", "fr", expect=1).stderr
+    refused = run_script("bench_training.py", "--method", "grpo", "--languages", "en", expect=1)
+    assert "--method grpo is measured with one prompt" in refused.stderr

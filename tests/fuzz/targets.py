@@ -221,7 +221,7 @@ def read_source(source: str, path: Path) -> None:
     json.dumps([rows, files[0].description, files[0].license], ensure_ascii=False).encode()
 
 
-for source in ("stair", "yj", "uit_viic"):
+for source in ("stair", "yj", "coco", "uit_viic"):
     read = partial(read_source, source)
     reader(f"annotations_{source}", "captions_val.json", COCO_FILES, DataError, read, _bytes(COCO), *ARCHIVES)
 

@@ -8,11 +8,13 @@ import unicodedata
 import numpy as np
 from PIL import Image
 
+from vlmcap.evaluation.register import to_plain
 from vlmcap.miniature.scenes import (
     COLOURS,
     SHAPES,
     Scene,
     scenes,
+    write_language_scenes,
     write_scene_dataset,
     write_title_scenes,
     write_vietnamese_scenes,
@@ -39,7 +41,10 @@ def test_held_out_combinations_never_train():
 def test_captions_name_what_is_drawn():
     scene = next(scenes(1, 5, held_out=False))
     assert len(set(scene.japanese())) == len(set(scene.english())) == 5
-    assert all(text.endswith("ます。") for text in scene.japanese(polite=True))
+    assert all(text.endswith("ます。") for text in scene.polite_japanese())
+    assert [to_plain(text).removesuffix("。") for text in scene.polite_japanese()] == scene.japanese()
+    # Pinned: the two that the committed miniature's tokenizer and the demo's dataset know.
+    assert scene.japanese(polite=True) == [scene.polite_japanese()[place] for place in (0, 4)]
     assert all(scene.first.colour in text and scene.second.shape in text for text in scene.english())
 
 
@@ -54,6 +59,24 @@ def test_written_dataset_is_complete(tmp_path):
     ids = [(tmp_path / name).read_text().split() for name in ("val_ids.txt", "test_ids.txt")]
     assert sorted(ids[0] + ids[1]) == sorted(str(image["id"]) for image in val["images"])
     assert all((tmp_path / "images" / image["file_name"]).is_file() for image in train["images"] + val["images"])
+
+
+def test_scenes_in_all_languages_are_the_scenes_in_japanese(tmp_path):
+    write_scene_dataset(tmp_path / "ja", train=10, validation=2, test=3, seed=1)
+    write_language_scenes(tmp_path / "all", train=10, validation=2, test=3, seed=1)
+    same = ["stair_train.json", "stair_val.json", "val_ids.txt", "test_ids.txt", "instances.json"]
+    same += [f"images/{path.name}" for path in (tmp_path / "ja/images").iterdir()]
+    assert len(same) == 20
+    assert all((tmp_path / "ja" / name).read_bytes() == (tmp_path / "all" / name).read_bytes() for name in same)
+    for names, count in (
+        (["yj"], 15),
+        (["captions_train2014", "captions_val2014"], 15),
+        ([f"uitviic_captions_{part}2017" for part in ("train", "val", "test")], 15),
+    ):
+        documents = [json.loads((tmp_path / "all" / f"{name}.json").read_text()) for name in names]
+        annotations = [annotation for document in documents for annotation in document["annotations"]]
+        assert sum(len(document["images"]) for document in documents) == count
+        assert len({annotation["id"] for annotation in annotations}) == len(annotations) == 5 * count
 
 
 def test_instances_are_where_the_things_are_drawn(tmp_path):

@@ -206,8 +206,8 @@ def test_validation_rewards_captions_and_warns_once(build, rows, capsys):
             found = super().__call__(captions, references, rows)
             return Rewarded(found.per_function, found.total + len(calls))
 
-    def figures(captions, references):
-        assert captions.keys() == references.keys() == {"0", "1", "2"}
+    def figures(captions, references, tokenizer):
+        assert tokenizer == "unidic-lite" and captions.keys() == references.keys() == {"0", "1", "2"}
         calls.append(captions)
         return {"chair_s": 0.1 * len(calls), "chair_i": 0.0, "distinct": 1.0, "words": 5.0}
 

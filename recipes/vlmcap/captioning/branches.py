@@ -276,7 +276,8 @@ class BranchGenerator:
         """Runs images and prompts of new pictures, once each, and puts them into rows after those in work."""
         inputs = _batched([one for _, one in group]).to(self.device)
         prefixes = DynamicCache()
-        outputs = self.model(**inputs, past_key_values=prefixes, use_cache=True, logits_to_keep=1)
+        with last_position_alone(self.inner.model.language_model.layers[-1].mlp):
+            outputs = self.model(**inputs, past_key_values=prefixes, use_cache=True, logits_to_keep=1)
         ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], outputs.logits[:, -1:]
         # Positions of text are those in the prompt plus what the picture takes less than its tokens.
         shift = self.inner.model.rope_deltas[:, 0].to(self.device)
@@ -509,6 +510,17 @@ def attention(config: PreTrainedConfig, implementation: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = own
+
+
+@contextmanager
+def last_position_alone(mlp: nn.Module) -> Iterator[None]:
+    """Within it the feed-forward of the last layer is computed for the last position, the only one whose output is
+    looked at. That of the others is wrong: transformers adds the one row to all."""
+    hook = mlp.register_forward_pre_hook(lambda module, args: (args[0][:, -1:],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def prefills(group: list[tuple[int, dict]]) -> Iterator[list[tuple[int, dict]]]:

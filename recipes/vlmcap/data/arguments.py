@@ -74,7 +74,7 @@ class PublishArguments:
         metadata=_of_some(
             "holdout",
             "share of the images drawn as the test split: of uit_viic with the training file alone; of food_titles, "
-            "and as many for validation.",
+            "and of YJ's with --yj_split drawn, and as many for validation.",
         ),
     )
     seed: int = field(default=0, metadata={"help": "Seed of whatever is drawn."})
@@ -82,8 +82,52 @@ class PublishArguments:
         default=None,
         metadata=_of_some(
             "yj_annotations",
-            "the YJ Captions files, for the in_yj column. Default for stair: download them; for uit_viic the column "
-            "then stays empty.",
+            "the YJ Captions files, for the in_yj column; multi joins them. Default for stair, and for multi with yj: "
+            "download them; for the others the column then stays empty.",
+        ),
+    )
+    corpora: list[str] | None = field(
+        default=None,
+        metadata=_of_some(
+            "corpora", f"what to join, in this order, of {', '.join(CORPORA['multi'].joins)}; an image is one row."
+        ),
+    )
+    stair_annotations: list[str] | None = field(
+        default=None, metadata=_of_some("stair_annotations", "the files of STAIR Captions. Default: download them.")
+    )
+    coco_annotations: list[str] | None = field(
+        default=None,
+        metadata=_of_some("coco_annotations", "COCO's captions_*.json, English, of 2014 or 2017."),
+    )
+    uit_viic_annotations: list[str] | None = field(
+        default=None, metadata=_of_some("uit_viic_annotations", "the files of UIT-ViIC, as its own --annotations.")
+    )
+    own_annotations: list[str] | None = field(
+        default=None,
+        metadata=_of_some(
+            "own_annotations",
+            "captions of COCO's images in other languages or styles, each in a form that own reads; image_id, or else "
+            "the name of the picture, is COCO's.",
+        ),
+    )
+    own_key: list[str] | None = field(
+        default=None,
+        metadata=_of_some("own_key", "language or language/style of each of own_annotations, e.g. en/alt or de."),
+    )
+    yj_split: Literal["test", "lists", "drawn"] = field(
+        default="test",
+        metadata=_of_some(
+            "yj_split",
+            "what YJ's images are. test: all are a test split; lists: what the lists say, so that nearly all train; "
+            "drawn: a share (--holdout) validation, as many test, the others train.",
+        ),
+    )
+    drop_held_out: bool = field(
+        default=False,
+        metadata=_of_some(
+            "drop_held_out",
+            "of an image that some corpora hold out and others train on, keep the captions of the former, in the held-"
+            "out split, instead of stopping.",
         ),
     )
     latest_archives: bool = field(
@@ -162,7 +206,9 @@ def check_arguments(args: PublishArguments) -> None:
     for option, example in corpus.needs.items():
         if not getattr(args, option):
             raise DataError(f"--source {args.source} needs --{option}, e.g. --{option} {example}.")
-    if not args.annotations and not corpus.archive:
+    if corpus.joins:
+        _check_joined(args, corpus)
+    elif not args.annotations and not corpus.archive:
         raise DataError(f"--source {args.source} needs --annotations: {corpus.annotations}.")
     own = args.source == "own"
     for option in ("val_size", "test_size"):
@@ -172,3 +218,28 @@ def check_arguments(args: PublishArguments) -> None:
             raise DataError(f"--{option} {size:g}: expected a number of images{share}.")
     if not 0 < args.holdout < 0.5:
         raise DataError(f"--holdout {args.holdout}: expected a share between 0 and 0.5.")
+
+
+def _check_joined(args: PublishArguments, corpus: Corpus) -> None:
+    """Raises DataError where corpora to join are unknown, or have no files, or files are of a corpus not joined."""
+    known, asked = ", ".join(corpus.joins), args.corpora
+    if odd := [name for name in asked if name not in corpus.joins or asked.count(name) > 1]:
+        raise DataError(f"--corpora {' '.join(asked)}: {odd[0]} is not one of {known}, or is there twice.")
+    if args.annotations:
+        option = f"--{asked[0]}_annotations"
+        raise DataError(
+            f"--annotations has no meaning with --source {args.source}: give each corpus its files, e.g. {option} "
+            f"{' '.join(args.annotations)}."
+        )
+    for name in corpus.joins:
+        files = getattr(args, f"{name}_annotations")
+        if name in asked and not files and not CORPORA[name].archive:
+            raise DataError(f"--corpora {name} needs --{name}_annotations: {CORPORA[name].annotations}.")
+        if name not in asked and files and name != "yj":  # YJ's are for the column in_yj too
+            raise DataError(f"--{name}_annotations has no meaning without {name} in --corpora.")
+    if len(args.own_annotations or []) != len(args.own_key or []):
+        raise DataError("--own_key needs a language, or language/style, for each of --own_annotations, e.g. en/alt.")
+    if len(set(args.own_key or [])) < len(args.own_key or []):
+        raise DataError(f"--own_key {' '.join(args.own_key)}: one is there twice. Join these files to one.")
+    if args.yj_split != "test" and "yj" not in asked:
+        raise DataError(f"--yj_split {args.yj_split} has no meaning without yj in --corpora.")

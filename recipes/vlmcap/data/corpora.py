@@ -4,14 +4,17 @@
 |-------------|-------------------------------------|------------------------------------------|--------------|
 | stair       | COCO format, downloaded or given    | Karpathy's, of lists, or drawn           | `clean`      |
 | yj          | COCO format, downloaded or given    | one held-out test split                  | `clean`      |
+| coco        | COCO format, given                  | Karpathy's, of lists, or drawn           | `clean`      |
 | uit_viic    | COCO format, three files or one     | of the file names, or a seeded hold-out  | `vietnamese` |
 | food_titles | CSV of image names and titles       | 80/10/10, seeded                         | `titles`     |
 | own         | many forms, see `own`               | sizes, seeded                            | by language  |
+| multi       | those of several of the others      | each corpus keeps its own                | of each      |
 
-How each is read and split is in `readers`; what follows (photographs, cleaning, writing) is the same for all, and in
-`publish`. recipes/README.md says how to add one.
+How each is read and split is in `readers`, `own` and `multi`; what follows (photographs, cleaning, writing) is the
+same for all, and in `publish`. recipes/README.md says how to add one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 # Run records and tables say of every model what it has seen of these.
@@ -35,6 +38,7 @@ class Corpus:
     Attributes:
         title: its name on cards.
         language: of the captions, as the Hub writes it (ISO 639-1).
+        style: of the captions, as `multi` names it; "" where nothing sets them apart.
         images, captions: sizes of the public release; 0 where there is none.
         license: of the captions, as the Hub writes it, where the annotation files state none.
         reader: "module:function" for pkgutil.resolve_name, called with PublishArguments; returns `readers.CorpusRows`.
@@ -53,6 +57,7 @@ class Corpus:
         lengths: whether its card has a table of caption lengths.
         word_cloud: whether its card shows the most frequent words.
         drawn_cards: cards of drawn scenes that have its form (`--card`).
+        joins: the corpora that it can be made of (--corpora), for one that has no captions of its own.
     """
 
     title: str
@@ -62,6 +67,7 @@ class Corpus:
     license: str
     reader: str
     rules: str
+    style: str = ""
     languages: dict[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     annotations: str = ""
@@ -76,11 +82,12 @@ class Corpus:
     lengths: bool = False
     word_cloud: bool = False
     drawn_cards: tuple[str, ...] = ()
+    joins: tuple[str, ...] = ()
 
 
-# Sizes and licences of the public releases: captions.stair.center; Miyazaki and Shimizu, ACL 2016; Lam et al., ICCCI
-# 2020, whose paper says 19,250 captions, six fewer than its files hold; Kaggle, Food Ingredients and Recipes Dataset
-# with Images.
+# Sizes and licences of the public releases: captions.stair.center; Miyazaki and Shimizu, ACL 2016; cocodataset.org,
+# train and validation, the same in 2014 and 2017; Lam et al., ICCCI 2020, whose paper says 19,250 captions, six fewer
+# than its files hold; Kaggle, Food Ingredients and Recipes Dataset with Images.
 CORPORA = {
     "stair": Corpus(
         title="STAIR Captions v1.2",
@@ -90,6 +97,7 @@ CORPORA = {
         license="cc-by-4.0",
         reader="vlmcap.data.readers:read_stair",
         rules="vlmcap.data.clean:TEXT_RULES",
+        style="plain",
         tags=("coco", "japanese"),
         archive=Archive(
             "https://github.com/STAIR-Lab-CIT/STAIR-captions/raw/{commit}/stair_captions_v1.2.tar.gz",
@@ -119,6 +127,7 @@ CORPORA = {
         license="cc-by-4.0",
         reader="vlmcap.data.readers:read_yj",
         rules="vlmcap.data.clean:TEXT_RULES",
+        style="polite",
         tags=("coco", "japanese"),
         archive=Archive(
             "https://github.com/yahoojapan/YJCaptions/raw/{commit}/yjcaptions26k.zip",
@@ -131,6 +140,21 @@ CORPORA = {
         coco_folder="train2014",
         in_yj=True,
         seen={"YJ": "train", "COCO": "train images"},
+    ),
+    "coco": Corpus(
+        title="COCO Captions",
+        language="en",
+        images=123_287,
+        captions=616_767,
+        license="cc-by-4.0",
+        reader="vlmcap.data.readers:read_coco",
+        rules="vlmcap.data.clean:LATIN_RULES",
+        tags=("coco", "english"),
+        annotations="the files captions_train2014.json and captions_val2014.json, or those of 2017, which hold the "
+        "same images and captions. This script does not download them",
+        options=("karpathy", "val_ids", "test_ids", "val_size", "test_size", "yj_annotations"),
+        seen={"COCO": "train"},
+        lengths=True,
     ),
     "uit_viic": Corpus(
         title="UIT-ViIC",
@@ -183,12 +207,55 @@ CORPORA = {
         needs={"language": "ja"},
         lengths=True,
     ),
+    "multi": Corpus(
+        title="COCO captions in several languages",
+        language="",
+        images=0,
+        captions=0,
+        license="other",
+        reader="vlmcap.data.multi:read_multi",
+        rules="",
+        tags=("coco", "multilingual"),
+        options=(
+            "corpora",
+            "stair_annotations",
+            "yj_annotations",
+            "coco_annotations",
+            "uit_viic_annotations",
+            "own_annotations",
+            "own_key",
+            "yj_split",
+            "drop_held_out",
+            "karpathy",
+            "val_ids",
+            "test_ids",
+            "val_size",
+            "test_size",
+            "holdout",
+            "image_column",
+            "caption_column",
+            "latest_archives",
+        ),
+        needs={"corpora": "stair coco", "tokenizer": "Qwen/Qwen2-VL-2B-Instruct"},
+        max_tokens=64,
+        seen={"COCO": "train images"},
+        drawn_cards=("scenes_multi",),
+        joins=("stair", "yj", "coco", "uit_viic", "own"),
+    ),
 }
 
 
 def card_names() -> list[str]:
     """What a dataset's tag NAME-captions may name, and the template of its card, NAME_captions.md.j2."""
     return [name for corpus, facts in CORPORA.items() for name in (corpus, *facts.drawn_cards)]
+
+
+def seen_of(corpora: Iterable[str | None]) -> dict[str, str]:
+    """What a model trained on corpora has seen of SEEN_CORPORA, captions before images; names not here say nothing."""
+    seen: dict[str, str] = {}
+    for facts in (CORPORA[name] for name in corpora if name in CORPORA):
+        seen |= {name: what for name, what in facts.seen.items() if seen.get(name) != "train"}
+    return seen
 
 
 def taken_by(option: str) -> list[str]:

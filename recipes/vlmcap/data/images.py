@@ -474,21 +474,24 @@ def dataset_record(dataset: str, split: str, revision: str | None = None) -> dic
     """What a run record says of a dataset: id, revision, split, licence, corpus.
 
     The revision is the commit on the Hub; for a folder of publish_datasets.py, the fingerprint of its build. The
-    corpus is one of `corpora.card_names` by the tags of its card, None for a dataset of other origin.
+    corpus is one of `corpora.card_names` by the tags of its card, None for a dataset of other origin. Of corpora that
+    were joined it has "training_corpora" too, those of CORPORA with captions in the training split.
 
     Raises:
         DataError: there is no such folder and no such dataset on the Hub, or it has no card.
     """
     commit, data = _card(dataset, revision)
-    tags = data.get("tags")
-    corpus = next((name for name in card_names() if isinstance(tags, list) and f"{name}-captions" in tags), None)
-    return {
+    tags = data.get("tags") if isinstance(data.get("tags"), list) else []
+    corpus = next((name for name in card_names() if f"{name}-captions" in tags), None)
+    joined = [name for name in CORPORA if f"{name}-training-captions" in tags]
+    record = {
         "id": public_name(dataset),
         "revision": commit,
         "split": split,
         "license": data.get("license"),
         "corpus": corpus,
     }
+    return record | {"training_corpora": joined} if joined else record
 
 
 def _card(dataset: str, revision: str | None) -> tuple[str | None, DatasetCardData]:
@@ -523,11 +526,12 @@ def _card(dataset: str, revision: str | None) -> tuple[str | None, DatasetCardDa
 
 
 def check_no_overlap(train: datasets.Dataset, other: datasets.Dataset, split: str = "test") -> None:
-    """Raises DataError when an image is trained on and is in the other split too."""
-    both = sorted(set(train["image_id"]) & set(other["image_id"]))
+    """Raises DataError when an image is trained on and is in the other split too. Ids may be numbers or texts."""
+    both = set(map(str, train["image_id"])) & set(map(str, other["image_id"]))
     if both:
+        first = min(both, key=lambda image_id: (len(image_id), image_id))
         raise DataError(
-            f"{len(both)} images are in the training and in the {split} split (image_id {both[0]}, ...). Scores on"
+            f"{len(both)} images are in the training and in the {split} split (image_id {first}, ...). Scores on"
             " them would mean nothing: publish the dataset again with disjoint splits, or name other splits."
         )
 

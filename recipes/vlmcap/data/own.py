@@ -48,7 +48,7 @@ ROW_RULES = {
 
 
 @dataclass
-class _Entry:
+class Entry:
     """What one place says of one picture: captions, and the name of its file or the picture itself."""
 
     place: str
@@ -87,21 +87,13 @@ def read_own(args: PublishArguments) -> CorpusRows:
             f"--annotations: {len(args.annotations)} were given; own takes one folder, file or dataset id."
         )
     given = Path(args.annotations[0])
-    if given.is_dir():
-        entries = _from_folder(given, args)
-    elif given.is_file():
-        entries = _from_file(given, args)
-    else:
-        entries = _from_datasets(str(given), args)
-    entries = list(entries)
+    entries = read_entries(given, args)
     root = Path(args.images) if args.images else given if given.is_dir() else given.parent
     rows, pictures, left_out = _group(entries, root, args)
     if not rows:
         reasons = ", ".join(f"{ROW_RULES[rule]}: {count:,}" for rule, count in Counter(left_out).items())
         raise DataError(f"{given}: no picture with a caption ({reasons or 'it is empty'}). See recipes/README.md.")
     by_split, origin = _split(rows, args)
-    total = sum(len(row["captions"]) for row in rows)
-    digest = hashlib.sha256(given.read_bytes() if given.is_file() else repr(rows).encode()).hexdigest()
     more = {"other_language": other_language(rows, args.language)}
     if any(entry.rule for entry in entries):
         more["left_out"] = _left_out_report(entries)
@@ -109,15 +101,34 @@ def read_own(args: PublishArguments) -> CorpusRows:
         by_split,
         origin,
         lambda by_split: "Not compared with other datasets.",
-        [SourceFile(given.name or str(given), digest, len(rows), total, "", "")],
+        [source_file(given, rows)],
         more=more,
         pictures=pictures,
         embed=any(entry.picture for entry in entries),
     )
 
 
+def source_file(given: Path, rows: list[dict]) -> SourceFile:
+    """What was read, for the card: of a file the hash of its bytes, of anything else that of its rows."""
+    total = sum(len(row["captions"]) for row in rows)
+    digest = hashlib.sha256(given.read_bytes() if given.is_file() else repr(rows).encode()).hexdigest()
+    return SourceFile(given.name or str(given), digest, len(rows), total, "", "")
+
+
+def read_entries(given: Path, args: PublishArguments) -> list[Entry]:
+    """What a folder, a file or a dataset says of its pictures, in its order; those to be left out have a `rule`.
+
+    Raises DataError on what cannot be read, and where there are no captions or columns of captions and pictures.
+    """
+    if given.is_dir():
+        return list(_from_folder(given, args))
+    if given.is_file():
+        return list(_from_file(given, args))
+    return list(_from_datasets(str(given), args))
+
+
 # Forms ---------------------------------------------------------------------------------------------------------------
-def _from_folder(folder: Path, args: PublishArguments) -> Iterator[_Entry]:
+def _from_folder(folder: Path, args: PublishArguments) -> Iterator[Entry]:
     names = list(_files_below(folder).values())
     metadata = [name for name in names if Path(name).name in METADATA]
     pictures = [name for name in names if Path(name).suffix.lower() in ENDINGS]
@@ -140,7 +151,7 @@ def _from_folder(folder: Path, args: PublishArguments) -> Iterator[_Entry]:
         )
 
 
-def _from_file(path: Path, args: PublishArguments) -> Iterator[_Entry]:
+def _from_file(path: Path, args: PublishArguments) -> Iterator[Entry]:
     if path.suffix.lower() == ".json":
         document = parse_source(path, read_source(path))
         if isinstance(document, dict):
@@ -197,7 +208,7 @@ def _csv_records(path: Path, text: str, args: PublishArguments) -> Iterator[tupl
         ) from error
 
 
-def _of_records(records: Iterable[tuple[str, dict]], where: object, args: PublishArguments) -> Iterator[_Entry]:
+def _of_records(records: Iterable[tuple[str, dict]], where: object, args: PublishArguments) -> Iterator[Entry]:
     columns = None
     for place, record in records:
         if columns is None:
@@ -243,8 +254,8 @@ def _id(value: object, place: str) -> int | str | None:
     return value
 
 
-def _entry(place: str, captions: list[str], **facts) -> _Entry:
-    entry = _Entry(place, [text for text in captions if text.strip()], **facts)
+def _entry(place: str, captions: list[str], **facts) -> Entry:
+    entry = Entry(place, [text for text in captions if text.strip()], **facts)
     if not entry.name and entry.picture is None:
         entry.rule = "no_image_name"
     elif not entry.captions:
@@ -252,7 +263,7 @@ def _entry(place: str, captions: list[str], **facts) -> _Entry:
     return entry
 
 
-def _of_coco(document: dict, path: Path) -> Iterator[_Entry]:
+def _of_coco(document: dict, path: Path) -> Iterator[Entry]:
     """COCO's form; ids may be texts."""
     captions: dict[int | str, list[str]] = {}
     for key in ("images", "annotations"):
@@ -275,7 +286,7 @@ def _of_coco(document: dict, path: Path) -> Iterator[_Entry]:
         yield _entry(place, captions[image["id"]], name=image["file_name"], image_id=image["id"])
 
 
-def _of_pairs(folder: Path, pictures: list[str], texts: list[str], args: PublishArguments) -> Iterator[_Entry]:
+def _of_pairs(folder: Path, pictures: list[str], texts: list[str], args: PublishArguments) -> Iterator[Entry]:
     beside = {os.path.splitext(name)[0]: name for name in texts}
     used: dict[str, str] = {}
     for name in pictures:
@@ -288,10 +299,10 @@ def _of_pairs(folder: Path, pictures: list[str], texts: list[str], args: Publish
         yield _entry(str(folder / (text or name)), lines, name=name)
     for name in texts:
         if name not in used:
-            yield _Entry(str(folder / name), [], name=name, rule="no_picture_beside")
+            yield Entry(str(folder / name), [], name=name, rule="no_picture_beside")
 
 
-def _from_datasets(name: str, args: PublishArguments) -> Iterator[_Entry]:
+def _from_datasets(name: str, args: PublishArguments) -> Iterator[Entry]:
     """All splits of a dataset, joined: they are drawn again."""
     try:
         loaded = datasets.load_dataset(name)
@@ -364,12 +375,12 @@ def _files_below(folder: Path) -> dict[str, str]:
     return found
 
 
-def _file_finder(root: Path) -> Callable[[_Entry], tuple[str, PictureFile | None]]:
+def _file_finder(root: Path) -> Callable[[Entry], tuple[str, PictureFile | None]]:
     """A function from an entry to (name of its file below the root, the picture or None)."""
     find = picture_finder(root)
     below = _files_below(root) if root.is_dir() else {}
 
-    def located(entry: _Entry) -> tuple[str, PictureFile | None]:
+    def located(entry: Entry) -> tuple[str, PictureFile | None]:
         name = entry.name
         if os.path.isabs(name):
             name = os.path.relpath(name, root.resolve())
@@ -399,7 +410,7 @@ def _file_finder(root: Path) -> Callable[[_Entry], tuple[str, PictureFile | None
 
 # Rows ----------------------------------------------------------------------------------------------------------------
 def _group(
-    entries: list[_Entry], root: Path, args: PublishArguments
+    entries: list[Entry], root: Path, args: PublishArguments
 ) -> tuple[list[dict], dict[int | str, Picture], list[str]]:
     """(one row a picture, pictures by id, the rules by which entries were left out)."""
     kept = [entry for entry in entries if not entry.rule]
@@ -489,7 +500,7 @@ def other_language(rows: list[dict], language: str) -> dict | None:
     return {"count": len(other), "of": len(captions), "examples": other[:10]}
 
 
-def _left_out_report(entries: list[_Entry]) -> dict:
+def _left_out_report(entries: list[Entry]) -> dict:
     """As `readers.read_food_titles` has it."""
     counts = Counter(entry.rule for entry in entries if entry.rule)
     rows = [

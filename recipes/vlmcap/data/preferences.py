@@ -5,7 +5,7 @@ A row holds `chosen` and `rejected`, each a text or a list of messages, and one 
 then the rows are of the prompt that they are used with. Rows of the same picture become one row with all its pairs.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from hashlib import sha256
@@ -16,19 +16,20 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from vlmcap.data.errors import DataError
-from vlmcap.data.images import check_paths, is_plain_path, open_image, whole_reason
+from vlmcap.data.images import open_image
 from vlmcap.data.lookup import find_dataset
-from vlmcap.data.picture_files import PictureFile, is_picture_file
+from vlmcap.data.picture_files import PictureFile
+from vlmcap.data.picture_rows import HEX, RowForm, check_faults, message_text, no_picture, read_picture_rows
 from vlmcap.data.pictures import BadImageError
 from vlmcap.provenance import public_name
-from vlmcap.strict_parsing import parse_json, shown
+from vlmcap.strict_parsing import shown
 
-FILES = (".jsonl", ".json")
-SHOWN = 10  # faults in a message
-HEX = 16  # digits of a picture's hash that are its id, where a row gives none
-PICTURE = datasets.Features({"image": datasets.Image(decode=False)})
-NO_PICTURE = {"bytes": None, "path": ""}
-FORM = 'Each row needs "chosen" and "rejected" (texts or messages) and one picture in "image" or "images".'
+PREFERENCES = RowForm(
+    "preferences",
+    ("chosen", "rejected"),
+    ("image", "images"),
+    'Each row needs "chosen" and "rejected" (texts or messages) and one picture in "image" or "images".',
+)
 
 
 def read_preferences(
@@ -59,10 +60,7 @@ def read_preferences(
             sides; another prompt; no picture, several, one that is not there or cannot be read; two pictures with one
             image_id.
     """
-    if Path(source).suffix.lower() in FILES:
-        records, images, place = _of_file(source, image_dir)
-    else:
-        records, images, place = _of_dataset(source, image_dir, split, revision)
+    records, images, place = read_picture_rows(source, PREFERENCES, image_dir, split, revision)
     faults, pairs = [], []
     for number, record in enumerate(records):
         try:
@@ -71,7 +69,7 @@ def read_preferences(
             faults.append(f"{place(number)}: {error}")
             pairs.append(None)
     if not pairs:
-        raise DataError(f"{source} holds no preferences. {FORM}")
+        raise DataError(f"{source} holds no preferences. {PREFERENCES.text}")
     pictures = _identify(images, [number for number, pair in enumerate(pairs) if pair], place, faults)
     groups: dict[str, list[int]] = {}
     known: dict[str, str] = {}
@@ -82,13 +80,7 @@ def read_preferences(
             faults.append(f"{place(number)}: image_id {image_id} is that of another picture in {first}: number them")
             continue
         groups.setdefault(image_id, []).append(number)
-    if faults:
-        more = f"\n  and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise DataError(
-            f"{len(faults)} of {len(pairs)} preferences in {source} cannot be used: correct or remove them.\n  "
-            + "\n  ".join(faults[:SHOWN])
-            + more
-        )
+    check_faults(faults, len(pairs), source, PREFERENCES)
     firsts = [numbers[0] for numbers in groups.values()]
     cells = (images[first]["image"] for first in firsts)
     columns = {
@@ -144,82 +136,7 @@ def hold_out(rows: datasets.Dataset, share: float, seed: int) -> tuple[datasets.
     return shuffled.select(range(count, len(rows))), shuffled.select(range(count))
 
 
-# Where rows come from -----------------------------------------------------------------------------------------------
-# What rows say, their pictures (a column `image`, undecoded), and how a message names row 0, 1, ...
-Rows = tuple[Iterable[dict], datasets.Dataset, Callable[[int], str]]
-
-
-def _of_file(source: str, image_dir: str | None) -> Rows:
-    path = Path(source)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{source} cannot be read ({error.strerror}): name a file of preferences") from error
-    lines = [(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
-    records, where = [], []
-    try:
-        if path.suffix.lower() == ".json":
-            records = parse_json(content)
-            if not isinstance(records, list):
-                raise ValueError("a list of rows is needed")
-            where = [f"{source}, row {number}" for number in range(1, len(records) + 1)]
-        for number, line in lines if path.suffix.lower() == ".jsonl" else ():
-            where.append(f"{source}, line {number}")
-            records.append(parse_json(line))
-    except ValueError as error:
-        raise DataError(f"{where[-1] if where else source}: no preferences in JSON ({error}). {FORM}") from error
-    for place, record in zip(where, records, strict=True):
-        if not isinstance(record, dict):
-            raise DataError(f"{place}: a row must be an object, but is {shown(record)}. {FORM}")
-
-    def cell(record: dict) -> dict:
-        """A name becomes the path of a file, in the first folder that has it."""
-        name = _only(record)
-        if not isinstance(name, str):
-            return NO_PICTURE
-        folders = [Path(image_dir)] if image_dir else [Path(), path.parent]
-        places = [str(folder / name) for folder in folders]
-        return {"bytes": None, "path": next((place for place in places if is_picture_file(place)), places[0])}
-
-    cells = {"image": [cell(record) for record in records]}
-    return records, datasets.Dataset.from_dict(cells, features=PICTURE), where.__getitem__
-
-
-def _of_dataset(source: str, image_dir: str | None, split: str, revision: str | None) -> Rows:
-    try:
-        rows = datasets.load_dataset(source, split=split, revision=None if Path(source).exists() else revision)
-    except Exception as error:  # any error of the libraries under datasets, as in `load_rows`
-        raise DataError(f"{source} ({split}) cannot be loaded as preferences: {whole_reason(error)}") from error
-    column = next((name for name in ("image", "images") if name in rows.column_names), None)
-    if column is None or not {"chosen", "rejected"} <= set(rows.column_names):
-        raise DataError(f"{source} ({split}) has the columns {', '.join(rows.column_names)}. {FORM}")
-    feature = rows.features[column]
-    if isinstance(feature, datasets.Image):
-        rows = rows.cast_column(column, PICTURE["image"])
-    elif isinstance(getattr(feature, "feature", None), datasets.Image):
-        rows = rows.cast_column(column, datasets.List(PICTURE["image"]))
-
-    def cell(record: dict) -> dict:
-        """A name must stay in image_dir: a dataset may name any file of this machine."""
-        found = _only(record)
-        if isinstance(found, str):
-            found = image_dir and is_plain_path(found) and {"bytes": None, "path": str(Path(image_dir) / found)}
-        return {"image": found or NO_PICTURE}
-
-    images = rows.select_columns(column).map(cell, remove_columns=[column], features=PICTURE)
-    if not image_dir:
-        check_paths(images, f"{source} ({split})", source)
-    return rows.remove_columns(column), images, lambda number: f"{source} ({split}), row {number}"
-
-
-def _only(record: dict) -> object:
-    """What a row has as its picture, of a list of one that one; None where it has none or several."""
-    found = record.get("image") or record.get("images")
-    if isinstance(found, list):
-        return found[0] if len(found) == 1 else None
-    return found
-
-
+# Pictures -----------------------------------------------------------------------------------------------------------
 def _identify(
     images: datasets.Dataset, numbers: list[int], place: Callable[[int], str], faults: list[str]
 ) -> dict[int, str]:
@@ -237,7 +154,7 @@ def _identify(
         cell = images[number]["image"]
         try:
             if cell["bytes"] is None and not cell["path"]:
-                raise BadImageError("", 'there must be exactly one picture in "image" or "images"')
+                raise BadImageError("", no_picture(PREFERENCES))
             content = cell["bytes"]
             return (of_file(cell["path"]) if content is None else of_bytes(content, "the picture")), ""
         except FileNotFoundError:
@@ -286,7 +203,7 @@ def _answer(value: object, side: str) -> tuple[list, str]:
         isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant"
     ):
         raise ValueError(f"{side} must be a text, or messages that end with the assistant's, but is {shown(value)}")
-    return value[:-1], _text(value[-1].get("content"), side)
+    return value[:-1], message_text(value[-1].get("content"), side)
 
 
 def _prompt(turns: object, prompts: list[str]) -> str:
@@ -294,7 +211,7 @@ def _prompt(turns: object, prompts: list[str]) -> str:
     if isinstance(turns, str):
         asked = turns
     elif isinstance(turns, list) and len(turns) == 1 and isinstance(turns[0], dict) and turns[0].get("role") == "user":
-        asked = _text(turns[0].get("content"), "prompt")
+        asked = message_text(turns[0].get("content"), "prompt")
     else:
         raise ValueError(f"the prompt must be a text or one turn of the user, but is {shown(turns)}")
     if asked not in prompts:
@@ -304,14 +221,3 @@ def _prompt(turns: object, prompts: list[str]) -> str:
             " out"
         )
     return asked
-
-
-def _text(content: object, what: str) -> str:
-    """The text of a message; parts that are pictures are skipped."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [None]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{what}: the content of a message must be a text or parts with one, but is {shown(content)}")
-    return "".join(texts)

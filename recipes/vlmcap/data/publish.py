@@ -32,6 +32,7 @@ from vlmcap.data.corpora import Corpus
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, open_image
 from vlmcap.data.lengths import caption_lengths, token_limit
+from vlmcap.data.multi import JoinedCleaner, key_counts, shared_images
 from vlmcap.data.picture_files import COCO_FOLDERS, Picture, PictureFile, picture_finder
 from vlmcap.data.readers import CorpusRows, find_license
 from vlmcap.data.sources import SourceFile
@@ -51,6 +52,8 @@ COLUMNS = {
     "license": Value("string"),
     "captions": List(Value("string")),
     "caption_ids": List(Value("int64")),
+    "languages": List(Value("string")),
+    "styles": List(Value("string")),
     "in_yj": Value("bool"),
 }
 SHARD_BYTES = 500_000_000  # what datasets.push_to_hub aims at too: a shard is one download that can be retried
@@ -80,8 +83,9 @@ def build(args: PublishArguments) -> dict:
     Returns {"source", "license", "files", "changed_files" (`_changed_files`), "split_origin", "overlap", "splits":
     {split: {"images", "captions", "in_yj"}}, "bad_images", "cleaning": the cleaner's report, "fingerprint",
     "built_with", "folder", "seconds": {stage: seconds}}; all except the last two are also in the folder's
-    cleaning_report.json. By corpus, it has "lengths" too (`lengths.caption_lengths`), "left_out": {"rules", "rows"}
-    and "words": {"distinct", "total", "most_common"}.
+    cleaning_report.json. By corpus, it has "lengths" too (`lengths.caption_lengths`), "left_out": {"rules", "rows"},
+    "words": {"distinct", "total", "most_common"}; of joined corpora "corpora" (`multi.read_multi`), "keys"
+    (`multi.key_counts`) and "shared" (`multi.shared_images`).
 
     Raises DataError on whatever is wrong with the annotations, the splits, the photographs or the output folder, and
     when it cannot be written.
@@ -100,7 +104,7 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
         cleaner = _cleaner(args, corpus)
     with _timed(seconds, "read and split"):
         read: CorpusRows = resolve_name(corpus.reader)(args)
-        license = find_license(args, read.files)
+        license = args.license or read.license or find_license(args, args.source, read.files)
         by_split = read.by_split
         splits.check_disjoint(by_split)
         changed = _changed_files(read.files + read.yj_files, _earlier_files(args, output_dir))
@@ -132,6 +136,9 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
         }
         if corpus.lengths:
             summary["lengths"] = caption_lengths(cleaner, by_split)
+        if corpus.joins:
+            summary["keys"] = key_counts(by_split)
+            summary["shared"] = shared_images(by_split, summary["keys"])
         if corpus.word_cloud:
             words = word_counts(caption for rows in by_split.values() for row in rows for caption in row["captions"])
             most = [{"word": word, "count": count} for word, count in words.most_common(100)]
@@ -141,13 +148,16 @@ def _build(args: PublishArguments, output_dir: Path, folder: Path) -> dict:
     return summary | {"folder": str(output_dir), "seconds": seconds}
 
 
-def _cleaner(args: PublishArguments, corpus: Corpus) -> CaptionCleaner:
+def _cleaner(args: PublishArguments, corpus: Corpus) -> CaptionCleaner | JoinedCleaner:
     check_miniature(args.tokenizer or "")
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False) if args.tokenizer else None
     except (OSError, ValueError) as error:
         raise DataError(f"--tokenizer {args.tokenizer}: {error}") from error
-    return CaptionCleaner(tokenizer, args.max_tokens or corpus.max_tokens, rules=resolve_name(corpus.rules))
+    max_tokens = args.max_tokens or corpus.max_tokens
+    if corpus.joins:
+        return JoinedCleaner(args, tokenizer, max_tokens)
+    return CaptionCleaner(tokenizer, max_tokens, rules=resolve_name(corpus.rules))
 
 
 def push(folder: str | Path, repo_id: str, private: bool = True) -> tuple[str, str]:
@@ -190,6 +200,8 @@ def summary_text(summary: dict) -> str:
     for split, counts in summary["splits"].items():
         in_yj = "-" if counts["in_yj"] is None else f"{counts['in_yj']:,}"
         lines.append(f"{split:<12}{counts['images']:>9,}{counts['captions']:>10,}{in_yj:>8}")
+    if "keys" in summary:
+        lines += _joined_lines(summary)
     lines += ["", f"{'cleaning rule':<28}{'captions':>9}  action"]
     for rule in cleaning["rules"]:
         lines.append(f"{rule['name']:<28}{rule['count']:>9,}  {rule['action']}")
@@ -222,6 +234,24 @@ def summary_text(summary: dict) -> str:
     lines.append(f"folder      {summary['folder']} (card README.md, examples of each rule in {REPORT})")
     lines.append(f'load it     datasets.load_dataset("{summary["folder"]}")')
     return "\n".join(lines)
+
+
+def _joined_lines(summary: dict) -> list[str]:
+    """Of joined corpora: images and captions of each language and style, images that two of them have, licences."""
+    columns = "".join(f"{split:>20}" for split in summary["splits"])
+    lines = ["", f"{'images / captions':<20}{columns}"]
+    for key, of_split in summary["keys"].items():
+        cells = (f"{counts['images']:,} / {counts['captions']:,}" for counts in of_split.values())
+        lines.append(f"{key:<20}" + "".join(f"{cell:>20}" for cell in cells))
+    if summary["shared"]:
+        lines += ["", f"{'images of both':<20}{columns}"]
+        for pair in summary["shared"]:
+            lines.append(f"{' + '.join(pair['keys']):<20}" + "".join(f"{n:>20,}" for n in pair["splits"].values()))
+    lines += ["", f"{'corpus':<20}{'captions':<20}{'licence':<20}left out, because another corpus holds the image out"]
+    for part in summary["corpora"]:
+        left_out = f"{part['left_out']['captions']:,} captions of {part['left_out']['images']:,} images"
+        lines.append(f"{part['name']:<20}{part['key']:<20}{part['license']:<20}{left_out}")
+    return lines
 
 
 def _check_folders(args: PublishArguments, output_dir: Path) -> None:
@@ -421,13 +451,18 @@ def _card(args: PublishArguments, summary: dict, files: list[SourceFile], embedd
     data_files = [
         {"split": split, "path": f"data/{split}-{summary['fingerprint']}-*.parquet"} for split in summary["splits"]
     ]
+    languages = [corpus.language] if corpus.language else []
+    languages += dict.fromkeys(key.split("/")[0] for key in summary.get("keys", ()))
+    # What a model trained on it has seen, for `images.dataset_record`; drawn scenes show no corpus.
+    trained = [part["source"] for part in summary.get("corpora", ()) if part["splits"].get("train", {}).get("images")]
+    trained = [f"{source}-training-captions" for source in dict.fromkeys(trained) if not args.card]
     metadata = DatasetCardData(
-        language=[corpus.language] if corpus.language else None,
+        language=languages or None,
         license=summary["license"],
         pretty_name=pretty_name,
         task_categories=["image-to-text"],
         size_categories=[_size_category(images)],
-        tags=["image-captioning", *corpus.tags, f"{args.card or args.source}-captions"],
+        tags=["image-captioning", *corpus.tags, f"{args.card or args.source}-captions", *trained],
         configs=[{"config_name": "default", "data_files": data_files}],
     )
     # StrictUndefined: a name that the template has and the build does not give is an error, not a blank.

@@ -22,7 +22,8 @@ class CorpusRows:
 
     `overlap` says, of the splits as they are published, what is known of images that YJ Captions has too. `more` goes
     into the report as it is. `pictures`: image id -> picture, where the reader knows; None: they are looked for in
-    --images, by file_name. `embed`: whether they go into the dataset without --images too.
+    --images, by file_name. `embed`: whether they go into the dataset without --images too. `license`: of corpora that
+    were joined; None: `find_license` knows.
     """
 
     by_split: dict[str, list[dict]]
@@ -33,9 +34,10 @@ class CorpusRows:
     more: dict = field(default_factory=dict)
     pictures: dict[int | str, Picture] | None = None
     embed: bool = False
+    license: str | None = None
 
 
-def find_license(args: PublishArguments, files: list[SourceFile]) -> str:
+def find_license(args: PublishArguments, source: str, files: list[SourceFile]) -> str:
     """--license, else the Creative Commons licence that the annotation files state, else the release's.
 
     Raises DataError when the files state several.
@@ -49,23 +51,16 @@ def find_license(args: PublishArguments, files: list[SourceFile]) -> str:
     }
     if len(stated) > 1:
         raise DataError(f"The annotation files state different licences ({stated}). Say which it is with --license.")
-    return next(iter(stated), CORPORA[args.source].license)
+    return next(iter(stated), CORPORA[source].license)
 
 
 # STAIR Captions ----------------------------------------------------------------------------------------------------
 def read_stair(args: PublishArguments) -> CorpusRows:
-    rows, files = _read_or_download("stair", args.annotations, args.latest_archives)
-    yj_rows, yj_files = _read_or_download("yj", args.yj_annotations, args.latest_archives)
+    rows, files = read_or_download("stair", args.annotations, args.latest_archives)
+    yj_rows, yj_files = read_or_download("yj", args.yj_annotations, args.latest_archives)
     yj_ids = {row["image_id"] for row in yj_rows}
     splits.flag_yj(rows, yj_ids)
-    held_out, origin = _held_out_ids(args)
-    if not held_out:
-        sizes = [DRAWN if size is None else int(size) for size in (args.val_size, args.test_size)]
-        held_out = splits.draw_ids(rows, *sizes, args.seed)
-        origin = (
-            f"a Karpathy-style partition drawn by this build (seed {args.seed}), not Karpathy's own: scores on it do "
-            "not compare with scores on the Karpathy splits"
-        )
+    held_out, origin = held_out_or_drawn(args, rows)
     splits.check_yj_overlap(yj_ids, *held_out)
 
     def overlap(by_split: dict[str, list[dict]]) -> str:
@@ -81,7 +76,7 @@ def read_stair(args: PublishArguments) -> CorpusRows:
 
 # YJ Captions -------------------------------------------------------------------------------------------------------
 def read_yj(args: PublishArguments) -> CorpusRows:
-    rows, files = _read_or_download("yj", args.annotations, args.latest_archives)
+    rows, files = read_or_download("yj", args.annotations, args.latest_archives)
     held_out, origin = _held_out_ids(args)
     text = "Not compared with the validation and test images of STAIR Captions in this build."
     if held_out:
@@ -91,6 +86,16 @@ def read_yj(args: PublishArguments) -> CorpusRows:
             f"test images of {origin}."
         )
     return CorpusRows({"test": rows}, "one held-out test split", lambda by_split: text, files)
+
+
+# COCO Captions -----------------------------------------------------------------------------------------------------
+def read_coco(args: PublishArguments) -> CorpusRows:
+    rows, files = sources.read_rows(args.annotations, "coco")
+    yj_rows, yj_files = sources.read_rows(args.yj_annotations, "yj") if args.yj_annotations else ([], [])
+    if yj_rows:
+        splits.flag_yj(rows, {row["image_id"] for row in yj_rows})
+    held_out, origin = held_out_or_drawn(args, rows)
+    return CorpusRows(splits.split_rows(rows, *held_out), origin, yj_counts(yj_rows), files, yj_files)
 
 
 # UIT-ViIC ----------------------------------------------------------------------------------------------------------
@@ -131,14 +136,7 @@ def read_uit_viic(args: PublishArguments) -> CorpusRows:
     if yj_rows:
         for rows in by_split.values():
             splits.flag_yj(rows, {row["image_id"] for row in yj_rows})
-
-    def overlap(by_split: dict[str, list[dict]]) -> str:
-        if not yj_rows:
-            return "Not compared with YJ Captions in this build: `in_yj` is empty."
-        counts = ", ".join(f"{sum(row['in_yj'] for row in rows):,} of {split}" for split, rows in by_split.items())
-        return f"Also in YJ Captions (in_yj is true): {counts}.{_incomplete_yj(len(yj_rows))}"
-
-    return CorpusRows(by_split, origin, overlap, files, yj_files)
+    return CorpusRows(by_split, origin, yj_counts(yj_rows), files, yj_files)
 
 
 # Dish titles -------------------------------------------------------------------------------------------------------
@@ -172,12 +170,25 @@ def _title_key(row: dict) -> str:
     return clean.duplicate_key(clean.clean_text(row["captions"][0], titles.TEXT_RULES))
 
 
-def _read_or_download(source: str, annotations: list[str] | None, latest: bool) -> tuple[list[dict], list[SourceFile]]:
+def read_or_download(source: str, annotations: list[str] | None, latest: bool) -> tuple[list[dict], list[SourceFile]]:
     if annotations:
         return sources.read_rows(annotations, source)
     path, url = sources.download_archive(source, latest)
     rows, files = sources.read_rows([path], source)
     return rows, [replace(file, name=url) for file in files]
+
+
+def held_out_or_drawn(args: PublishArguments, rows: list[dict]) -> tuple[tuple[list[int], list[int]], str]:
+    """((validation ids, test ids), where they come from): of the lists given, or drawn from the rows."""
+    held_out, origin = _held_out_ids(args)
+    if held_out:
+        return held_out, origin
+    sizes = [DRAWN if size is None else int(size) for size in (args.val_size, args.test_size)]
+    origin = (
+        f"a Karpathy-style partition drawn by this build (seed {args.seed}), not Karpathy's own: scores on it do "
+        "not compare with scores on the Karpathy splits"
+    )
+    return splits.draw_ids(rows, *sizes, args.seed), origin
 
 
 def _held_out_ids(args: PublishArguments) -> tuple[tuple[list[int], list[int]] | None, str]:
@@ -192,6 +203,18 @@ def _held_out_ids(args: PublishArguments) -> tuple[tuple[list[int], list[int]] |
     if splits.is_karpathy(*held_out):
         return held_out, f"the Karpathy splits (image ids from {lists})"
     return held_out, f"the image ids in {lists}, which are not the Karpathy splits"
+
+
+def yj_counts(yj_rows: list[dict]) -> Callable[[dict[str, list[dict]]], str]:
+    """The text of `CorpusRows.overlap` from the column in_yj, where a build can do without YJ Captions."""
+
+    def overlap(by_split: dict[str, list[dict]]) -> str:
+        if not yj_rows:
+            return "Not compared with YJ Captions in this build: `in_yj` is empty."
+        counts = ", ".join(f"{sum(row['in_yj'] for row in rows):,} of {split}" for split, rows in by_split.items())
+        return f"Also in YJ Captions (in_yj is true): {counts}.{_incomplete_yj(len(yj_rows))}"
+
+    return overlap
 
 
 def _incomplete_yj(images: int) -> str:

@@ -300,17 +300,16 @@ def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
                 )
         else:
             file_name = f"COCO_{corpus.coco_folder or _folder(name)}_{image_id:012d}.jpg"
-        coco_name = COCO_FILE_NAME.fullmatch(file_name)
-        coco_url = _field(image, "coco_url", str, name, "images", index) if image.get("coco_url") else ""
-        if coco_name and (not coco_url or "//mscoco.org/" in coco_url):
-            coco_url = f"http://images.cocodataset.org/{coco_name[1]}/{file_name}"
+        url = _field(image, "coco_url", str, name, "images", index) if image.get("coco_url") else ""
+        if not url or "//mscoco.org/" in url:
+            url = coco_url(file_name) or url
         license_id = image.get("license")
         if isinstance(license_id, list | dict):
             raise DataError(f"{name}: images[{index}] has license {_kind(license_id)}, expected a number.")
         rows[image_id] = {
             "image_id": image_id,
             "file_name": file_name,
-            "coco_url": coco_url,
+            "coco_url": url,
             "license": licenses.get(license_id, ""),
             "captions": [],
             "caption_ids": [],
@@ -329,6 +328,12 @@ def _rows_of(document: dict, name: str, source: str) -> dict[int, dict]:
         row["captions"].append(caption)
         row["caption_ids"].append(caption_id)
     return rows
+
+
+def coco_url(file_name: str) -> str:
+    """Where COCO serves a photograph with a file name of COCO 2014; "" for other names."""
+    found = COCO_FILE_NAME.fullmatch(file_name)
+    return f"http://images.cocodataset.org/{found[1]}/{file_name}" if found else ""
 
 
 def _folder(name: str) -> str:

@@ -139,7 +139,7 @@ def check_yj_overlap(yj_ids: Collection[int], val_ids: Collection[int], test_ids
         shared = sorted(set(ids) & set(yj_ids))
         if shared:
             raise DataError(
-                f"Image ids of the {split} split that YJ Captions has too ({len(shared):,}): {_some(shared)}. YJ "
+                f"Image ids of the {split} split that YJ Captions has too ({len(shared):,}): {some(shared)}. YJ "
                 "Captions may share images with training only; take these ids out of the list."
             )
 
@@ -152,13 +152,13 @@ def split_rows(rows: list[dict], val_ids: Collection[int], test_ids: Collection[
     val_ids, test_ids = set(val_ids), set(test_ids)
     both = sorted(val_ids & test_ids)
     if both:
-        raise DataError(f"Image ids in both the validation and the test split ({len(both):,}): {_some(both)}.")
+        raise DataError(f"Image ids in both the validation and the test split ({len(both):,}): {some(both)}.")
     known = {row["image_id"] for row in rows}
     for split, ids in (("validation", val_ids), ("test", test_ids)):
         missing = sorted(ids - known)
         if missing:
             raise DataError(
-                f"Image ids of the {split} split that the annotations lack ({len(missing):,}): {_some(missing)}. Give "
+                f"Image ids of the {split} split that the annotations lack ({len(missing):,}): {some(missing)}. Give "
                 "the annotation files of all images (STAIR: train and val), or id lists of images that they hold."
             )
     splits: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
@@ -181,5 +181,6 @@ def check_disjoint(splits: dict[str, list[dict]]) -> None:
             place[row["image_id"]] = split
 
 
-def _some(ids: list[int], limit: int = 10) -> str:
+def some(ids: list[int], limit: int = 10) -> str:
+    """The first ids for a message, and how many more there are."""
     return ", ".join(map(str, ids[:limit])) + (f" and {len(ids) - limit:,} more" if len(ids) > limit else "")

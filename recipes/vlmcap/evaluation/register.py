@@ -55,6 +55,11 @@ def to_plain(text: str) -> str:
     return text
 
 
+def is_polite(text: str) -> bool:
+    """Whether it has a polite ending, of those above."""
+    return to_plain(text) != text
+
+
 def _rewritten(text: str) -> str:
     words = tagger()(text.replace("\0", " "))
     plain, i, kept_to, counted_to, depth = [], 0, 0, 0, 0

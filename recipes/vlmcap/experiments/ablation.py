@@ -39,6 +39,7 @@ REFERENCE = "reference"
 STATE = "cell.json"
 LONGEST_NAME = 200  # bytes; file systems allow 255
 PATIENCE = 20  # seconds that an interrupted cell has to end before it is killed
+POLL = 0.2  # seconds between two looks at what is running
 
 
 class AblationError(UserError):
@@ -183,7 +184,14 @@ def cells(grid: Grid) -> list[GridCell]:
 
 
 def run_grid(grid: Grid) -> list[GridCell]:
-    """Runs what is not finished, and returns all cells.
+    """Runs what is not finished, and returns all cells. Raises as `run_cells` does."""
+    todo = cells(grid)
+    run_cells(grid, todo)
+    return todo
+
+
+def run_cells(grid: Grid, todo: Sequence[GridCell], at_once: int = 1) -> None:
+    """Runs what is not finished, in this order, `at_once` of them at a time.
 
     An interrupted or failed cell continues from its last checkpoint, if it has one; a failure stops no other cell.
     What a cell prints goes into `log.txt` of its folder.
@@ -191,7 +199,6 @@ def run_grid(grid: Grid) -> list[GridCell]:
     Raises:
         AblationError: a folder holds a cell that was run with other settings.
     """
-    todo = cells(grid)
     for cell in todo:
         before = cell.state()
         if before["status"] != "new" and before["fingerprint"] != _fingerprint(grid, cell):
@@ -199,15 +206,26 @@ def run_grid(grid: Grid) -> list[GridCell]:
                 f"{cell.folder} was run with other settings ({grid.config}, settings or vary have changed since)."
                 " Delete it or choose another output_dir."
             )
-    bar = tqdm(todo, desc="cells")
-    for cell in bar:
-        bar.set_postfix_str(cell.name)
-        if not cell.finished():
-            _run(grid, cell)
-        if not cell.finished():
-            bar.write(f"{cell.name} failed, the others continue. End of {cell.folder / 'log.txt'}:", sys.stderr)
-            bar.write("\n".join(f"    {line}" for line in _last_words(cell.folder / "log.txt")), sys.stderr)
-    return todo
+    waiting, running = [cell for cell in todo if not cell.finished()], []
+    with tqdm(total=len(todo), initial=len(todo) - len(waiting), desc="cells") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    running.append(_Running(grid, waiting.pop(0)))
+                    bar.set_postfix_str("; ".join(one.cell.name for one in running))
+                time.sleep(POLL)
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    one.end()
+                    bar.update()
+                    if not one.cell.finished():
+                        log = one.cell.folder / "log.txt"
+                        bar.write(f"{one.cell.name} failed, the others continue. End of {log}:", sys.stderr)
+                        bar.write("\n".join(f"    {line}" for line in _last_words(log)), sys.stderr)
+        except BaseException:
+            for one in running:
+                _end(one.process.pid)  # the launcher would leave the recipe running
+            raise
 
 
 def summary_rows(grid_cells: list[GridCell], scores: Sequence[str] = ()) -> list[list[str]]:
@@ -243,32 +261,32 @@ def summary_rows(grid_cells: list[GridCell], scores: Sequence[str] = ()) -> list
     return rows
 
 
-def _run(grid: Grid, cell: GridCell) -> None:
-    before, start = cell.state(), time.monotonic()
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *grid.launch, grid.recipe]
-    command += ["--config", grid.config, "--output_dir", str(cell.folder)]
-    for key, value in cell.changes.items():
-        command += [f"--{key}", *(_argument(v) for v in (value if isinstance(value, list) else [value]))]
-    if any(cell.folder.glob("checkpoint-*/trainer_state.json")):
-        command += ["--resume_from_checkpoint", "latest"]
-    state = {"fingerprint": _fingerprint(grid, cell), "changes": cell.changes, "command": command[1:]}
+class _Running:
+    """A cell that has been started: its process, and the state that is written when this ends."""
 
-    def write(**more) -> None:
-        write_atomically(cell.folder / STATE, json.dumps(state | more, ensure_ascii=False, indent=2, default=str))
+    def __init__(self, grid: Grid, cell: GridCell):
+        self.cell, self.start = cell, time.monotonic()
+        self.earlier = cell.state().get("seconds", 0.0)
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "accelerate.commands.launch", *grid.launch, grid.recipe]
+        command += ["--config", grid.config, "--output_dir", str(cell.folder)]
+        for key, value in cell.changes.items():
+            command += [f"--{key}", *(_argument(v) for v in (value if isinstance(value, list) else [value]))]
+        if any(cell.folder.glob("checkpoint-*/trainer_state.json")):
+            command += ["--resume_from_checkpoint", "latest"]
+        self.state = {"fingerprint": _fingerprint(grid, cell), "changes": cell.changes, "command": command[1:]}
+        self.write(status="running", seconds=self.earlier)
+        with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
-    earlier = before.get("seconds", 0.0)
-    write(status="running", seconds=earlier)
-    with (cell.folder / "log.txt").open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        try:
-            code = process.wait()
-        except BaseException:
-            _end(process.pid)  # the launcher would leave the recipe running
-            raise
-    done = code == 0 and cell.metrics.exists()
-    seconds = earlier + time.monotonic() - start
-    write(status="finished" if done else "failed", returncode=code, seconds=round(seconds, 1))
+    def end(self) -> None:
+        code, seconds = self.process.returncode, self.earlier + time.monotonic() - self.start
+        done = code == 0 and self.cell.metrics.exists()
+        self.write(status="finished" if done else "failed", returncode=code, seconds=round(seconds, 1))
+
+    def write(self, **more) -> None:
+        text = json.dumps(self.state | more, ensure_ascii=False, indent=2, default=str)
+        write_atomically(self.cell.folder / STATE, text)
 
 
 def _end(pid: int) -> None:

@@ -31,3 +31,9 @@ ENGINES = {
     "dpo": {"trl_dpo": 1, "trl_dpo_lean": 1, "dpo": 3},
     "grpo": {"trl_grpo": 1, "trl_grpo_lean": 1, "grpo": 3},
 }
+# Prompts of captions in several languages.
+PROMPTS = {
+    "ja": "この画像を日本語で短く説明してください。",
+    "en": "Describe this image briefly.",
+    "vi": "Mo ta hinh anh.",
+}

@@ -68,11 +68,24 @@ JAPANESE = {
         "{a}と{b}が縦に並んでいる",
     ),
 }
-# Polite form with 。, as YJ Captions writes.
+# The same in polite form with 。, as YJ Captions writes.
 JAPANESE_POLITE = {
-    "horizontal": ("{a}が左に、{b}が右にあります。", "{a}と{b}が横に並んでいます。"),
-    "vertical": ("{a}が上に、{b}が下にあります。", "{a}と{b}が縦に並んでいます。"),
+    "horizontal": (
+        "{a}が左に、{b}が右にあります。",
+        "左に{a}、右に{b}が描かれています。",
+        "{b}の左に{a}があります。",
+        "{a}の右に{b}が置かれています。",
+        "{a}と{b}が横に並んでいます。",
+    ),
+    "vertical": (
+        "{a}が上に、{b}が下にあります。",
+        "上に{a}、下に{b}が描かれています。",
+        "{b}の上に{a}があります。",
+        "{a}の下に{b}が置かれています。",
+        "{a}と{b}が縦に並んでいます。",
+    ),
 }
+FEW = (0, 4)  # the wordings that a few polite captions beside plain ones have
 # Whole sentences with a final full stop, as UIT-ViIC writes.
 VIETNAMESE = {
     "horizontal": (
@@ -126,8 +139,17 @@ class Scene(NamedTuple):
         return [template.format(a=a, b=b) for template in ENGLISH[self.arrangement]]
 
     def japanese(self, polite: bool = False) -> list[str]:
+        """Five captions in plain form, or two in polite form."""
+        if polite:
+            return [self.polite_japanese()[place] for place in FEW]
+        return self._japanese(JAPANESE)
+
+    def polite_japanese(self) -> list[str]:
+        """The five captions of `japanese` in polite form, in the same order."""
+        return self._japanese(JAPANESE_POLITE)
+
+    def _japanese(self, templates: dict[str, tuple[str, ...]]) -> list[str]:
         a, b = (COLOURS[t.colour][2] + SHAPES[t.shape][1] for t in (self.first, self.second))
-        templates = JAPANESE_POLITE if polite else JAPANESE
         return [template.format(a=a, b=b) for template in templates[self.arrangement]]
 
     def false_japanese(self, rng: random.Random) -> tuple[str, str, str]:
@@ -246,11 +268,42 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
     write("stair_val.json", numbered[train:])
     write("yj.json", numbered[: train // 10], polite=True)
     write_instances(directory / "instances.json", [(n, names[n], scene) for n, scene in numbered])
-    heldout_ids = [number for number, _ in numbered[train:]]
-    (directory / "val_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[:validation]))
-    (directory / "test_ids.txt").write_text("".join(f"{i}\n" for i in heldout_ids[validation:]))
+    _write_ids(directory, numbered[train:], validation)
     write_preferences(directory / "preferences.jsonl", numbered[:train], names, seed)
     write_preferences(directory / "preferences_test.jsonl", numbered[train + validation :], names, seed + 1)
+
+
+def write_language_scenes(directory: Path, train: int, validation: int, test: int, seed: int = 0) -> None:
+    """Writes the scenes of `write_scene_dataset` with five captions each in plain and polite Japanese, English and
+    Vietnamese, as the corpora come that `publish_datasets.py multi` joins.
+
+    `directory/images/*.png`; `stair_train.json` and `stair_val.json` (plain), `yj.json` (polite, of all scenes),
+    `captions_train2014.json` and `captions_val2014.json` (English), `uitviic_captions_{train,val,test}2017.json`;
+    `val_ids.txt`, `test_ids.txt` and `instances.json`.
+    """
+    numbered = _numbered_scenes(train, validation + test, seed)
+    names = {n: f"COCO_{'train2014' if n <= train else 'val2014'}_{n:012d}.png" for n, _ in numbered}
+    _draw(directory, numbered, names)
+    training, held_out = numbered[:train], numbered[train:]
+    files = (
+        ("stair_train", "Japanese", training, Scene.japanese),
+        ("stair_val", "Japanese", held_out, Scene.japanese),
+        ("yj", "polite Japanese", numbered, Scene.polite_japanese),
+        ("captions_train2014", "English", training, Scene.english),
+        ("captions_val2014", "English", held_out, Scene.english),
+        ("uitviic_captions_train2017", "Vietnamese", training, Scene.vietnamese),
+        ("uitviic_captions_val2017", "Vietnamese", held_out[:validation], Scene.vietnamese),
+        ("uitviic_captions_test2017", "Vietnamese", held_out[validation:], Scene.vietnamese),
+    )
+    for name, language, selected, captions in files:
+        annotations = [
+            {"id": number * 10 + place, "image_id": number, "caption": text}
+            for number, scene in selected
+            for place, text in enumerate(captions(scene))
+        ]
+        _write_coco(directory / f"{name}.json", language, [(n, names[n]) for n, _ in selected], annotations)
+    write_instances(directory / "instances.json", [(n, names[n], scene) for n, scene in numbered])
+    _write_ids(directory, held_out, validation)
 
 
 def write_vietnamese_scenes(directory: Path, train: int, validation: int, test: int, seed: int = 0) -> None:
@@ -286,6 +339,13 @@ def write_title_scenes(directory: Path, count: int, seed: int = 0) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["Image_Name", "Title"])
         writer.writerows([names[n].removesuffix(".png"), scene.title()] for n, scene in numbered)
+
+
+def _write_ids(directory: Path, held_out: list[tuple[int, Scene]], validation: int) -> None:
+    """Writes `val_ids.txt`, of the first of the held-out scenes, and `test_ids.txt`, of the others."""
+    ids = [number for number, _ in held_out]
+    (directory / "val_ids.txt").write_text("".join(f"{i}\n" for i in ids[:validation]))
+    (directory / "test_ids.txt").write_text("".join(f"{i}\n" for i in ids[validation:]))
 
 
 def _numbered_scenes(train: int, held_out: int, seed: int) -> list[tuple[int, Scene]]:

@@ -13,12 +13,15 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.data.images import references_of
+from vlmcap.data.keys import parse_key, rows_of_key
 from vlmcap.evaluation.audit_checks import normalised, read_instances
 from vlmcap.evaluation.lexicon import Lexicon
 from vlmcap.evaluation.metrics import document_frequencies
 from vlmcap.evaluation.scoring import save_idf
-from vlmcap.evaluation.tokenise import tokenise
+from vlmcap.evaluation.tasks import folder_name
+from vlmcap.evaluation.tokenise import tokenise, tokenizer_of
 from vlmcap.rewards import functions
 from vlmcap.rewards.arguments import RewardError, weights_of
 from vlmcap.strict_parsing import shown
@@ -142,6 +145,37 @@ class RewardsByKey:
                 of_key = ([values[place] for place in places] for values in (captions, references, rows))
                 per_function[places] = rewards(*of_key).per_function
         return Rewarded(per_function, per_function @ np.array(self.weights))
+
+
+def rewards_of_run(
+    reward_funcs: Sequence[str],
+    reward_weights: Sequence[float] | None,
+    train_rows: datasets.Dataset,
+    prompts: PromptArguments,
+    *,
+    tokenizer: str,
+    idf_dir: Path | None,
+    **more,
+) -> Rewards | RewardsByKey:
+    """The rewards of a run with one prompt, or with a prompt for each key.
+
+    Args:
+        tokenizer: of Japanese captions, and of a run with one prompt.
+        idf_dir: where to write idf.json, with keys idf-KEY.json.
+        more: of `Rewards`.
+    """
+
+    def built(rows: datasets.Dataset, words: str, name: str, language: str = "ja") -> Rewards:
+        path = idf_dir and idf_dir / f"{name}.json"
+        return Rewards(reward_funcs, reward_weights, rows, tokenizer=words, idf_path=path, language=language, **more)
+
+    if not prompts.prompts:
+        return built(train_rows, tokenizer, "idf")
+    by_key = {}
+    for key in prompts.wordings:
+        rows, (language, _) = rows_of_key(train_rows, key, list(prompts.wordings)), parse_key(key)
+        by_key[key] = built(rows, tokenizer_of(language, tokenizer), f"idf-{folder_name(key)}", language)
+    return RewardsByKey(by_key)
 
 
 def imported(name: str) -> Reward:

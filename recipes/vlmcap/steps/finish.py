@@ -16,7 +16,7 @@ from vlmcap.captioning.branches import supports_branches
 from vlmcap.captioning.engines import ADAPTER, BASE
 from vlmcap.captioning.predictions import model_record
 from vlmcap.captioning.split import caption_split
-from vlmcap.data.corpora import CORPORA
+from vlmcap.data.corpora import seen_of
 from vlmcap.data.images import open_image
 from vlmcap.evaluation.caption_files import read_predictions
 from vlmcap.evaluation.scoring import ScoreOptions
@@ -43,8 +43,7 @@ def saw_records(base_saw: dict[str, str], splits: Splits) -> tuple[dict, dict]:
     trained = dict(base_saw)
     if any(splits.train["in_yj"]):
         trained |= {"YJ": "train images"}
-    if splits.record["corpus"] in CORPORA:
-        trained |= CORPORA[splits.record["corpus"]].seen
+    trained |= seen_of([splits.record["corpus"], *splits.record.get("training_corpora", ())])
     return base_saw | {"note": note}, trained | {"note": f"{note} And what the training split shows."}
 
 

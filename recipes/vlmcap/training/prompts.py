@@ -8,6 +8,7 @@ import datasets
 
 from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.data.errors import DataError
+from vlmcap.data.instructions import load_instructions
 from vlmcap.data.keys import caption_keys, rows_of_key
 from vlmcap.errors import notice
 from vlmcap.training.arguments import InstructionArguments
@@ -31,8 +32,6 @@ def training_rows(
     if prompts.prompts:
         rows = prompted_rows(rows, prompts.wordings, prompts.prompt_weights, seed)
     if data.instructions:
-        from vlmcap.data.instructions import load_instructions
-
         source = data.instructions, data.instructions_split, data.instructions_image_dir, data.instructions_revision
         rows = with_instructions(rows, load_instructions(*source), prompt)
     return rows

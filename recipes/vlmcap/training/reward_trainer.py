@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, ProcessorMixin, Trainer, set_seed
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.predictions import weights_hash
-from vlmcap.data.images import references_of
 from vlmcap.errors import UserError, notice
 from vlmcap.models.load import ModelError, free_frozen_parts
 from vlmcap.models.tower import feed_features
@@ -63,7 +62,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
     (`shared_prefix`).
 
     Args:
-        rows: as `load_captions` returns them; their captions are the references of the rewards.
+        rows: as `load_captions` or `rows_by_key` return them; their captions are the references of the rewards.
         processing_class: processor of the model.
         prompt: the user's text after the image.
         bad_images: the list of unreadable pictures.
@@ -73,8 +72,8 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         sampled_at_once: images a device.
         features: cached image features of the rows. The model's vision encoder is then taken out.
         validation: scores the model at every evaluation (`eval_strategy`), and before the first step.
-        figures: captions and references by image -> figures of quality beside the rewards, for validation captions
-            (`vlmcap.rewards.watch.caption_figures`).
+        figures: captions and references by image, tokenizer -> figures of quality beside the rewards, for validation
+            captions (`vlmcap.rewards.watch.caption_figures`).
 
     Raises:
         ModelError: the shared-prefix engine does not know the model, or FSDP shards it.
@@ -95,7 +94,7 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
         sampled_at_once: int = 16,
         features: FeatureCache | None = None,
         validation: CaptionValidation | None = None,
-        figures: Callable[[dict[str, str], dict[str, list[str]]], dict[str, float]] | None = None,
+        figures: Callable[..., dict[str, float]] | None = None,
     ):
         if not shared_prefix.supports(model):
             raise ModelError(
@@ -290,17 +289,21 @@ class CaptionGRPOTrainer(ResumableTrainer, Trainer):
 
     # Validation and log --------------------------------------------------------------------------------------------
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Scores of validation captions, `reward` and `rewards/NAME` of them, and `figures`."""
+        """Scores of validation captions, `reward` and `rewards/NAME` of them, and means of `figures` over the keys."""
         scores = self.validation(model)
-        texts = self.validation.rows.remove_columns("image")
-        references, records = references_of(texts), {str(record["image_id"]): record for record in texts}
-        captions = {image: self.validation.latest[image] for image in references}
-        rewarded = self.rewards(
-            list(captions.values()), list(references.values()), [records[image] for image in captions]
-        )
+        known = {str(record["image_id"]): record for record in self.validation.rows.remove_columns("image")}
+        captions, references, records, figures = [], [], [], []
+        for task in self.validation.tasks:
+            said = self.validation.latest_of[task.key]
+            captions += said.values()
+            references += [task.references[image] for image in said]
+            records += [known[image] | {"captions": task.references[image], "key": task.key} for image in said]
+            if self.figures:
+                figures.append(self.figures(said, task.references, tokenizer=task.tokenizer))
+        rewarded = self.rewards(captions, references, records)
         means = zip(self.rewards.names, rewarded.per_function.mean(0).tolist(), strict=True)
         scores |= {"reward": float(rewarded.total.mean())} | {f"rewards/{name}": mean for name, mean in means}
-        return scores | (self.figures(captions, references) if self.figures else {})
+        return scores | {name: sum(of[name] for of in figures) / len(figures) for name in (figures or [{}])[0]}
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
