@@ -11,6 +11,7 @@ from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_of
 from vlmcap.steps.splits import load_splits
 from vlmcap.training.arguments import SplitArguments
 
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("languages")
