@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import datasets
 
 from vlmcap.captioning.arguments import PromptArguments
+from vlmcap.data.columns import with_columns
 from vlmcap.data.errors import DataError
 from vlmcap.data.instructions import load_instructions
 from vlmcap.data.keys import caption_keys, rows_of_key
@@ -109,7 +110,7 @@ def rows_by_key(
         captions = found["captions"][:]
         prompts = [[[prompt]] * len(said) for prompt, said in zip(asked, captions, strict=True)]
         part = _with_turns(found, captions, prompts, [""] * len(found))
-        parts.append(part.add_column("key", [key] * len(part)))
+        parts.append(with_columns(part, {"key": [key] * len(part)}, {"key": datasets.Value("string")}))
     return datasets.concatenate_datasets(parts)
 
 
@@ -142,9 +143,9 @@ def _with_turns(
     user and assistant say before it, in turn; `system`, "" where the template decides. Rows without captions are left
     out."""
     rows = rows.select_columns(["image", "image_id", "file_name"])
-    rows = rows.add_column("captions", captions, feature=datasets.List(datasets.Value("string")))
-    rows = rows.add_column("prompts", prompts, feature=TURNS)
-    rows = rows.add_column("system", systems, feature=datasets.Value("string"))
+    columns = {"captions": captions, "prompts": prompts, "system": systems}
+    features = {"captions": TURNS.feature, "prompts": TURNS, "system": datasets.Value("string")}
+    rows = with_columns(rows, columns, features)
     return rows.select([number for number, texts in enumerate(captions) if texts])
 
 
