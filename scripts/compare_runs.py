@@ -24,6 +24,9 @@ Output, in --output_dir:
     scores.svg, quality_against_memory.svg, training_curves.svg (loss and validation, of runs trained here)
     comparison.html   all of it, and each image with its references and every system's caption; needs no network
 
+Runs of a recipe with several prompts are compared by key, such as ja/polite or en: each key has a folder with all of
+this, and metrics.md beside them has the tables of all keys.
+
 Where the dataset that was scored is a folder that is still there, as after `make demo`, pictures and references come
 from it; else --dataset (and --image_dir, or --references) say where they are. Five runs on 5,000 images take 13
 seconds on one CPU core, reading the photographs not included.

@@ -115,6 +115,22 @@ def miniature_document(model: str = "recipes/miniatures/qwen2_vl", adapter: str 
     return metrics
 
 
+def language_document() -> dict:
+    """Of a run with several prompts: Japanese and English trained, Vietnamese scored beside them."""
+    metrics = adapter_document() | {"key": "ja/plain"}
+    metrics["languages"] = {"ja/plain": {"trained": True, "prompt": metrics["prompt"]}}
+    for key, tokens, share in (("en", "english-13a", 1.1), ("vi", "vietnamese-pyvi", 0.5)):
+        one = document((0.3, 0.25, 0.2, 0.1 * share, 0.4, 0.8 * share), 2500.0, "outputs/run/adapter")
+        one["base"] = document((0.3, 0.25, 0.2, 0.1, 0.4, 0.8), 2600.0, None)
+        for run in (one, one["base"]):
+            run |= {"key": key, "prompt": {"en": "Describe this image.", "vi": "Mô tả ảnh này."}[key]}
+            run["signatures"] = {name: f"{name}|tok:{tokens}|nref:5|v:0.1" for name in NAMES}
+            run["counts"] = run["counts"] | {"images": 5000 if key == "en" else 920}
+            del run["register_normalised"]
+        metrics["languages"][key] = {"trained": key == "en", "prompt": one["prompt"]} | one
+    return metrics
+
+
 def preference_document() -> dict:
     """Of recipes/dpo_qwen2vl_jp.py: preferences, and the scores of the adapter that it started from."""
     metrics = adapter_document() | {"recipe": "dpo_qwen2vl_jp"}

@@ -403,3 +403,35 @@ def test_runs_may_be_before_and_after_options(runs, tmp_path, run_script):
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["overview.md"]
     done = run_script("compare_runs.py", "--scores", "bleu_7", "--runs", runs[0], expect=1)
     assert "no score 'bleu_7'" in done.stderr and "Traceback" not in done.stderr
+
+
+def with_key(folder, key: str, languages: list[str] | None = None) -> None:
+    """The run says that its captions are of a key; the adapter's document names those of the other keys too."""
+    edit(folder, lambda document: document.update({"key": key} | ({"languages": languages} if languages else {})))
+
+
+def test_runs_with_several_prompts_are_compared_by_key(runs, tmp_path):
+    good, twin, weak, _ = runs
+    for run, key in ((good, "en"), (good, "ja/polite"), (twin, "en")):
+        with_key(shutil.copytree(weak if key == "ja/polite" else run, run / "languages" / key.replace("/", "-")), key)
+    with_key(good, "ja", {"ja": {}, "ja/polite": {}, "en": {}})
+    with_key(twin, "ja")
+    paths = compare([good, twin, weak], tmp_path, reference="twin", scores=["cider_d"])
+    text = paths["md"].read_text(encoding="utf-8")
+    assert re.findall("^## .*", text, re.M) == ["## `ja`", "## `ja/polite`", "## `en`", "## Runs without keys"]
+    names = [name for name in paths if name.endswith("/md")]
+    assert names == ["ja/md", "ja-polite/md", "en/md", "without_key/md"]
+    rows = {name: [row["System"] for row in markdown_tables(paths[name])[0]] for name in names}
+    assert rows == {"ja/md": ["good", "twin"], "ja-polite/md": ["good"], "en/md": ["good", "twin"]} | {
+        "without_key/md": ["weak"]
+    }
+    assert all(paths[name].read_text(encoding="utf-8") in text for name in names)
+    assert "differs from twin" in paths["en/md"].read_text(encoding="utf-8")
+    with pytest.raises(ScoreError, match="no run is called 'best'"):
+        compare([good, twin], tmp_path, reference="best")
+
+    # One key is compared as runs without keys are.
+    alone = compare([good / "languages/en", twin / "languages/en"], tmp_path / "alone")
+    assert list(alone)[:3] == ["csv", "md", "tex"]
+    overview = write_overview(read_runs([good, twin]), tmp_path / "overview")[1]
+    assert overview.count("ja/polite") == 1 and overview.count(", en: ") == 1

@@ -1,37 +1,15 @@
 """A run with several prompts: what is captioned, scored, audited and written for each key."""
 
-import datasets
 import pytest
 
+from tests.steps.languages import ALSO, PROMPTS, write_dataset
 from vlmcap.captioning.arguments import GenerationArguments, PromptArguments
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import load_captions
 from vlmcap.evaluation.tasks import caption_tasks
 from vlmcap.evaluation.tokenise import TokenizerError, tokenizer_of
-from vlmcap.miniature.scenes import scenes
 from vlmcap.steps.splits import load_splits
 from vlmcap.training.arguments import SplitArguments
-
-PROMPTS = {"ja/plain": "普通体で。", "ja/polite": ["丁寧に。", "丁寧体で。"], "en": "Describe this image."}
-ALSO = {"vi": "Mô tả ảnh này."}
-
-
-def write_dataset(folder) -> None:
-    """Drawn scenes with captions of four kinds; Vietnamese ones of every third scene alone."""
-    for split, count, seed in (("train", 6, 1), ("validation", 6, 2), ("test", 6, 3)):
-        rows = []
-        for number, scene in enumerate(scenes(count, seed=seed, held_out=split != "train")):
-            name = f"{split}{number}.png"
-            scene.draw().save(folder / name)
-            kinds = [("ja", "plain", scene.japanese()), ("ja", "polite", scene.japanese(polite=True)[:2])]
-            kinds += [("en", "", scene.english()[:3]), ("vi", "", scene.vietnamese()[: 2 * (number % 3 == 0)])]
-            said = [(language, style, text) for language, style, texts in kinds for text in texts]
-            languages, styles, captions = map(list, zip(*said, strict=True))
-            rows.append({"image_id": seed * 100 + number, "file_name": name, "captions": captions})
-            rows[-1] |= {"languages": languages, "styles": styles}
-        (folder / "data/data").mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(folder / f"data/data/{split}-00000-of-00001.parquet")
-    (folder / "data/README.md").write_text("---\nlicense: cc0-1.0\n---\n")
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,9 @@ SMOLLM2 = "smollm2"  # in the id of every SmolLM2: of Llama's architecture, trai
 MINIATURES = "recipes/miniatures/"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
+# Those that captions can be scored in (vlmcap.evaluation.tokenise.LANGUAGE_TOKENIZERS).
+LANGUAGES = {"ja": "Japanese", "en": "English", "vi": "Vietnamese"}
+
 
 class CardError(UserError):
     """A card cannot be written from these documents. The message names the file or the key, and the fix."""
@@ -28,25 +31,26 @@ class Recipe:
 
     base: str  # what a miniature says nothing about
     title: str  # {base}, or {encoder} and {decoder}, are names of models without their owner
-    task: str
-    language: str
+    task: str  # {languages}, here and in the title, are those of the captions
+    language: str  # where captions have no keys
     license: str  # of the published weights; of a miniature's Apache-2.0
     tags: tuple[str, ...]
     load: str  # Python that makes `model` and `processor` as they were measured, filled by `load_snippet`
     pipeline_tag: str = "image-to-text"  # image alone in, text out; image-text-to-text is with a prompt
     trained: str = "adapter"
     untrained: str = "base, zero-shot"
+    trained_with_prompt: bool = False  # it may speak several languages, which are among its tags
     saw: tuple[str, ...] = ()  # corpora of "saw" that are worth a line
 
 
 RECIPES = {
     "sft_qwen2vl_jp": Recipe(
         base="Qwen2-VL",
-        title="{base}, adapted to Japanese image captions",
-        task="Japanese image captioning",
+        title="{base}, adapted to {languages} image captions",
+        task="{languages} image captioning",
         language="ja",
         license="apache-2.0",
-        tags=("japanese", "lora", "qwen2_vl", "sft", "trl"),
+        tags=("lora", "qwen2_vl", "sft", "trl"),
         load="""\
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor{nf4_import}
@@ -60,6 +64,7 @@ model = AutoModelForImageTextToText.from_pretrained(
 ){unpacked}
 model = PeftModel.from_pretrained(model, adapter).eval()""",
         pipeline_tag="image-text-to-text",
+        trained_with_prompt=True,
         saw=SEEN_CORPORA,
     ),
     "sft_blip_vi": Recipe(
@@ -107,13 +112,13 @@ model, processor = load_vit_llama({repo})""",
 }
 RECIPES["dpo_qwen2vl_jp"] = replace(
     RECIPES["sft_qwen2vl_jp"],
-    title="{base}, adapted to Japanese image captions and to preferences",
-    tags=("japanese", "lora", "qwen2_vl", "dpo"),
+    title="{base}, adapted to {languages} image captions and to preferences",
+    tags=("lora", "qwen2_vl", "dpo"),
 )
 RECIPES["grpo_qwen2vl_jp"] = replace(
     RECIPES["sft_qwen2vl_jp"],
-    title="{base}, adapted to Japanese image captions and trained on rewards",
-    tags=("japanese", "lora", "qwen2_vl", "grpo"),
+    title="{base}, adapted to {languages} image captions and trained on rewards",
+    tags=("lora", "qwen2_vl", "grpo"),
 )
 
 
@@ -188,7 +193,28 @@ def public_id(name: str) -> str:
 def card_title(metrics: dict) -> str:
     """The heading of the card, with the models' names without their owners."""
     names = {place: public_id(part["id"]).split("/")[-1] for place, part in model_parts(metrics["model"]).items()}
-    return recipe_of(metrics).title.format(**names)
+    return recipe_of(metrics).title.format(languages=language_names(metrics), **names)
+
+
+def trained_keys(metrics: dict) -> dict[str, str]:
+    """Key -> prompt, of the captions that it was trained on, the main one first; empty where captions have no keys."""
+    return {key: one["prompt"] for key, one in metrics.get("languages", {}).items() if one["trained"]}
+
+
+def other_keys(metrics: dict) -> dict[str, dict]:
+    """Key -> its document, of all captions but those of the main key."""
+    return {key: one for key, one in metrics.get("languages", {}).items() if "scores" in one}
+
+
+def languages_of(metrics: dict) -> list[str]:
+    """Codes of the languages that it was trained on, ISO 639-1."""
+    return list(dict.fromkeys(key.split("/")[0] for key in trained_keys(metrics))) or [recipe_of(metrics).language]
+
+
+def language_names(metrics: dict, last: str = "and") -> str:
+    """The same for people: "Japanese", "Japanese, English and Vietnamese"."""
+    *others, final = (LANGUAGES[code] for code in languages_of(metrics))
+    return f"{', '.join(others)} {last} {final}" if others else final
 
 
 def score_label(score: str) -> str:

@@ -3,15 +3,19 @@
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from vlmcap.reporting.card_facts import (
+    LANGUAGES,
     SMOLLM2,
     built_with_llama,
     card_title,
     is_decoder,
     is_hub_id,
     is_miniature,
+    language_names,
+    languages_of,
     miniature_encoder,
     model_parts,
     on_hub,
+    other_keys,
     public_id,
     recipe_of,
     score_label,
@@ -23,30 +27,32 @@ def card_metadata(metrics: dict, repo_id: str | None) -> ModelCardData:
     recipe, dataset, training_id = recipe_of(metrics), metrics["dataset"], metrics["training"]["dataset"]["id"]
     bases = [part["id"] for part in model_parts(metrics["model"]).values()]
     public, whole = on_hub(metrics), recipe.trained == "model"
-    tags = ["image-captioning", *recipe.tags, "vlmcap"]
+    spoken = [LANGUAGES[code].lower() for code in languages_of(metrics)] if recipe.trained_with_prompt else []
+    tags = ["image-captioning", *spoken, *recipe.tags, "vlmcap"]
     if is_decoder(metrics, SMOLLM2):
         tags[tags.index("llama")] = SMOLLM2
     results = [
         EvalResult(
             task_type=recipe.pipeline_tag,
-            task_name=recipe.task,
+            task_name=recipe.task.format(languages=language_names(metrics)),
             dataset_type=public_id(dataset["id"]),
             dataset_name=public_id(dataset["id"]),
             dataset_split=dataset["split"],
             dataset_revision=dataset["revision"],
             metric_type=name.split("_")[0],
-            metric_name=score_label(name),
+            metric_name=f"{score_label(name)}, {key}" if key else score_label(name),
             metric_value=score,
-            metric_args={"signature": metrics["signatures"][name]},
+            metric_args={"signature": scored["signatures"][name]},
         )
-        for name, score in metrics["scores"].items()
+        for key, scored in {metrics.get("key"): metrics, **other_keys(metrics)}.items()
+        for name, score in scored["scores"].items()
     ]
     return ModelCardData(
         # The Hub's validation refuses a local path in base_model or datasets, so they are given for Hub ids only.
         base_model=(bases[0] if len(bases) == 1 else bases) if public else None,
         base_model_relation=("finetune" if whole else "adapter") if public else None,
         datasets=[training_id] if is_hub_id(training_id) else None,
-        language=[recipe.language],
+        language=languages_of(metrics),
         library_name="transformers" if whole else "peft",
         license=_license(metrics),
         pipeline_tag=recipe.pipeline_tag,

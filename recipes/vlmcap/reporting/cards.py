@@ -30,10 +30,12 @@ from vlmcap.reporting.card_facts import (
     is_decoder,
     is_hub_id,
     is_miniature,
+    language_names,
     local_name,
     miniature_encoder,
     model_parts,
     on_hub,
+    other_keys,
     public_id,
     recipe_name,
     recipe_of,
@@ -65,6 +67,7 @@ AUDITED = {
     "form.repetition": "repeating",
     "form.truncated": "cut off",
     "form.non_japanese": "not Japanese",
+    "form.non_latin": "not in Latin letters",
     "form.copied_prompt": "copied from the prompt",
     "form.special_tokens": "special tokens or chat markup",
     "overlap.image_in_training": "images that are in the training data",
@@ -206,6 +209,10 @@ def render_adapter_card(
                 for name in metrics.get("register_normalised", {}).get("scores", {})
             ],
             started=_started(metrics, audit) if "start" in training else [],
+            languages=metrics.get("languages", {}),
+            spoken=language_names(metrics, "or"),
+            overview=_overview(metrics),
+            others={key: _key_rows(metrics, key) for key in other_keys(metrics)},
             audit=audit,
             audited=_audited(audit) if audit else [],
             constraints=[
@@ -295,6 +302,31 @@ def _started(metrics: dict, audit: dict | None) -> list[dict]:
     return rows
 
 
+def _overview(metrics: dict) -> list[dict]:
+    """A row for each key: its prompt, whether it was trained on, its images and CIDEr-D."""
+    return [
+        {"key": key, "prompt": one["prompt"], "trained": one["trained"], "images": scored["counts"]["images"]}
+        | {"base": _score(scored["base"], "cider_d"), "adapter": _score(scored, "cider_d")}
+        for key, one in metrics.get("languages", {}).items()
+        for scored in [metrics | one]
+    ]
+
+
+def _key_rows(metrics: dict, key: str) -> list[dict]:
+    """The rows of the table of a key: base, starting adapter if there is one, this one, and how much is left of the
+    base's score."""
+    scored, started = metrics["languages"][key], metrics["training"].get("start", {}).get("languages", {}).get(key)
+    rows = []
+    for name, score in scored["scores"].items():
+        before = scored["base"]["scores"][name]
+        row = {"label": score_label(name), "signature": scored["signatures"][name]}
+        row |= {"base": _score(scored["base"], name), "adapter": _score(scored, name, bold=True)}
+        row["start"] = _score(started, name) if started and name in started["scores"] else "-"
+        row["ratio"] = f"{score / before:.2f}" if before else "-"
+        rows.append(row)
+    return rows
+
+
 def score_rows(metrics: dict) -> list[list[str]]:
     """The table of base and trained model as text, the header first: for the sample page and for the terminal."""
     rows = [["", recipe_of(metrics).untrained, recipe_of(metrics).trained]]
@@ -311,6 +343,12 @@ def _check(metrics: dict) -> None:
             f"the document lacks {', '.join(missing)}. A card needs the adapter's scores and run record, the training "
             "run and the base's whole document: recipes/sft_qwen2vl_jp.py writes all of it after training."
         )
+    _check_alike(metrics)
+    for key, document in other_keys(metrics).items():
+        _check_alike(document, f" of {key}")
+
+
+def _check_alike(metrics: dict, of_key: str = "") -> None:
     base = metrics["base"]
     for what, theirs, ours in (
         ("dataset", base["dataset"], metrics["dataset"]),
@@ -323,7 +361,7 @@ def _check(metrics: dict) -> None:
     ):
         if theirs != ours:
             raise CardError(
-                f"base and adapter differ in {what} and cannot be in one table (base: {visible(str(theirs))};"
+                f"base and adapter differ in {what}{of_key} and cannot be in one table (base: {visible(str(theirs))};"
                 f" adapter: {visible(str(ours))}). Score both again with the same settings."
             )
 

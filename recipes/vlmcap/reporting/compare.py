@@ -16,9 +16,11 @@ from vlmcap.data.images import (
     open_image,
     references_of,
 )
+from vlmcap.data.keys import rows_of_key
 from vlmcap.evaluation.caption_files import ScoreError, read_references
 from vlmcap.evaluation.scoring import SCORE_LABELS
-from vlmcap.markdown import visible
+from vlmcap.evaluation.tasks import folder_name
+from vlmcap.markdown import code_span, visible
 from vlmcap.reporting.gallery import disagreement, select_images, write_comparison_page
 from vlmcap.reporting.plots import (
     has_curve,
@@ -27,7 +29,7 @@ from vlmcap.reporting.plots import (
     plot_training_curves,
     sizes_differ,
 )
-from vlmcap.reporting.runs import ScoredRun, check_comparable, choose_scores, shared_signatures
+from vlmcap.reporting.runs import ScoredRun, by_key, check_comparable, choose_scores, shared_signatures
 from vlmcap.reporting.significance import compare_with
 from vlmcap.reporting.tables import latex_tables, legend, markdown_tables, score_table, system_table, write_csv
 
@@ -45,7 +47,8 @@ def write_comparison(
     resamples: int = 1000,
     scores: Sequence[str] | None = None,
 ) -> dict[str, Path]:
-    """Writes tables, plots and the page of all runs into `output_dir`.
+    """Writes tables, plots and the page of all runs into `output_dir`; where captions have several keys
+    (`vlmcap.data.keys`), those of each key into a folder of its own, and the tables of all keys into `metrics.md`.
 
     Args:
         runs: as `read_runs` returns them; all scored on the same images with the same signatures.
@@ -69,14 +72,45 @@ def write_comparison(
             score, or one that no run has and no other beside it.
         DataError: `dataset` cannot be read or is not the build that was scored.
     """
+    groups, tables, paths = by_key(runs), [], {}
+    sources = (dataset, split, image_dir, references)
+    options = (max_gallery_images, seed, resamples, scores)
+    if len(groups) == 1:
+        return _write_group(runs, Path(output_dir), reference, *sources, *options, list(groups))
+    for key, group in groups.items():
+        name, there = folder_name(key or "without_key"), [run.name for run in group]
+        compared = reference if reference in there or reference not in [run.name for run in runs] else None
+        written = _write_group(group, Path(output_dir) / name, compared, *sources, *options, [key, *groups])
+        paths |= {f"{name}/{kind}": path for kind, path in written.items()}
+        title = code_span(key) if key else "Runs without keys"
+        tables.append(f"## {title}\n\n{written['md'].read_text(encoding='utf-8')}")
+    path = Path(output_dir) / "metrics.md"
+    write_atomically(path, "\n".join(tables))
+    return {"md": path} | paths
+
+
+def _write_group(
+    runs: list[ScoredRun],
+    output_dir: Path,
+    reference: str | None,
+    dataset: str | None,
+    split: str | None,
+    image_dir: str | None,
+    references: str | Path | None,
+    max_gallery_images: int,
+    seed: int,
+    resamples: int,
+    scores: Sequence[str] | None,
+    keys: Sequence[str | None],
+) -> dict[str, Path]:
+    """What `write_comparison` does for captions of the first of `keys`; the others are keys of other captions."""
     reference = reference or runs[0].name
     if reference not in [run.name for run in runs]:
         raise ScoreError(f"no run is called {reference!r}: the runs are {', '.join(run.name for run in runs)}")
     check_comparable(runs)
     chosen = choose_scores(scores, runs)
-    captions, picture, remarks = _references_and_pictures(runs, dataset, split, image_dir, references)
+    captions, picture, remarks = _references_and_pictures(runs, dataset, split, image_dir, references, keys)
 
-    output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     tests = compare_with(reference, runs, resamples)
     tables = [score_table(runs, tests, chosen), system_table(runs)]
@@ -127,6 +161,7 @@ def _references_and_pictures(
     split: str | None,
     image_dir: str | None,
     references: str | Path | None,
+    keys: Sequence[str | None],
 ) -> tuple[dict[str, list[str]], Callable[[str], Image.Image | None], list[str]]:
     """References by image id, a function from image id to picture, and remarks for the page on what it lacks."""
     scored = runs[0].metrics.get("dataset") or {}
@@ -136,7 +171,7 @@ def _references_and_pictures(
         raise DataError("--image_dir needs --dataset: its rows say which file shows which image")
     captions, rows = {}, None
     if dataset is not None:
-        captions, rows = _read_dataset(dataset, split or scored.get("split", "test"), image_dir, scored)
+        captions, rows = _read_dataset(dataset, split or scored.get("split", "test"), image_dir, scored, keys)
     if references is not None:
         captions = read_references(references)
     lacking = [image for image in runs[0].cider_d if image not in captions] if captions else []
@@ -167,9 +202,11 @@ def _references_and_pictures(
 
 
 def _read_dataset(
-    dataset: str, split: str, image_dir: str | None, scored: dict
+    dataset: str, split: str, image_dir: str | None, scored: dict, keys: Sequence[str | None]
 ) -> tuple[dict, datasets.Dataset | None]:
     """References by image id; rows with pictures, or None if the dataset has none and no folder was given.
+
+    References are those of the first of `keys`, if that is one, beside which the others count.
 
     A dataset that was scored is read as it was then: the Hub's at its revision, a folder only if it is that build.
     """
@@ -180,13 +217,15 @@ def _read_dataset(
             "name another folder with --dataset"
         )
     revision = None if Path(dataset).exists() else revision
+    key, known = keys[0], [name for name in dict.fromkeys(keys) if name]
     try:
         rows = load_captions(dataset, split, image_dir, revision)
     except DataError:
         if image_dir is not None:
             raise
-        return dataset_references(dataset, split, revision), None
-    return references_of(rows), rows
+        return dataset_references(dataset, split, revision, key, known), None
+    texts = rows.remove_columns("image")
+    return references_of(rows_of_key(texts, key, known) if key else texts), rows
 
 
 def _cards(

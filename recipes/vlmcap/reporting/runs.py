@@ -57,6 +57,25 @@ def read_runs(runs: Sequence[str | Path]) -> list[ScoredRun]:
     return [_read_run(name, path) for name, (_, path) in zip(names, given, strict=True)]
 
 
+def by_key(runs: Sequence[ScoredRun]) -> dict[str | None, list[ScoredRun]]:
+    """Runs by the key of their captions, those of the same key together; None: of runs with one prompt.
+
+    A run of a recipe with several prompts has the scores of its main key, and in the folder `languages` beside them a
+    run of each other key.
+
+    Raises:
+        ScoreError: as `read_runs`.
+    """
+    groups: dict[str | None, list[ScoredRun]] = {}
+    for run in runs:
+        others = sorted(run.path.parent.glob("languages/*/metrics.json")) if run.metrics.get("key") else []
+        for one in [run, *(_read_run(run.name, path) for path in others)]:
+            groups.setdefault(one.metrics.get("key"), []).append(one)
+    order = [key for run in runs for key in run.metrics.get("languages", ())]
+    order += [key for key in groups if key not in order]
+    return dict(sorted(groups.items(), key=lambda group: order.index(group[0])))
+
+
 def check_comparable(runs: Sequence[ScoredRun]) -> None:
     """Raises ScoreError, naming the runs, unless all were scored on the same images, in the same way."""
     first = runs[0]

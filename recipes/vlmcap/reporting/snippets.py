@@ -4,7 +4,7 @@ import json
 
 from vlmcap.markdown import escape_unseen
 from vlmcap.models.arguments import UNQUANTISED
-from vlmcap.reporting.card_facts import is_hub_id, public_id, recipe_of
+from vlmcap.reporting.card_facts import is_hub_id, public_id, recipe_of, trained_keys
 
 MERGE = """\
 from peft import PeftModel
@@ -53,7 +53,7 @@ ids = model.generate(
 print(processor.batch_decode(ids, skip_special_tokens=True)[0])"""
 
 PROMPT = """\
-prompt = {prompt}
+{prompt}
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": prompt}}]}}]
 text = processor.apply_chat_template(messages, add_generation_prompt=True)
 """
@@ -89,6 +89,8 @@ model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_m
 def quick_start(metrics: dict, name: str, load: str | None = None) -> str:
     """Python that captions one photograph with the settings of the measured run, ready to paste.
 
+    Where captions have keys, the language is chosen in one line of it.
+
     Args:
         name: of the adapter or model, a Hub id or a folder.
         load: Python that makes `model` and `processor` of it, with `{repo}` for the name; default the recipe's own.
@@ -104,7 +106,16 @@ def quick_start(metrics: dict, name: str, load: str | None = None) -> str:
     decoding["repetition_penalty"] = 1.0  # some bases bring another, which the measured captions were made without
     settings = ", ".join(f"{key}={value!r}" for key, value in decoding.items())
     lines = [*imports, *(line for line in load if line not in imports), ""]
-    return "\n".join(lines) + "\n" + caption.format(settings=settings, prompt=quoted(metrics["prompt"] or ""))
+    return "\n".join(lines) + "\n" + caption.format(settings=settings, prompt=_prompt(metrics))
+
+
+def _prompt(metrics: dict) -> str:
+    """Python that sets `prompt`; where there are several, those that it was trained with, and the main one chosen."""
+    prompts = trained_keys(metrics)
+    if not prompts:
+        return f"prompt = {quoted(metrics['prompt'] or '')}"
+    lines = [f"    {quoted(key)}: {quoted(prompt)},\n" for key, prompt in prompts.items()]
+    return f"prompts = {{\n{''.join(lines)}}}\nprompt = prompts[{quoted(metrics['key'])}]  # or another of them"
 
 
 def _loaded(metrics: dict, repo: str) -> dict[str, str]:

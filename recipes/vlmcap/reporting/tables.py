@@ -9,13 +9,14 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from vlmcap.atomic_write import write_atomically
 from vlmcap.data.corpora import SEEN_CORPORA
 from vlmcap.evaluation.scoring import SCORE_LABELS
 from vlmcap.markdown import code_span, markdown_escape, markdown_table, text_table, visible
-from vlmcap.reporting.runs import ScoredRun, check_comparable, shared_signatures
+from vlmcap.reporting.runs import ScoredRun, by_key, check_comparable, shared_signatures
 from vlmcap.reporting.significance import SIGNIFICANT
 
 PLAIN = "register_normalised"
@@ -134,22 +135,25 @@ def write_overview(runs: Sequence[ScoredRun], output_dir: str | Path) -> tuple[P
     """Writes `output_dir/overview.md`, one table of runs on different datasets, and returns its path and the same for
     a terminal.
 
-    A row is a run, with its score where it has one; rows of one dataset are together, in the order of their first.
+    A row is a run, with its score where it has one; rows of one dataset, and of one key of its captions, are together,
+    in the order of their first.
 
     Raises:
         ScoreError: runs of one dataset that were not scored on the same images in the same way.
     """
     groups = {}
-    for run in runs:
+    for run in chain.from_iterable(by_key(runs).values()):
         dataset = run.metrics.get("dataset")
         # The place of the first run without a record keeps it apart from all others.
         key = tuple(dataset[part] for part in ("id", "revision", "split")) if dataset else (run.name,)
+        key += (run.metrics.get("key"),)
         groups.setdefault(key, []).append(run)
     columns = ["", *(SCORE_LABELS[key] for key in OVERVIEW), "trained parameters", "seconds of training"]
     markdown, text = [["", "dataset", "images", *columns[1:]]], []
     for key, group in groups.items():
         check_comparable(group)
-        name = visible(f"{key[0]}, {key[2]}") if len(key) > 1 else "not recorded"
+        name = visible(f"{key[0]}, {key[2]}") if len(key) > 2 else "not recorded"
+        name += f", {visible(key[-1])}" if key[-1] else ""
         images = f"{group[0].metrics['counts']['images']:,}"
         rows = [[run.name, *_overview_cells(run.metrics)] for run in group]
         markdown += [[markdown_escape(row[0]), markdown_escape(name), images, *row[1:]] for row in rows]

@@ -21,7 +21,7 @@ from vlmcap.data.images import open_image
 from vlmcap.evaluation.caption_files import read_predictions
 from vlmcap.evaluation.scoring import ScoreOptions
 from vlmcap.evaluation.tasks import CaptionTask
-from vlmcap.reporting.card_facts import is_miniature
+from vlmcap.reporting.card_facts import is_miniature, other_keys
 from vlmcap.reporting.cards import score_rows, write_adapter_card
 from vlmcap.reporting.gallery import write_sample_page
 from vlmcap.reporting.hub import push_adapter
@@ -170,13 +170,8 @@ def show_results(
     if is_miniature(metrics):
         note += " Drawn scenes and a miniature model: a demonstration, no evidence about the real one."
     page = write_sample_page(output_dir / "samples.html", "Before and after", samples, score_rows(metrics), note)
-    for title, shown in {task.key: metrics, **_other_languages(metrics)}.items():
+    for title, shown in {task.key: metrics, **other_keys(metrics)}.items():
         print(f"\n{title}" if title else "")
         for name, *values in score_rows(metrics | shown):
             print(f"{name:<12}" + "".join(f"{value:>18}" for value in values))
     print(f"\nWeights and model card: {trained_dir}\nSample captions:        {page}")
-
-
-def _other_languages(metrics: dict) -> dict[str, dict]:
-    """Key -> its document, of all but the main key."""
-    return {key: document for key, document in metrics.get("languages", {}).items() if "scores" in document}

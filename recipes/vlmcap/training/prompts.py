@@ -9,6 +9,7 @@ import datasets
 from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.data.columns import with_columns
 from vlmcap.data.errors import DataError
+from vlmcap.data.images import check_no_overlap
 from vlmcap.data.instructions import load_instructions
 from vlmcap.data.keys import caption_keys, rows_of_key
 from vlmcap.errors import notice
@@ -18,7 +19,12 @@ TURNS = datasets.List(datasets.List(datasets.Value("string")))
 
 
 def training_rows(
-    rows: datasets.Dataset, prompts: PromptArguments, data: InstructionArguments, prompt: str, seed: int
+    rows: datasets.Dataset,
+    prompts: PromptArguments,
+    data: InstructionArguments,
+    prompt: str,
+    seed: int,
+    held_out: dict[str, datasets.Dataset],
 ) -> datasets.Dataset:
     """What is trained on: the rows as they are, or with the prompts of their captions, and with instructions.
 
@@ -26,15 +32,19 @@ def training_rows(
         rows: as `load_captions` returns them.
         prompt: of the captions, where `prompts` has none.
         seed: of the wordings.
+        held_out: name of a split -> its rows, of which no picture may be among the instructions.
 
     Raises:
-        DataError: as `prompted_rows` and `load_instructions`.
+        DataError: as `prompted_rows`, `load_instructions` and `check_no_overlap`.
     """
     if prompts.prompts:
         rows = prompted_rows(rows, prompts.wordings, prompts.prompt_weights, seed)
     if data.instructions:
         source = data.instructions, data.instructions_split, data.instructions_image_dir, data.instructions_revision
-        rows = with_instructions(rows, load_instructions(*source), prompt)
+        instructions = load_instructions(*source)
+        for split, others in held_out.items():
+            check_no_overlap(instructions, others, split)
+        rows = with_instructions(rows, instructions, prompt)
     return rows
 
 
