@@ -104,7 +104,10 @@ def main(
     validates = training_args.eval_strategy != "no"
     splits = load_splits(data_args, run.output_dir, validates, run.seed, data_args.include_yj_images, prompt_args)
     read_for_audit(data_args, generation_args, splits.test)
-    rows = training_rows(splits.train, prompt_args, data_args, generation_args.prompt, run.seed)
+    held_out = {data_args.test_split: splits.test}
+    if validates:
+        held_out[data_args.validation_split] = splits.validation
+    rows = training_rows(splits.train, prompt_args, data_args, generation_args.prompt, run.seed, held_out)
 
     # Model: NF4 language model, LoRA on its top layers, the projector in full, the vision tower frozen.
     base = find_base(model_args, generation_args, prompt_args)

@@ -3,7 +3,7 @@
 import datasets
 import pytest
 
-from vlmcap.data.columns import with_column
+from vlmcap.data.columns import with_columns
 from vlmcap.data.errors import DataError
 from vlmcap.data.keys import caption_keys, parse_key, rows_of_key
 
@@ -61,13 +61,30 @@ def test_rows_of_a_key_have_its_captions_alone(rows):
     }
     assert rows_of_key(rows, "ja", ["ja", "ja/polite"])["captions"][:] == [["犬"], ["猫"]]
     assert rows_of_key(rows, "ja", ["ja"])["captions"][:] == [["犬", "犬です"], ["猫"], ["馬です"]]
-    chosen = rows.select([3, 0])  # rows that were selected before
-    assert rows_of_key(chosen, "en", ["en"])["captions"][:] == [["a horse"], ["a dog", "dog"]]
+    assert rows_of_key(rows.select([3, 0]), "en", ["en"])["captions"][:] == [["a horse"], ["a dog", "dog"]]
     assert len(rows_of_key(rows, "de", ["de"])) == 0
 
 
+@pytest.mark.parametrize("places", [[3, 0], [0, 0, 3], [1, 2], range(4)], ids=str)
+def test_columns_change_without_a_copy_of_pictures(rows, tmp_path, monkeypatch, places):
+    """Of rows that were selected too; only rows that are there twice are copied."""
+    rows.to_parquet(tmp_path / "data/train-00000-of-00001.parquet")
+    chosen = datasets.load_dataset(str(tmp_path / "data"), split="train").select(places)
+    copied, flatten = [], datasets.Dataset.flatten_indices
+    monkeypatch.setattr(datasets.Dataset, "flatten_indices", lambda of, *_, **__: copied.append(1) or flatten(of))
+    numbers = list(range(len(places)))
+    text = datasets.Value("string")
+    found = with_columns(
+        chosen, {"captions": [[str(n)] for n in numbers], "new": list("abcd")[: len(numbers)]}, {"new": text}
+    )
+    assert found.column_names == [*rows.column_names, "new"] and found["new"][:] == list("abcd")[: len(numbers)]
+    assert found["captions"][:] == [[str(number)] for number in numbers]
+    assert found["image"][:] == [COLUMNS["image"][place] for place in places] == chosen["image"][:]
+    assert bool(copied) == (len(set(places)) < len(places))
+
+
 def test_caption_ids_that_are_not_one_a_caption_stay(rows):
-    rows = with_column(rows, "caption_ids", [[1], None, [], [40, 41]])
+    rows = with_columns(rows, {"caption_ids": [[1], None, [], [40, 41]]})
     assert rows_of_key(rows, "ja", ["ja"])["caption_ids"][:] == [[1], None, [41]]
 
 

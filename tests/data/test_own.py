@@ -140,6 +140,21 @@ def test_every_form_becomes_the_same_dataset(folder, form, embedded):
     assert dataset_record(args.output_dir, "test")["corpus"] == "own"
 
 
+def test_a_dataset_in_several_languages_says_that_they_are_not_kept(tmp_path, capfd):
+    names = ["a.png", "b.png", "c.png"]
+    write_pictures(tmp_path / "pictures", names)
+    columns = {
+        "file_name": names,
+        "captions": [["犬", "a dog"], ["猫"], ["馬"]],
+        "languages": [["ja", "en"], ["ja"], ["ja"]],
+    }
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "many/data/train-00000-of-00001.parquet")
+    args = own(tmp_path / "many", images=str(tmp_path / "pictures"))
+    build(args)
+    assert "many (train): languages of its captions are not kept" in capfd.readouterr().err
+    assert "languages" not in load_captions(args.output_dir, "test").column_names
+
+
 def test_a_dataset_of_load_dataset(tmp_path):
     """Pictures inside, captions as records, an id that is a number; two splits become one, drawn again. A row without
     a picture is listed; a picture that is any file of this machine is refused."""

@@ -39,6 +39,7 @@ from vlmcap.data import clean, titles, vietnamese
 from vlmcap.data.arguments import PublishArguments
 from vlmcap.data.errors import DataError
 from vlmcap.data.images import BadImageError, open_image
+from vlmcap.data.instructions import load_instructions
 from vlmcap.data.publish import build
 from vlmcap.data.sources import read_rows
 from vlmcap.data.splits import read_ids, read_karpathy
@@ -225,6 +226,21 @@ for source in ("stair", "yj", "coco", "uit_viic"):
     read = partial(read_source, source)
     reader(f"annotations_{source}", "captions_val.json", COCO_FILES, DataError, read, _bytes(COCO), *ARCHIVES)
 
+TALK = [
+    {"role": "system", "content": "x"},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "何色？"}]},
+    {"role": "assistant", "content": "赤です"},
+]
+INSTRUCTIONS = [{"messages": TALK, "image": "a.png", "image_id": 3}, {"messages": TALK[1:], "file_name": "b.png"}]
+
+
+def read_instructions(path: Path) -> None:
+    for row in load_instructions(str(path)):
+        assert row["messages"][-1]["role"] == "assistant" and all(turn["content"] for turn in row["messages"])
+        json.dumps([row["image_id"], row["file_name"], row["messages"]], ensure_ascii=False).encode()
+
+
+reader("instructions", "rows.json", json_files(INSTRUCTIONS), DataError, read_instructions, _bytes(INSTRUCTIONS))
 KARPATHY = {"images": [{"cocoid": 1, "split": "val"}, {"cocoid": 2, "split": "test"}, {"cocoid": 3, "split": "train"}]}
 reader("karpathy", "dataset_coco.json", json_files(KARPATHY), DataError, read_karpathy, _bytes(KARPATHY))
 IDS = b"184613\nval2014/COCO_val2014_000000403013.jpg 403013\n\n7\n"

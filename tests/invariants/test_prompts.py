@@ -11,7 +11,7 @@ from vlmcap.models.load import ModelError
 from vlmcap.training.caption_tokens import TurnsEncoder
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
 from vlmcap.training.features import cache_features
-from vlmcap.training.prompts import prompted_rows
+from vlmcap.training.prompts import prompted_rows, rows_by_key
 
 ALL = {"captions_per_image": 9}
 FEW = {"captions_per_image": 3}
@@ -166,6 +166,20 @@ def test_wordings_are_drawn_by_seed():
     drawn = [prompted_rows(rows, WORDINGS, None, seed)[0]["prompts"] for seed in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1] and any(drawn[0] != other for other in drawn[2:])
     assert {prompt for said in drawn for (prompt,) in said} == {"説明", "短く", "Describe.", "Mô tả"}
+
+
+def test_a_row_for_each_image_and_key():
+    """For samples: captions of the key as references, one prompt a row; weights are shares of the images of a key."""
+    rows = datasets.concatenate_datasets([captions_of({"ja": 2, "en": 1, "vi": 1})] * 40)
+    rows = rows.remove_columns("image_id").add_column("image_id", list(range(40)))
+    found = rows_by_key(rows, WORDINGS, None, seed=1)
+    assert len(found) == 120 and list(found["key"]) == ["ja"] * 40 + ["en"] * 40 + ["vi"] * 40
+    assert found[0]["captions"] == ["ja0", "ja1"] and len({str(said) for said in found["prompts"][:40]}) == 2
+    assert all(said[0] == said[-1] and said[0][0] in WORDINGS["ja"] for said in found["prompts"][:40])
+    weighted = list(rows_by_key(rows, WORDINGS, {"ja": 4, "en": 2, "vi": 1}, seed=1)["key"])
+    assert weighted.count("ja") == 40 and 10 < weighted.count("en") < 30 and 3 < weighted.count("vi") < 18
+    with pytest.raises(ValueError, match="no training caption belongs to the key en"):
+        rows_by_key(captions_of({"ja": 2}), {"ja": ["x"], "en": ["y"]}, None, seed=1)
 
 
 def test_a_key_without_captions_is_an_error():

@@ -4,11 +4,12 @@ import datasets
 import numpy as np
 import pytest
 
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.evaluation.metrics import document_frequencies
 from vlmcap.evaluation.scoring import read_idf
 from vlmcap.evaluation.tokenise import tokenise
 from vlmcap.rewards.arguments import DEFAULT_WEIGHTS, REWARDS, RewardArguments, RewardError, weights_of
-from vlmcap.rewards.combined import Rewards
+from vlmcap.rewards.combined import Rewards, rewards_of_run
 from vlmcap.rewards.functions import cider_d
 
 TRAINED = {1: ["赤い丸が描かれている", "赤い円がある"], 2: ["青い星がある", "緑の三角"], 3: ["黒い四角が描かれている"]}
@@ -128,3 +129,32 @@ def test_default_weights():
     names = RewardArguments().reward_funcs
     assert weights_of(names, None) == [DEFAULT_WEIGHTS[name] for name in names]
     assert weights_of(["copy", "m:f"], None) == [1, 1]
+
+
+def test_each_key_has_its_own_words_and_frequencies(tmp_path):
+    """A caption is rewarded as by the rewards of its language alone; a Japanese rule says nothing of English."""
+    said = {"ja": ["赤い丸がある", "赤い円だ"], "en": ["a red circle", "the circle is red"]}
+    others = {"ja": ["青い星がある"], "en": ["two dogs run"]}
+    rows = datasets.Dataset.from_dict(
+        {
+            "image_id": [1, 2],
+            "captions": [[*said["ja"], *said["en"]], [*others["ja"], *others["en"]]],
+            "languages": [["ja", "ja", "en", "en"], ["ja", "en"]],
+        }
+    )
+    prompts = PromptArguments(prompts={"ja": "説明", "en": "Describe."})
+    names = ["cider_d", "japanese", "length"]
+    rewards = rewards_of_run(names, [1.0, 2.0, 0.5], rows, prompts, tokenizer="unidic-lite", idf_dir=tmp_path)
+    captions = ["赤い丸がある", "a red circle", "a blue circle", "赤い"]
+    keys = ["ja", "en", "en", "ja"]
+    found = rewards(captions, [said[key] for key in keys], [{"image_id": 1, "key": key} for key in keys])
+    assert found.per_function[1, 0] > found.per_function[2, 0] > 0 and found.per_function[0, 0] > 0
+    assert found.per_function[:, 1].tolist() == [0, 0, 0, 0]
+    assert found.total == pytest.approx(found.per_function @ [1.0, 2.0, 0.5])
+    alone = datasets.Dataset.from_dict({"image_id": [1, 2], "captions": [said["en"], others["en"]]})
+    english = Rewards(names, [1.0, 2.0, 0.5], alone, tokenizer="english", language="en")
+    expected = english(captions[1:3], [said["en"]] * 2, [{"image_id": 1}] * 2)
+    assert found.per_function[1:3].tolist() == expected.per_function.tolist()
+    assert read_idf(tmp_path / "idf-en.json", "english") == english.idf
+    one = rewards_of_run(names, None, alone, PromptArguments(), tokenizer="english", idf_dir=tmp_path)
+    assert isinstance(one, Rewards) and (tmp_path / "idf.json").is_file()

@@ -14,6 +14,7 @@ from tests.invariants import rewarded, tiny
 from tests.invariants.rewarded import TwoRewards, trained_weights
 from vlmcap.captioning.arguments import GenerationArguments
 from vlmcap.errors import UserError
+from vlmcap.evaluation.tasks import one_task
 from vlmcap.rewards.arguments import RewardError
 from vlmcap.rewards.combined import Rewarded
 from vlmcap.training import checkpoints
@@ -224,6 +225,39 @@ def test_validation_rewards_captions_and_warns_once(build, rows, capsys):
     assert [entry["step"] for entry in evaluated] == [0, 1, 2, 3]
     assert {"eval_cider_d", "eval_rewards/length", "eval_rewards/letters", "eval_chair_s"} <= set(evaluated[0])
     assert capsys.readouterr().err.count("The reward rose") == 1
+
+
+def test_validation_rewards_each_key(build, rows):
+    """Captions of two prompts, each compared with the captions of its key."""
+    processor, seen = tiny.build_processor("qwen2_vl"), []
+    beams = GenerationArguments(prompt=tiny.PROMPT, num_beams=2, max_new_tokens=6)
+    few = rows.select(range(3))
+    tasks = [
+        one_task(dataclasses.replace(beams, prompt=prompt), "unidic-lite", few)
+        for prompt in (tiny.PROMPT, "Describe.")
+    ]
+    english = {image: texts[:1] for image, texts in tasks[1].references.items() if image != "1"}
+    tasks = [
+        dataclasses.replace(tasks[0], key="ja"),
+        dataclasses.replace(tasks[1], key="en", references=english, tokenizer="english"),
+    ]
+
+    class Seen(TwoRewards):
+        def __call__(self, captions, references, rows):
+            seen.append([(row["key"], str(row["image_id"]), refs) for row, refs in zip(rows, references, strict=True)])
+            return super().__call__(captions, references, rows)
+
+    def figures(captions, references, tokenizer):
+        return {"distinct": len(captions) / 2}
+
+    validation = CaptionValidation(few, processor, beams, tasks=tasks)
+    trainer = build(rewards=Seen(), figures=figures, validation=validation)
+    scores = trainer.validate(trainer.model.eval())
+    assert sorted(seen[-1]) == sorted(
+        [("ja", image, refs) for image, refs in tasks[0].references.items()]
+        + [("en", image, refs) for image, refs in english.items()]
+    )
+    assert scores["distinct"] == pytest.approx((3 / 2 + 2 / 2) / 2) and {"cider_d_ja", "cider_d_en"} <= set(scores)
 
 
 def test_what_is_logged(build):

@@ -21,7 +21,7 @@ from huggingface_hub.errors import RemoteEntryNotFoundError
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vlmcap.data.columns import OF_CAPTION, keep_captions, with_column
+from vlmcap.data.columns import OF_CAPTION, keep_captions, with_columns
 from vlmcap.data.corpora import CORPORA, card_names
 from vlmcap.data.errors import DataError
 from vlmcap.data.keys import LANGUAGE, STYLE, check_columns_of_keys, rows_of_key
@@ -302,7 +302,7 @@ def one_row_per_image(rows: datasets.Dataset, place: str) -> datasets.Dataset:
         lists, joined = rows[name][:], [[]] * len(rows)
         for numbers in members:
             joined[numbers[0]] = [item for number in numbers for item in lists[number] or []]
-        rows = with_column(rows, name, joined)
+        rows = with_columns(rows, {name: joined})
     return rows.select([numbers[0] for numbers in members])
 
 
@@ -340,7 +340,7 @@ def _without_nulls(rows: datasets.Dataset) -> datasets.Dataset:
     """Null captions as empty ones: whoever reads them counts or refuses those."""
     for name in ("captions", *OF_EACH):
         if name in rows.column_names and _has_nulls(rows, name):
-            rows = with_column(rows, name, [[text or "" for text in texts or []] for texts in rows[name]])
+            rows = with_columns(rows, {name: [[text or "" for text in texts or []] for texts in rows[name]]})
     return rows
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import datasets
 
 from vlmcap.captioning.arguments import PromptArguments
+from vlmcap.data.columns import with_columns
 from vlmcap.data.errors import DataError
+from vlmcap.data.images import check_no_overlap
 from vlmcap.data.instructions import load_instructions
 from vlmcap.data.keys import caption_keys, rows_of_key
 from vlmcap.errors import notice
@@ -17,7 +19,12 @@ TURNS = datasets.List(datasets.List(datasets.Value("string")))
 
 
 def training_rows(
-    rows: datasets.Dataset, prompts: PromptArguments, data: InstructionArguments, prompt: str, seed: int
+    rows: datasets.Dataset,
+    prompts: PromptArguments,
+    data: InstructionArguments,
+    prompt: str,
+    seed: int,
+    held_out: dict[str, datasets.Dataset],
 ) -> datasets.Dataset:
     """What is trained on: the rows as they are, or with the prompts of their captions, and with instructions.
 
@@ -25,15 +32,19 @@ def training_rows(
         rows: as `load_captions` returns them.
         prompt: of the captions, where `prompts` has none.
         seed: of the wordings.
+        held_out: name of a split -> its rows, of which no picture may be among the instructions.
 
     Raises:
-        DataError: as `prompted_rows` and `load_instructions`.
+        DataError: as `prompted_rows`, `load_instructions` and `check_no_overlap`.
     """
     if prompts.prompts:
         rows = prompted_rows(rows, prompts.wordings, prompts.prompt_weights, seed)
     if data.instructions:
         source = data.instructions, data.instructions_split, data.instructions_image_dir, data.instructions_revision
-        rows = with_instructions(rows, load_instructions(*source), prompt)
+        instructions = load_instructions(*source)
+        for split, others in held_out.items():
+            check_no_overlap(instructions, others, split)
+        rows = with_instructions(rows, instructions, prompt)
     return rows
 
 
@@ -109,7 +120,7 @@ def rows_by_key(
         captions = found["captions"][:]
         prompts = [[[prompt]] * len(said) for prompt, said in zip(asked, captions, strict=True)]
         part = _with_turns(found, captions, prompts, [""] * len(found))
-        parts.append(part.add_column("key", [key] * len(part)))
+        parts.append(with_columns(part, {"key": [key] * len(part)}, {"key": datasets.Value("string")}))
     return datasets.concatenate_datasets(parts)
 
 
@@ -142,9 +153,9 @@ def _with_turns(
     user and assistant say before it, in turn; `system`, "" where the template decides. Rows without captions are left
     out."""
     rows = rows.select_columns(["image", "image_id", "file_name"])
-    rows = rows.add_column("captions", captions, feature=datasets.List(datasets.Value("string")))
-    rows = rows.add_column("prompts", prompts, feature=TURNS)
-    rows = rows.add_column("system", systems, feature=datasets.Value("string"))
+    columns = {"captions": captions, "prompts": prompts, "system": systems}
+    features = {"captions": TURNS.feature, "prompts": TURNS, "system": datasets.Value("string")}
+    rows = with_columns(rows, columns, features)
     return rows.select([number for number, texts in enumerate(captions) if texts])
 
 
