@@ -18,6 +18,9 @@ r"""Audit captions: things that are not in the picture, words about persons, bro
     # a mitigation beside what it should fix: the same audit of both, rates side by side
     python scripts/audit_captions.py --compare run/audit.json run_japanese_only/audit.json
 
+    # of a dataset in several languages, the English captions
+    python scripts/audit_captions.py --predictions run/languages/en/predictions.jsonl --dataset data/multi --keys en
+
     # the miniature's scenes
     python scripts/audit_captions.py --predictions outputs/demo/adapter/predictions.jsonl \
         --dataset outputs/demo/dataset --lexicon scenes_ja --instances outputs/demo/scenes/instances.json \
@@ -50,6 +53,19 @@ class AuditArguments:
     )
     split: str = field(default="test", metadata={"help": "Split of --dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of --dataset on the Hub."})
+    keys: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Of a --dataset in several languages: the key of the captions, e.g. ja/polite or en; then other"
+            " keys of the run, if captions belong to them instead."
+        },
+    )
+    language: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the captions, e.g. en; default: of --keys, else ja. The lexicons are for Japanese alone."
+        },
+    )
     instances: list[str] = field(
         default_factory=list, metadata={"help": "COCO's instance annotations, instances_*.json, of all the images."}
     )
@@ -98,7 +114,8 @@ def main(args: AuditArguments) -> None:
         return
     references = read_references(args.references) if args.references else None
     if args.dataset and references is None:
-        references = dataset_references(args.dataset, args.split, args.dataset_revision)
+        key = args.keys[0] if args.keys else None
+        references = dataset_references(args.dataset, args.split, args.dataset_revision, key, args.keys)
     train_rows = load_rows(args.train_dataset, args.train_split, args.image_dir) if args.train_dataset else None
     test_rows = load_rows(args.dataset, args.split, args.image_dir) if args.train_dataset and args.dataset else None
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False) if args.tokenizer else None
@@ -112,6 +129,7 @@ def main(args: AuditArguments) -> None:
         train_rows=train_rows,
         test_rows=test_rows,
         count_tokens=tokenizer and (lambda caption: len(tokenizer(caption, add_special_tokens=False).input_ids)),
+        language=args.language or (args.keys[0].split("/")[0] if args.keys else "ja"),
     )
     print(audit_table({args.predictions: audit}))
     print(f"written to {args.output}")

@@ -6,6 +6,10 @@ r"""Score captions against references, with signatures, intervals and a register
     # against a split of a published dataset (Hub id or local folder; its images are not needed)
     python scripts/eval_captioning.py --predictions predictions.jsonl --dataset USER/stair-captions --split test
 
+    # of a dataset in several languages, the English captions; those of style polite
+    python scripts/eval_captioning.py --predictions run/languages/en/predictions.jsonl --dataset data/multi --keys en
+    python scripts/eval_captioning.py --predictions predictions.jsonl --dataset data/multi --keys ja/polite
+
     # English titles; Vietnamese; another Japanese dictionary; text that is tokenised already, tokens between spaces
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer english
     python scripts/eval_captioning.py --predictions p.jsonl --references r.jsonl --tokenizer vietnamese
@@ -45,7 +49,7 @@ from vlmcap.arguments import run_main
 from vlmcap.atomic_write import check_output
 from vlmcap.evaluation.caption_files import ScoreError, read_references
 from vlmcap.evaluation.scoring import ScoreOptions, score_table, write_idf, write_metrics
-from vlmcap.evaluation.tokenise import TOKENIZERS
+from vlmcap.evaluation.tokenise import TOKENIZERS, tokenizer_of
 
 
 @dataclass
@@ -64,7 +68,17 @@ class EvalArguments:
     )
     split: str = field(default="test", metadata={"help": "Split of --dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of --dataset on the Hub."})
-    tokenizer: str = field(default="unidic-lite", metadata={"help": f"One of {', '.join(TOKENIZERS)}."})
+    keys: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Of a --dataset in several languages: the key of the captions, e.g. ja/polite or en; then other"
+            " keys of the run, if captions belong to them instead."
+        },
+    )
+    tokenizer: str = field(
+        default="unidic-lite",
+        metadata={"help": f"One of {', '.join(TOKENIZERS)}; with --keys of other languages their own."},
+    )
     output: str = field(default="metrics.json", metadata={"help": "Where to write the scores."})
     write_idf: str | None = field(
         default=None, metadata={"help": "Write the references' idf to this file, for --idf, and score nothing."}
@@ -76,18 +90,22 @@ def main(args: EvalArguments, options: ScoreOptions) -> None:
         raise ScoreError("give the references either as --references FILE or as --dataset ID_OR_DIR, one of the two")
     if (args.predictions is None) == (args.write_idf is None):
         raise ScoreError("give either --predictions FILE to score or --write_idf FILE to write an idf, one of the two")
+    if args.keys and args.dataset is None:
+        raise ScoreError(f"--keys {args.keys[0]} chooses captions of a --dataset: give one, or leave it out")
     check_output(Path(args.write_idf or args.output))
+    tokenizer = tokenizer_of(args.keys[0].split("/")[0], args.tokenizer) if args.keys else args.tokenizer
     if args.references is not None:
         references = read_references(args.references)
     else:
         from vlmcap.data.images import dataset_references  # takes 3 s, which scoring from files need not wait for
 
-        references = dataset_references(args.dataset, args.split, args.dataset_revision)
+        key = args.keys[0] if args.keys else None
+        references = dataset_references(args.dataset, args.split, args.dataset_revision, key, args.keys)
     if args.write_idf:
-        frequencies = write_idf(references, args.write_idf, args.tokenizer)
+        frequencies = write_idf(references, args.write_idf, tokenizer)
         print(f"{len(frequencies.ngrams):,} n-grams of {frequencies.images:,} images written to {args.write_idf}")
         return
-    metrics = write_metrics(args.predictions, references, args.output, args.tokenizer, options=options)
+    metrics = write_metrics(args.predictions, references, args.output, tokenizer, options=options)
     print(score_table(metrics))
     for notice in metrics["notices"]:
         print(f"notice: {notice}")

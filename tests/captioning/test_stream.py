@@ -18,6 +18,8 @@ from vlmcap.captioning.predictions import PredictionsError, model_record
 from vlmcap.captioning.split import SplitFile, caption_split
 from vlmcap.captioning.stream import CaptionStream, caption_images
 from vlmcap.data.images import load_captions, open_image
+from vlmcap.evaluation.scoring import quick_scores
+from vlmcap.evaluation.tasks import CaptionTask
 from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, load_model, load_processor, lora_config
 from vlmcap.training.validation import CaptionValidation
@@ -276,6 +278,29 @@ def test_validation_runs_the_encoder_once_a_picture(model, processor, rows, caps
         caption for (caption,) in caption_images(model, processor, map(open_image, rows), ARGS)
     ]
     assert capsys.readouterr().err.count("features of 8 pictures stay in memory between evaluations (0.00 GiB") == 1
+
+
+def test_validation_asks_for_all_keys_in_one_pass(model, processor, rows):
+    """A key is asked for where there are references of it; each is scored with its own words."""
+    ids, names = rows["image_id"][:], list(map(str, rows["image_id"]))
+    japanese = CaptionTask(replace(ARGS, prompt=PROMPTS[0]), "characters", ids, dict.fromkeys(names, ["赤い丸"]), "ja")
+    english = dict.fromkeys(names[1::3], ["a red circle on the left"])
+    english = CaptionTask(replace(ARGS, prompt=PROMPTS[1]), "english", ids[1::3], english, "en/alt")
+    validation = CaptionValidation(rows, processor, ARGS, tasks=[japanese, english])
+    block, runs = model.get_base_model().model.visual.blocks[0], []
+    hook = block.register_forward_hook(lambda *call: runs.append(1))
+    scores = validation(model)
+    assert len(runs) == len(rows) and validation(model) == scores and len(runs) == len(rows)
+    hook.remove()
+    said = {}
+    for task in (japanese, english):
+        pictures = [open_image(row) for row in rows if str(row["image_id"]) in task.references]
+        texts = [caption for (caption,) in caption_images(model, processor, pictures, task.args)]
+        said[task.key] = dict(zip(task.references, texts, strict=True))
+        alone = quick_scores(said[task.key], task.references, task.tokenizer)
+        assert scores[f"cider_d_{task.key.replace('/', '-')}"] == alone["cider_d"]
+    assert validation.latest_of == said and validation.latest == said["ja"]
+    assert scores["cider_d"] == (scores["cider_d_ja"] + scores["cider_d_en-alt"]) / 2
 
 
 def test_features_that_do_not_fit_are_computed_again(model, processor, rows, monkeypatch, capsys):

@@ -53,6 +53,16 @@ def test_a_run_in_three_languages(run_script, recipe, without_meteor, miniature_
             assert ("persons" in audit) == key.startswith("ja") == ("non_japanese" in audit["form"])
         del own["per_image"]
         assert languages[key] == {"trained": key != "vi"} | own
+    # The scripts find the same, by key.
+    english = ["--predictions", run / "adapter/languages/en/predictions.jsonl", "--dataset", tmp_path / "data"]
+    run_script("eval_captioning.py", *english, "--keys", "en", "--output", tmp_path / "metrics.json")
+    assert read(tmp_path / "metrics.json")["scores"] == languages["en"]["scores"]
+    run_script("audit_captions.py", *english, "--keys", "en", "--output", tmp_path / "audit.json")
+    assert read(tmp_path / "audit.json")["counts"] == read(run / "adapter/languages/en/audit.json")["counts"]
+    runs = [f"{part}={run / part}" for part in ("base", "adapter")]
+    done = run_script("compare_runs.py", *runs, "--dataset", tmp_path / "data", "--output_dir", tmp_path / "compared")
+    table = (tmp_path / "compared/metrics.md").read_text(encoding="utf-8")
+    assert re.findall("^## `(.*)`", table, re.M) == list(languages) and "ja-polite/metrics.csv" in done.stdout
     validated = [entry for entry in metrics["training"]["log"] if "eval_cider_d" in entry]
     keys = ["ja-plain", "ja-polite", "en"]
     assert "eval_cider_d_vi" not in validated[0]

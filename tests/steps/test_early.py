@@ -11,8 +11,10 @@ from datasets import load_dataset
 from huggingface_hub import HfApi
 from PIL import Image
 
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.data.errors import DataError
 from vlmcap.errors import UserError
+from vlmcap.evaluation.tokenise import TokenizerError
 from vlmcap.models.arguments import check_attention
 from vlmcap.steps import early
 from vlmcap.steps.early import check_early, check_trackers
@@ -71,7 +73,7 @@ def write_dataset(folder, splits=("train", "validation", "test"), columns=COLUMN
         (folder / "own/README.md").write_text(card, encoding="utf-8")
 
 
-def check(folder, dataset="own", image_dir="pictures", eval_strategy="steps", use_cpu=True, **options):
+def check(folder, dataset="own", image_dir="pictures", eval_strategy="steps", use_cpu=True, prompts=None, **options):
     """As a recipe with this dataset."""
     settings = SimpleNamespace(use_cpu=use_cpu, eval_strategy=eval_strategy, output_dir=str(folder))
     settings.report_to, settings.push_to_hub = "none", False
@@ -79,7 +81,7 @@ def check(folder, dataset="own", image_dir="pictures", eval_strategy="steps", us
     here = folder / dataset
     data = {"dataset": str(here) if here.exists() else dataset, "dataset_revision": None, "tokenizer": "characters"}
     data["image_dir"] = image_dir and str(folder / image_dir)
-    check_early(settings, SimpleNamespace(**data | splits | options))
+    check_early(settings, SimpleNamespace(**data | splits | options), PromptArguments(prompts))
 
 
 MISSING = {
@@ -130,6 +132,15 @@ def test_a_dataset_on_the_hub(hub, tmp_path):
     with pytest.raises(DataError, match="(?s)user/some has no split 'test'; .*--annotations user/some --images"):
         check(tmp_path, "user/some")
     check(tmp_path, "user/some", test_split="validation")
+
+
+def test_what_several_prompts_need(tmp_path):
+    write_dataset(tmp_path)
+    check(tmp_path)
+    with pytest.raises(DataError, match="no column languages, so its captions cannot be told apart by ja/plain, en"):
+        check(tmp_path, prompts={"ja/plain": "x", "en": "y"})
+    with pytest.raises(TokenizerError, match="captions in 'de' cannot be scored: there are tokenizers for ja, en, vi"):
+        check(tmp_path, prompts={"ja": "x", "de": "y"})
 
 
 def test_no_validation_split_is_needed_without_validation(tmp_path):
