@@ -1,6 +1,5 @@
 """A run with several prompts: what is captioned, scored, audited and written for each key."""
 
-
 import datasets
 import pytest
 
