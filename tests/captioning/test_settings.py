@@ -12,8 +12,15 @@ from vlmcap.captioning.arguments import (
     check_caption_arguments,
     name_pictures,
 )
-from vlmcap.captioning.captioner import decoding_of
-from vlmcap.captioning.settings import NAME, CaptioningSettings, SettingsError, read_settings, write_settings
+from vlmcap.captioning.captioner import decoding_of, language_of
+from vlmcap.captioning.settings import (
+    NAME,
+    CaptioningSettings,
+    SettingsError,
+    check_prompts,
+    read_settings,
+    write_settings,
+)
 from vlmcap.errors import UserError
 from vlmcap.models.weights import ModelError
 
@@ -48,6 +55,9 @@ def test_it_is_read_from_the_hub(hub, tmp_path):
         ({"dtype": "float64"}, "dtype cannot be 'float64'"),
         ({"prompt": ["a"]}, "prompt cannot be"),
         ({"max_pixels": "many"}, "max_pixels cannot be 'many'"),
+        ({"prompts": {}}, "prompts cannot be {}"),
+        ({"prompts": {"EN": "a"}}, "prompts cannot be {'EN': 'a'}"),
+        ({"prompts": {"en": ["a"]}}, "prompts cannot be {'en': "),
         ({"trust_remote_code": True}, "the key 'trust_remote_code' is not known"),
     ],
 )
@@ -55,6 +65,55 @@ def test_what_is_refused(tmp_path, change, message):
     (tmp_path / NAME).write_text(json.dumps(asdict(SETTINGS) | change))
     with pytest.raises(SettingsError, match=f"captioning.json of .*: {message}"):
         read_settings(str(tmp_path))
+
+
+def test_files_of_earlier_versions_have_one_prompt(tmp_path):
+    found = asdict(SETTINGS)
+    del found["prompts"]
+    (tmp_path / NAME).write_text(json.dumps(found))
+    assert read_settings(str(tmp_path)) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt", "language"),
+    [
+        ({}, "普通", "ja"),
+        ({"language": "ja"}, "普通", "ja"),
+        ({"style": "polite"}, "丁寧", "ja"),
+        ({"language": "en"}, "Describe.", "en"),
+        ({"language": "en", "style": "alt"}, "Alt.", "en"),
+        ({"prompt": "何？"}, "何？", "ja"),
+    ],
+)
+def test_a_language_and_a_style_choose_a_prompt(given, prompt, language):
+    prompts = {"ja/plain": "普通", "ja/polite": "丁寧", "en/alt": "Alt.", "en": "Describe."}
+    args, settings = CaptionArguments(adapter="a", **given), replace(SETTINGS, prompt="普通", prompts=prompts)
+    assert decoding_of(args, settings).prompt == prompt and language_of(args, settings) == language
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "message"),
+    [
+        ({"language": "vi"}, True, "--language vi: a has no prompt for vi .*; it has ja/plain, en"),
+        ({"language": "en", "style": "polite"}, True, "--language en --style polite: a has no prompt for en/polite"),
+        ({"style": "alt"}, True, "--style alt: a has no prompt for ja/alt"),
+        ({"language": "en"}, False, "--language en: a was not trained with several prompts"),
+        ({"language": "en"}, None, "--language en: a was not trained with several prompts"),
+    ],
+)
+def test_a_prompt_that_is_not_there(given, settings, message):
+    settings = settings is not None and replace(SETTINGS, prompts={"ja/plain": "普", "en": "e"} if settings else None)
+    with pytest.raises(SettingsError, match=message):
+        decoding_of(CaptionArguments(adapter="a", **given), settings or None)
+
+
+def test_an_adapter_is_trained_further_with_its_own_prompts(tmp_path):
+    write_settings(tmp_path, replace(SETTINGS, prompts={"ja": "普", "en": "e"}))
+    check_prompts(str(tmp_path), None, ["e"])
+    with pytest.raises(SettingsError, match="is asked '普' or 'e' .* would ask '何？': set --prompts to that"):
+        check_prompts(str(tmp_path), None, ["普", "何？"], "--prompts")
+    (tmp_path / "elsewhere").mkdir()
+    check_prompts(str(tmp_path / "elsewhere"), None, ["何？"])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"recipe": "a", "recipe": "b"}', '{"recipe": "sft_blip_vi"}'])
@@ -100,6 +159,7 @@ def test_pictures_anywhere_on_the_command_line():
         ({"pictures": ["a"], "model": "m", "format": "html"}, "add --output captions.html"),
         ({"pictures": ["a"], "model": "m", "review_queue": "r"}, "add --output captions.jsonl"),
         ({"pictures": ["a"], "model": "m", "overwrite": True}, "add --sidecar"),
+        ({"pictures": ["a"], "model": "m", "language": "en", "prompt": "p"}, "and --prompt is another: give one"),
         ({"pictures": ["a"], "model": "m", "num_captions": 3, "num_beams": 2}, "add --num_beams 3"),
         ({"pictures": ["a"], "server": "http://x", "num_captions": 2}, "--num_captions cannot be asked of a server"),
         ({"pictures": ["a"], "server": "http://x", "japanese_only": True}, "--japanese_only cannot be asked of"),

@@ -7,7 +7,7 @@ import pytest
 
 from vlmcap.captioning.arguments import FORM
 from vlmcap.evaluation.audit import write_audit
-from vlmcap.evaluation.audit_checks import form_faults
+from vlmcap.evaluation.audit_checks import form_faults, form_of
 from vlmcap.evaluation.audit_document import AuditError, audit_rates, audit_table, read_audit, write_review_queue
 from vlmcap.evaluation.caption_files import read_references
 from vlmcap.evaluation.lexicon import Lexicon, LexiconError
@@ -469,3 +469,46 @@ def test_long_captions_are_searched_for_repetitions():
     text = "".join(chr(0x3041 + i * i * 7919 % 80) for i in range(100_000))
     assert form_faults(text) == {"repetition"}
     assert form_faults("長い犬の話" * 80 * 3) >= {"repetition"}
+
+
+@pytest.mark.parametrize(
+    ("caption", "language", "faults"),
+    [
+        ("a dog on the grass", "en", set()),
+        ("two dogs, one cat, and", "en", set()),  # no grammar of English is known
+        ("a dog on the grass,", "en", {"truncated"}),
+        ("a dog (on the", "en", {"truncated"}),
+        ("a man on a bench and a man on a chair", "en", set()),
+        ("a man sits on a bench and a man sits on a bench", "en", {"repetition"}),
+        ("草の上に犬がいる", "en", {"non_latin"}),
+        ("一 dog", "en", set()),
+        ("Describe this image in one short sentence: a dog", "en", {"copied_prompt"}),
+        ("in one short sentence, a dog", "en", set()),
+        ("<|im_end|> a dog", "en", {"special_tokens"}),
+        ("...", "en", {"empty"}),
+        ("Một con chó trên bãi cỏ", "vi", set()),
+        ("草の上に犬がいる", "vi", {"non_latin"}),
+        ("a dog on the grass", "ja", {"non_japanese"}),
+        ("собака на траве", "ru", set()),
+    ],
+)
+def test_each_language_has_its_own_form(caption, language, faults):
+    asked = "Describe this image in one short sentence."
+    assert form_faults(caption, asked, language=language) == faults <= set(form_of(language))
+
+
+def test_captions_of_other_languages_are_not_audited_for_japanese_words(tmp_path):
+    """A rate of Japanese words would be 0%, as if nothing were made up."""
+    predictions = write_predictions(tmp_path / "en", {1: "a dog", 2: "猫がいる", 3: "a man"})
+    references = {str(number): ["a cat", "the cat"] for number in (1, 2, 3)}
+    audit = write_audit(predictions, references, tmp_path / "en/audit.json", language="en")
+    assert read_audit(tmp_path / "en/audit.json") == audit
+    assert "hallucination" not in audit and "persons" not in audit and "lexicon" not in audit["settings"]
+    assert audit["flagged"] == {"2": ["non_latin"]} and audit["form"]["non_latin"]["count"] == 1
+    assert "non_japanese" not in audit["form"] and audit["settings"]["language"] == "en"
+    assert "form.non_latin" in audit_table({"en": audit})
+    assert write_review_queue(predictions, audit, tmp_path / "queue", ["non_latin"]) == (2, 1)
+    japanese = write_audit(predictions, references, tmp_path / "ja.json")
+    assert "language" not in japanese["settings"] and japanese["form"]["non_japanese"]["count"] == 2
+    with pytest.raises(AuditError, match="ja and en differ in language"):
+        audit_table({"ja": japanese, "en": audit})

@@ -16,9 +16,11 @@ from tests.reporting.documents import (
     adapter_document,
     audit_document,
     family_document,
+    language_document,
     miniature_document,
     preference_document,
 )
+from vlmcap.reporting.card_facts import CardError
 from vlmcap.reporting.cards import render_adapter_card, score_rows, write_adapter_card
 from vlmcap.reporting.snippets import load_snippet
 
@@ -58,6 +60,48 @@ def test_a_card_of_preferences_has_the_start_beside_base_and_result():
     assert "Pairs seen in training: 8,642" in card and "Left out of the scored split: 17 images" in card
     data = ModelCard(card).data
     assert "dpo" in data.tags and "sft" not in data.tags and data.base_model_relation == "adapter"
+
+
+def test_each_language_has_its_table():
+    metrics = language_document()
+    card = render_adapter_card(metrics, "user/adapter")
+    languages = metrics["languages"]
+    assert (
+        "adapted to Japanese and English image captions" in card and "one short Japanese or English sentence" in card
+    )
+    data = ModelCard(card).data
+    assert (
+        data.language == ["ja", "en"] and {"japanese", "english"} <= set(data.tags) and "vietnamese" not in data.tags
+    )
+    values = {m["name"]: m["value"] for m in data.to_dict()["model-index"][0]["results"][0]["metrics"]}
+    assert values["CIDEr-D, ja/plain"] == metrics["scores"]["cider_d"]
+    assert values["CIDEr-D, vi"] == languages["vi"]["scores"]["cider_d"]
+
+    overview = card.split("Captions of `en`:")[0]
+    assert table_cells(overview, "`en`")[:3] == ["`Describe this image.`", "yes", "5,000"]
+    prompt, trained, images, base, adapter = table_cells(overview, "`vi`")
+    assert (prompt, trained, images) == ("`Mô tả ảnh này.`", "no", "920")
+    assert base.startswith("0.8000 [") and adapter.startswith("0.4000 [")
+    english, others = card.split("Captions of `en`:")[1].split("### Languages that were not trained on")
+    base, adapter, signature = table_cells(english, "CIDEr-D")
+    assert base.startswith("0.8000") and adapter.startswith("**0.8800** [") and "english-13a" in signature
+    before, after, ratio, _ = table_cells(others.split("###")[0], "CIDEr-D")
+    assert before.startswith("0.8000") and after.startswith("**0.4000**") and ratio == "0.50"
+    code = snippet(card)
+    assert '    "en": "Describe this image.",' in code and "Mô tả" not in code
+    assert 'prompt = prompts["ja/plain"]' in code and "- `vi`: `Mô tả ảnh này.`" in card
+
+    metrics["training"]["start"] = preference_document()["training"]["start"]
+    metrics["training"]["start"]["languages"] = {"en": {"scores": dict.fromkeys(NAMES, 0.4321), "intervals": {}}}
+    english = render_adapter_card(metrics).split("Captions of `en`:")[1].split("### Languages that were")[0]
+    assert table_cells(english, "CIDEr-D")[1] == "0.4321"
+
+
+def test_a_language_whose_base_was_scored_in_another_way_is_refused():
+    metrics = language_document()
+    metrics["languages"]["vi"]["base"]["prompt"] = "Mô tả."
+    with pytest.raises(CardError, match="base and adapter differ in prompt of vi and cannot be in one table"):
+        render_adapter_card(metrics)
 
 
 def test_every_score_is_the_document_s():

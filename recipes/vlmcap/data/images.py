@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from vlmcap.data.columns import OF_CAPTION, keep_captions, with_columns
 from vlmcap.data.corpora import CORPORA, card_names
 from vlmcap.data.errors import DataError
-from vlmcap.data.keys import LANGUAGE, STYLE, rows_of_key
+from vlmcap.data.keys import LANGUAGE, STYLE, check_columns_of_keys, rows_of_key
 from vlmcap.data.lookup import a_file, find_dataset, no_such_dataset
 from vlmcap.data.picture_files import is_picture_file, open_picture, picture_finder
 from vlmcap.data.pictures import BadImageError, picture_size, read_picture
@@ -140,12 +140,19 @@ def load_rows(dataset: str, split: str, revision: str | None = None) -> datasets
     return one_row_per_image(_without_nulls(rows), f"{dataset} ({split})")
 
 
-def check_splits(dataset: str, splits: dict[str, str], image_dir: str | None, revision: str | None = None) -> None:
+def check_splits(
+    dataset: str,
+    splits: dict[str, str],
+    image_dir: str | None,
+    revision: str | None = None,
+    keys: Sequence[str] = (),
+) -> None:
     """Asks before a run, and without torch, for what it will need of a dataset. No row is read: of parquet files the
     schema says which columns there are; of others nobody asks for them here.
 
     Args:
         splits: option that names a split -> the split, e.g. {"--test_split": "test"}.
+        keys: of captions that will be told apart (`vlmcap.data.keys`).
 
     Raises:
         DataError: as `dataset_record`; and as `load_captions` where a split or a column is missing or is of another
@@ -167,6 +174,7 @@ def check_splits(dataset: str, splits: dict[str, str], image_dir: str | None, re
                 f" all columns, and give that folder as --dataset:\n  {command}"
             )
         _check_types(info.features, place, [name for name in TYPES if name in info.features])
+        check_columns_of_keys(info.features, keys)
         if "image" not in info.features:
             if not image_dir:
                 raise DataError(_no_pictures(place, dataset, info.features, split))

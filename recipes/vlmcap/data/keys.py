@@ -6,7 +6,7 @@ one of its language, else to none. So `en` takes every English caption, unless `
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import datasets
 
@@ -36,6 +36,18 @@ def key_of(language: str, style: str, keys: Sequence[str]) -> str | None:
     return next((key for key in (f"{language}/{style}", language) if key in keys), None)
 
 
+def check_columns_of_keys(columns: Collection[str], keys: Sequence[str]) -> None:
+    """Raises DataError where a dataset with these columns does not say the language of its captions, or not the style
+    while a key has one; or a key is not one."""
+    styled = [key for key in keys if parse_key(key)[1]]
+    for column, needed in (("languages", keys), ("styles", styled)):
+        if needed and column not in columns:
+            raise DataError(
+                f"the dataset has no column {column}, so its captions cannot be told apart by {', '.join(needed)}."
+                " `python scripts/publish_datasets.py multi` joins corpora to a dataset that has it."
+            )
+
+
 def caption_keys(rows: datasets.Dataset, keys: Sequence[str]) -> list[list[str | None]]:
     """For each row the key of each of its captions, None for a caption of none.
 
@@ -49,15 +61,9 @@ def caption_keys(rows: datasets.Dataset, keys: Sequence[str]) -> list[list[str |
     """
     if not keys:
         raise DataError("no key of captions: name one or more, such as ja/plain and en")
-    styled = [key for key in keys if parse_key(key)[1]]
-    for column, needed in (("languages", keys), ("styles", styled)):
-        if needed and column not in rows.column_names:
-            raise DataError(
-                f"the dataset has no column {column}, so its captions cannot be told apart by {', '.join(needed)}."
-                " `python scripts/publish_datasets.py multi` joins corpora to a dataset that has it."
-            )
+    check_columns_of_keys(rows.column_names, keys)
     languages = rows["languages"][:]
-    styles = rows["styles"][:] if styled else [[""] * len(of) for of in languages]
+    styles = rows["styles"][:] if any(parse_key(key)[1] for key in keys) else [[""] * len(of) for of in languages]
     return [
         [key_of(language, style, keys) for language, style in zip(*of, strict=True)]
         for of in zip(languages, styles, strict=True)

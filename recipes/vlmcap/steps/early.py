@@ -61,7 +61,8 @@ def check_early(
         check_push_rights(settings.hub_model_id)
     revision = find_dataset(data_args.dataset, data_args.dataset_revision)
     tokenizer_signature(data_args.tokenizer)
-    for key in prompts.first_wordings if prompts else ():
+    keys = list(prompts.first_wordings) if prompts else []
+    for key in keys:
         tokenizer_of(key.split("/")[0])
     settings_of_some = vars(data_args)
     if settings_of_some.get("spice_dir"):
@@ -81,7 +82,7 @@ def check_early(
 
     needed = ["train_split", "test_split", *["validation_split"] * (settings.eval_strategy != "no")]
     splits = {f"--{name}": settings_of_some[name] for name in needed if name in settings_of_some}
-    check_splits(data_args.dataset, splits, data_args.image_dir, revision)
+    check_splits(data_args.dataset, splits, data_args.image_dir, revision, keys)
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:

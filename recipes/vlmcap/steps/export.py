@@ -27,7 +27,7 @@ from vlmcap.models.blip import load_blip_adapter
 from vlmcap.models.load import load_adapter, load_model, load_processor, resolve_revision
 from vlmcap.models.merge import SHARD, check_memory, merge
 from vlmcap.models.weights import Adapter, ModelError, hub_errors, read_adapter
-from vlmcap.reporting.card_facts import is_miniature, local_name
+from vlmcap.reporting.card_facts import is_miniature, local_name, trained_keys
 from vlmcap.reporting.cards import in_file, render_adapter_card
 from vlmcap.steps.save import name_special_tokens
 from vlmcap.strict_parsing import parse_json
@@ -236,7 +236,8 @@ def write_merged(source: Source, record: dict, folder: Path) -> None:
     processor.save_pretrained(new)
     name_special_tokens(new)
     if not source.is_blip:  # scripts/caption.py --model FOLDER needs no options then
-        write_settings(new, settings_of("sft_qwen2vl_jp", model, processor, source.beams))
+        prompts = trained_keys(source.metrics) or None
+        write_settings(new, settings_of("sft_qwen2vl_jp", model, processor, source.beams, prompts))
     metrics = {key: value for key, value in source.metrics.items() if key != "per_image"}  # larger than all the rest
     for name, document in ((METRICS, metrics), (AUDIT, source.audit), (MERGE, record)):
         if document:
