@@ -58,6 +58,8 @@ WRONG = {
     "pin_revisions --files folder": "folder cannot be read as YAML: .*Is a directory",
     "run_ablation --config folder": "folder cannot be read: .*Is a directory",
     "run_ablation --config recipes/configs/sft_qwen2vl_jp/ablation_demo.yaml --output_dir file": FILE,
+    "language_table --recipe_config folder": "folder cannot be read: .*Is a directory",
+    "language_table --output_dir file": FILE,
     "serve_check --model file": "there is no merged model in file",
     "infer_baseline MODEL --dataset data --output folder": f"--output folder: {FOLDER}",
     "infer_baseline MODEL --dataset file --output new/x.jsonl": "file is a file, and a dataset is a folder",

@@ -61,6 +61,9 @@ def test_a_prompt_that_is_missing_is_named(grid, tmp_path):
     config.write_text(yaml.safe_dump({"prompts": {"ja/plain": "短く。", "en": "Briefly.", "vi": "Ngắn."}}))
     with pytest.raises(UserError, match="config.yaml: prompts has no ja/polite"):
         trainings(grid_of(str(config), str(tmp_path)), [1])
+    config.write_text(yaml.safe_dump({"prompts": {"Japanese": "短く。"}}))
+    with pytest.raises(UserError, match="config.yaml: 'Japanese' is "):
+        trainings(grid_of(str(config), str(tmp_path)), [1])
 
 
 @pytest.fixture

@@ -1,17 +1,22 @@
 """Branches with prompts of their own, in three languages, and conversations: loss and gradients of one at a time."""
 
+import json
+
 import datasets
 import pytest
 import torch
+from PIL import Image
 
 from tests.faults import ranks
 from tests.invariants import processes, tiny
 from tests.invariants.tiny import FAMILY, assert_same_step, loss_and_gradients
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.models.load import ModelError
+from vlmcap.training.arguments import InstructionArguments
 from vlmcap.training.caption_tokens import TurnsEncoder
 from vlmcap.training.collator import BadImages, CaptionCollator, caption_examples
 from vlmcap.training.features import cache_features
-from vlmcap.training.prompts import prompted_rows, rows_by_key
+from vlmcap.training.prompts import prompted_rows, rows_by_key, training_rows
 
 ALL = {"captions_per_image": 9}
 FEW = {"captions_per_image": 3}
@@ -247,3 +252,16 @@ def test_a_bad_picture_is_replaced_with_what_is_said_of_the_other(rows, tmp_path
     for text, (prompt,), caption in zip(texts, rows[1]["prompts"], rows[1]["captions"], strict=False):
         assert prompt in text and caption in text
     assert len(texts) == 2 and bad_images.count() == 1
+
+
+def test_a_held_out_picture_is_not_instructed_with(rows, tmp_path):
+    """Conversations about pictures of the test split, by COCO's number in the name of their file."""
+    name = "COCO_val2014_000000000007.jpg"
+    Image.new("RGB", (84, 84)).save(tmp_path / name)
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"image": name, "messages": turns}) + "\n")
+    data = InstructionArguments(instructions=str(tmp_path / "talks.jsonl"))
+    settings = (rows, PromptArguments(), data, tiny.PROMPT, 1)
+    assert len(training_rows(*settings, {"test": captions_of({"ja": 1}).map(lambda row: {"image_id": 8})})) == 10
+    with pytest.raises(ValueError, match="1 images are in the training and in the test split .image_id 7"):
+        training_rows(*settings, {"test": captions_of({"ja": 1})})

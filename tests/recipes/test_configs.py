@@ -20,10 +20,10 @@ def parse(parser_of):
 def test_recipe_config_parses(repo_root, parse, name):
     path = repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml"
     # float16 is refused where there is no GPU, which is what t4.yaml is for.
-    data, model, generation, training = parse(path, *(["--fp16", "false"] if name == "t4" else []))
+    data, model, generation, prompts, training = parse(path, *(["--fp16", "false"] if name == "t4" else []))
     assert model.load_in_4bit and model.train_projector
     assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.lora_top_layers) == (32, 32, 0.05, 6)
-    assert generation.num_beams == 3
+    assert generation.num_beams == 3 and prompts.prompts is None
     assert training.shared_prefix and training.captions_per_image == 5
     images = training.per_device_train_batch_size * training.gradient_accumulation_steps
     assert images * training.captions_per_image == (15 if name == "demo" else 20)  # captions an optimizer step
@@ -34,10 +34,22 @@ def test_recipe_config_parses(repo_root, parse, name):
 
 
 def test_the_settings_for_own_pictures(repo_root, parse):
-    data, model, generation, training = parse(repo_root / "recipes/configs/sft_qwen2vl_jp/own.yaml")
+    data, model, _, _, training = parse(repo_root / "recipes/configs/sft_qwen2vl_jp/own.yaml")
     assert data.dataset == "data/own" and data.image_dir is None
     assert (model.lora_r, model.lora_alpha, model.train_projector) == (16, 16, False)
     assert training.save_steps % training.eval_steps == 0 and training.load_best_model_at_end
+
+
+@pytest.mark.parametrize(("name", "like"), [("languages", "base"), ("languages_demo", "demo")])
+def test_the_settings_for_several_languages(repo_root, parse, name, like):
+    """The same model as with one language, and a prompt for each kind of captions of the corpora that are joined."""
+    folder = repo_root / "recipes/configs/sft_qwen2vl_jp"
+    assert_describes_itself(folder / f"{name}.yaml")
+    data, model, generation, prompts, training = parse(folder / f"{name}.yaml")
+    _, trained, *_ = parse(folder / f"{like}.yaml")
+    assert model == trained and list(prompts.wordings) == ["ja/plain", "ja/polite", "en", "vi"]
+    assert prompts.main(generation).prompt == prompts.wordings["ja/plain"][0]
+    assert data.include_yj_images and training.shared_prefix and training.captions_per_image == 5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -46,8 +58,8 @@ def test_configs_of_preferences(repo_root, parser_of, name):
     path = repo_root / f"recipes/configs/dpo_qwen2vl_jp/{name}.yaml"
     assert_describes_itself(path)
     no_gpu = ["--fp16", "false"] if name == "t4" else []
-    data, model, generation, training = parser_of("dpo_qwen2vl_jp")(path, *no_gpu)
-    _, trained, asked, _ = parser_of("sft_qwen2vl_jp")(
+    data, model, generation, _, training = parser_of("dpo_qwen2vl_jp")(path, *no_gpu)
+    _, trained, asked, _, _ = parser_of("sft_qwen2vl_jp")(
         repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml", *no_gpu
     )
     assert replace(model, adapter=None, lora_dropout=0) == replace(trained, lora_dropout=0) and generation == asked
@@ -62,8 +74,8 @@ def test_configs_of_rewards(repo_root, parser_of, name):
     path = repo_root / f"recipes/configs/grpo_qwen2vl_jp/{name}.yaml"
     assert_describes_itself(path)
     no_gpu = ["--fp16", "false"] if name == "t4" else []
-    _, model, _, generation, training = parser_of("grpo_qwen2vl_jp")(path, *no_gpu)
-    _, trained, asked, _ = parser_of("sft_qwen2vl_jp")(
+    _, model, _, generation, _, training = parser_of("grpo_qwen2vl_jp")(path, *no_gpu)
+    _, trained, asked, _, _ = parser_of("sft_qwen2vl_jp")(
         repo_root / f"recipes/configs/sft_qwen2vl_jp/{name}.yaml", *no_gpu
     )
     assert replace(model, adapter=None) == replace(trained, lora_dropout=0) and generation == asked

@@ -12,6 +12,7 @@ from vlmcap.data.images import references_of
 from vlmcap.errors import UserError
 from vlmcap.evaluation.caption_files import ScoreError
 from vlmcap.evaluation.tokenise import TokenizerError
+from vlmcap.steps.arguments import EvaluationArguments
 from vlmcap.steps.early import check_early
 from vlmcap.steps.splits import load_splits
 from vlmcap.training.arguments import CaptionerDataArguments, CaptionerFields, CaptionSFTFields, SplitArguments
@@ -79,6 +80,10 @@ def test_what_scores_and_files_need_is_checked_early(arguments, tmp_path, monkey
     assert not (tmp_path / "out").exists()
     said = "METEOR will be left out: $VLMCAP_METEOR_JAR names none.jar, which is not a file"
     assert capfd.readouterr().err == f"{said}\n"
+    check_early(settings, EvaluationArguments(**here))
+    assert capfd.readouterr().err == f"{said}\n"
+    check_early(settings, EvaluationArguments(**here, meteor=False))
+    assert capfd.readouterr().err == ""
     with pytest.raises(TokenizerError, match="unknown tokenizer 'mecab'"):
         check_early(settings, CaptionerDataArguments(**here, tokenizer="mecab"))
     with pytest.raises(UserError, match="spice_dir .*lacks spice-1.0.jar, lib/stanford"):

@@ -79,7 +79,7 @@ class PromptArguments:
         wordings = {key: [text] if isinstance(text, str) else text for key, text in (self.prompts or {}).items()}
         for key, texts in (wordings | {k: [v] for k, v in (self.also_score or {}).items()}).items():
             if not re.fullmatch(KEY, str(key)):
-                raise ValueError(f"{key!r} is no key of prompts: write a language, or language/style, as in ja/polite")
+                raise ValueError(f"{key!r} is not a key of prompts: write LANGUAGE or LANGUAGE/STYLE, as in ja/polite")
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
                 raise ValueError(f"the prompt of {key} must be a text or a list of texts, but is {texts!r}")
         if self.prompts is not None and not self.prompts:

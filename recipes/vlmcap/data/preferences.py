@@ -175,7 +175,7 @@ def _identify(
 
 # What a row says ----------------------------------------------------------------------------------------------------
 def _pair(record: dict, prompts: list[str]) -> dict:
-    """{"chosen", "rejected", "asked", "image_id"} of a row. Raises ValueError where it is no preference."""
+    """{"chosen", "rejected", "asked", "image_id"} of a row. Raises ValueError where it is not a preference."""
     texts, found = {}, set()
     for side in ("chosen", "rejected"):
         turns, texts[side] = _answer(record.get(side), side)

@@ -100,7 +100,7 @@ def read_grid(path: str | Path, **overrides) -> Grid:
         AblationError: the file is missing or no mapping, has an unknown or no needed key, or a list is none; there is
             no such score.
     """
-    document = _read_mapping(path)
+    document = read_mapping(path)
     extra = [key for key in document if key not in Grid.__dataclass_fields__]
     if extra:
         raise AblationError(
@@ -136,13 +136,14 @@ def read_grid(path: str | Path, **overrides) -> Grid:
             raise AblationError(
                 f"{path}: {key} {document[key]:.200} is not a file (paths are relative to the working folder)"
             )
-    config = _read_mapping(document["config"])
+    config = read_mapping(document["config"])
     if not all(isinstance(key, str) for key in config):
         raise AblationError(f"{document['config']}: its keys must be names of settings")
     return Grid(**document)
 
 
-def _read_mapping(path: str | Path) -> dict:
+def read_mapping(path: str | Path) -> dict:
+    """A YAML file of settings. Raises AblationError where it cannot be read, or is no mapping."""
     try:
         document = parse_yaml(Path(own_file(str(path))).read_bytes())
     except (OSError, ValueError) as error:
@@ -160,7 +161,7 @@ def cells(grid: Grid) -> list[GridCell]:
     Raises:
         AblationError: two cells would share a folder: a value occurs twice, or the names differ in signs alone.
     """
-    config = _read_mapping(grid.config) | grid.settings
+    config = read_mapping(grid.config) | grid.settings
     one_at_a_time = [{}] + [
         {key: value} for key, values in grid.vary.items() for value in values if config.get(key) != value
     ]
@@ -309,7 +310,7 @@ def _last_words(log: Path, lines: int = 5) -> list[str]:
 
 
 def _fingerprint(grid: Grid, cell: GridCell) -> str:
-    settings = {"recipe": grid.recipe} | _read_mapping(grid.config) | cell.changes
+    settings = {"recipe": grid.recipe} | read_mapping(grid.config) | cell.changes
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

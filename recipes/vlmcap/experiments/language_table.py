@@ -13,13 +13,15 @@ from statistics import mean
 
 import numpy as np
 
+from vlmcap.captioning.arguments import PromptArguments
 from vlmcap.errors import UserError
 from vlmcap.evaluation.audit_document import read_object
 from vlmcap.evaluation.bootstrap import interval
 from vlmcap.evaluation.caption_files import read_predictions
 from vlmcap.evaluation.register import is_polite
-from vlmcap.experiments.ablation import Grid, GridCell
-from vlmcap.strict_parsing import parse_yaml
+from vlmcap.evaluation.tasks import folder_name
+from vlmcap.experiments.ablation import Grid, GridCell, read_mapping
+from vlmcap.places import own_file
 
 RECIPE = "recipes/sft_qwen2vl_jp.py"
 LAUNCH = ["--config_file", "accelerate_configs/cpu.yaml", "--num_cpu_threads_per_process", "1"]
@@ -40,29 +42,32 @@ RESAMPLES, SEED = 2000, 0
 
 # Trainings -----------------------------------------------------------------------------------------------------------
 def grid_of(config: str, output_dir: str) -> Grid:
-    return Grid(recipe=RECIPE, config=config, output_dir=output_dir, launch=LAUNCH)
+    recipe, launch = own_file(RECIPE), list(map(own_file, LAUNCH))
+    return Grid(recipe=recipe, config=own_file(config), output_dir=output_dir, launch=launch)
 
 
 def trainings(grid: Grid, seeds: Sequence[int]) -> dict[str, list[GridCell]]:
     """Training -> a cell for each seed; of the one by which the speed is compared, one cell.
 
     Raises:
-        UserError: the configuration lacks a prompt.
+        UserError: the configuration cannot be read, or lacks a prompt.
     """
-    prompts = parse_yaml(Path(grid.config).read_bytes()).get("prompts") or {}
-    for key in (*LANGUAGES, POLITE):
-        if key not in prompts:
-            raise UserError(f"{grid.config}: prompts has no {key}: name the prompt of these captions")
+    try:
+        wordings = PromptArguments(prompts=read_mapping(grid.config).get("prompts")).wordings
+    except ValueError as error:
+        raise UserError(f"{grid.config}: {error}") from error
+    if missing := [key for key in (*LANGUAGES, POLITE) if key not in wordings]:
+        raise UserError(f"{grid.config}: prompts has no {missing[0]}: name the prompt of these captions")
 
     def cell(name: str, keys: Sequence[str], also: Sequence[str], seed: int, more: dict) -> GridCell:
-        asked = {"prompts": {key: prompts[key] for key in keys}, "also_score": {key: first(key) for key in also}}
+        asked = {
+            "prompts": {key: wordings[key] for key in keys},
+            "also_score": {key: wordings[key][0] for key in also},
+        }
         texts = {name: json.dumps(value, ensure_ascii=False) for name, value in asked.items() if value}
         folder = Path(grid.output_dir) / f"{name.lower().replace(', ', '_').replace(' ', '_')}_{seed}"
         metrics = folder / grid.trained / "metrics.json"
         return GridCell(f"{name}, seed {seed}", name, texts | {"seed": seed} | more, folder, metrics)
-
-    def first(key: str) -> str:
-        return prompts[key] if isinstance(prompts[key], str) else prompts[key][0]
 
     found = {
         name: [cell(name, keys, [key for key in LANGUAGES if key not in keys], seed, {}) for seed in seeds]
@@ -98,7 +103,7 @@ class Trained:
 
     def _place(self, key: str, model: str) -> Path:
         folder = self.folder / model
-        return folder if self.metrics["key"] == key else folder / "languages" / key.replace("/", "-")
+        return folder if self.metrics["key"] == key else folder / "languages" / folder_name(key)
 
 
 def finished(cells: dict[str, list[GridCell]]) -> dict[str, list[Trained]]:

@@ -29,6 +29,10 @@ class EvaluationArguments(ScoredSplitArguments):
             " what is in an image."
         },
     )
+    meteor: bool = field(
+        default=True,
+        metadata={"help": "METEOR 1.5 (English) in Java, if Java and the jar are there; seconds for each key."},
+    )
 
 
 def trained_prompts(prompts: PromptArguments) -> dict[str, str] | None:

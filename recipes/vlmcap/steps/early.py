@@ -73,10 +73,11 @@ def check_early(
     for folder in (settings.output_dir, settings_of_some.get("base_dir")):
         if folder:
             check_writable(Path(folder))
-    try:
-        check_meteor()
-    except ScorerUnavailable as error:
-        notice(f"METEOR will be left out: {error}")
+    if settings_of_some.get("meteor", True):
+        try:
+            check_meteor()
+        except ScorerUnavailable as error:
+            notice(f"METEOR will be left out: {error}")
     from vlmcap.data.images import check_splits  # takes a second: after all that is checked at once
 
     needed = ["train_split", "test_split", *["validation_split"] * (settings.eval_strategy != "no")]

@@ -21,6 +21,7 @@ from vlmcap.errors import UserError
 from vlmcap.evaluation.audit import write_audit
 from vlmcap.evaluation.audit_checks import read_instances
 from vlmcap.evaluation.lexicon import Lexicon
+from vlmcap.evaluation.scoring import ScoreOptions
 from vlmcap.evaluation.tasks import CaptionTask, caption_tasks
 from vlmcap.models.arguments import ModelArguments
 from vlmcap.models.load import (
@@ -148,7 +149,8 @@ class Evaluation:
         """Captions of the adapter that training started from go into `folder`; see `vlmcap.steps.start`."""
         start = self.base.start
         load_start = partial(self.base.load_with, start.name, start.revision)
-        score_start(folder, adapter_dir, start, load_start, self.tasks, splits, self.base_record, self.audit)
+        options = self._score_options()
+        score_start(folder, adapter_dir, start, load_start, self.tasks, splits, self.base_record, self.audit, options)
 
     def finish(self, run: Run, recipe: str, adapter_dir: Path, splits: Splits) -> None:
         """Captions, scores and audits of base and trained adapter, card, page and push; see `vlmcap.steps.finish`."""
@@ -163,8 +165,12 @@ class Evaluation:
             trained_dir=adapter_dir,
             trained_saw=self.trained_saw,
             load_trained=partial(self.base.load_with, str(adapter_dir)),
+            options=self._score_options(),
             audit=partial(self._audit_both, adapter_dir, splits),
         )
+
+    def _score_options(self) -> ScoreOptions:
+        return ScoreOptions(meteor=self.data_args.meteor)
 
     def _audit_both(self, adapter_dir: Path, splits: Splits) -> None:
         trained_on = splits.train.remove_columns("image")  # scripts/audit_captions.py compares the pictures too

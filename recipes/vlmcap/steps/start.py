@@ -14,6 +14,7 @@ from vlmcap.atomic_write import write_atomically
 from vlmcap.captioning.predictions import model_record
 from vlmcap.captioning.split import caption_split
 from vlmcap.evaluation.audit_document import audit_rates
+from vlmcap.evaluation.scoring import ScoreOptions
 from vlmcap.evaluation.tasks import CaptionTask
 from vlmcap.models.weights import Adapter
 from vlmcap.provenance import public_name
@@ -30,6 +31,7 @@ def score_start(
     splits: Splits,
     base_record: dict,
     audit: Callable[[Path, CaptionTask], dict],
+    options: ScoreOptions,
 ) -> None:
     """Captions the test images with the starting adapter, scores and audits them, and adds what the card shows of it
     to training.json as "start": {"adapter", "scores", "intervals", "audit" (rates by their paths), "languages" (key ->
@@ -44,6 +46,7 @@ def score_start(
         tasks: what it is asked for, the main task first.
         base_record: "model", "dataset" and "saw" of the base's run record.
         audit: audits the captions in a folder, and returns the audit.
+        options: of the scores.
     """
     PartialState().wait_for_everyone()
     gc.collect()
@@ -57,10 +60,10 @@ def score_start(
         return
     languages, shown = {}, ("scores", "intervals")
     for task in tasks[1:]:
-        metrics = score_task(task, folder)
+        metrics = score_task(task, folder, options=options)
         languages[task.key] = {name: metrics[name] for name in shown}
         audit(folder, task)
-    metrics = score_task(tasks[0], folder)
+    metrics = score_task(tasks[0], folder, options=options)
     found = {name: metrics[name] for name in shown}
     found |= {"adapter": public_name(adapter.name), "audit": audit_rates(audit(folder, tasks[0]))}
     found |= {"languages": languages} if languages else {}

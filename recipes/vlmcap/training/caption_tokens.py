@@ -93,7 +93,7 @@ class TurnsEncoder:
     def _written(self, turns: list[str], system: str) -> list[Piece]:
         said = dict(enumerate(turns)) | {-1: system}
         pieces = self._template(len(turns), bool(system))
-        return [piece._replace(text=said.get(piece.turn, piece.text)) for piece in pieces]
+        return [Piece(said.get(piece.turn, piece.text), *piece[1:]) for piece in pieces]
 
     def _encode(self, pieces: list[Piece]) -> Branch:
         branch = Branch([], [])
