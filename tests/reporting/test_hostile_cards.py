@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from tests.reporting.documents import PARTS, adapter_document, audit_document, family_document
+from tests.reporting.documents import PARTS, adapter_document, audit_document, family_document, language_document
 from vlmcap.markdown import code_span, fenced, markdown_escape, visible
 from vlmcap.reporting.card_metadata import eval_result_entries
 from vlmcap.reporting.cards import render_adapter_card, write_adapter_card
@@ -44,7 +44,11 @@ HARMLESS = "harmless"
 
 def poisoned(text: str, recipe: str) -> dict:
     """A metrics document with `text` wherever a document holds text that came from elsewhere."""
-    metrics = copy.deepcopy(adapter_document() if recipe == "sft_qwen2vl_jp" else family_document(recipe))
+    documents = {"sft_qwen2vl_jp": adapter_document, "several prompts": language_document}
+    metrics = copy.deepcopy(documents[recipe]() if recipe in documents else family_document(recipe))
+    for one in metrics.get("languages", {}).values():
+        for run in (one, one.get("base", {})):
+            run |= {"prompt": text, "signatures": dict.fromkeys(run.get("signatures", ()), text)}
     for run in (metrics, metrics["base"]):
         run["model"] |= {"id": text, "revision": text, "dtype": text, "quantization": text}
         if "parts" in run["model"]:
@@ -93,7 +97,7 @@ def cards(text: str, recipe: str) -> str:
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-@pytest.mark.parametrize("recipe", ["sft_qwen2vl_jp", *PARTS])
+@pytest.mark.parametrize("recipe", ["sft_qwen2vl_jp", "several prompts", *PARTS])
 def test_a_hostile_document_makes_the_same_card(recipe, text):
     card = cards(text, recipe)
     assert structure(card) == structure(cards(HARMLESS, recipe))
@@ -113,7 +117,7 @@ def test_a_hostile_document_makes_the_same_card(recipe, text):
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-@pytest.mark.parametrize("recipe", ["sft_qwen2vl_jp", *PARTS])
+@pytest.mark.parametrize("recipe", ["sft_qwen2vl_jp", "several prompts", *PARTS])
 def test_the_code_of_a_hostile_card_is_the_code_of_a_harmless_one(recipe, text):
     """The same statements, with other strings in them."""
 
@@ -129,7 +133,7 @@ def test_the_code_of_a_hostile_card_is_the_code_of_a_harmless_one(recipe, text):
         return {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
 
     assert statements(cards(text, recipe)) == statements(cards(HARMLESS, recipe)) != []
-    if recipe == "sft_qwen2vl_jp" and "hf_" not in text:
+    if recipe not in PARTS and "hf_" not in text:
         assert text in strings(cards(text, recipe))  # the prompt, to the letter
 
 
