@@ -10,7 +10,6 @@ import re
 import statistics
 import threading
 import time
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -104,9 +103,7 @@ def captions_of(scene: Scene) -> dict[str, list[str]]:
     The miniature's tokenizer, which has learned no Vietnamese, makes 73 tokens of a Vietnamese caption, and Qwen2-VL's
     19. So these are the first two fifths of the captions, without marks: 21 tokens.
     """
-    letters = (unicodedata.normalize("NFD", text).replace("đ", "d") for text in scene.vietnamese())
-    plain = ["".join(letter for letter in text if not unicodedata.combining(letter)) for text in letters]
-    vietnamese = [text[: 2 * len(text) // 5] for text in plain]
+    vietnamese = [text[: 2 * len(text) // 5] for text in scene.unmarked_vietnamese()]
     return {"ja": scene.japanese(), "en": scene.english(), "vi": vietnamese}
 
 
