@@ -143,7 +143,7 @@ def read_grid(path: str | Path, **overrides) -> Grid:
 
 
 def read_mapping(path: str | Path) -> dict:
-    """A YAML file of settings. Raises AblationError where it cannot be read, or is no mapping."""
+    """A YAML file of settings. Raises AblationError where it cannot be read, or is not a mapping."""
     try:
         document = parse_yaml(Path(own_file(str(path))).read_bytes())
     except (OSError, ValueError) as error:
