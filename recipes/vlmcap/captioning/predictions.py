@@ -239,11 +239,11 @@ def write_captions(
         for row in needed[state.process_index :: state.num_processes]:
             its_files = tuple(number for number, one in enumerate(todo) if all_ids[row] in one)
             groups.setdefault(its_files, []).append(row)
-        names = " and ".join(dict.fromkeys(file.path.parent.name for file in files))
+        names = ", ".join(dict.fromkeys(file.path.parent.name for file in files))
         with tqdm(
             total=len(rows),
             initial=len(rows) - len(needed),
-            desc=f"captions {names}",
+            desc=f"captions ({names})",
             disable=not state.is_main_process,
         ) as bar:
             for its_files, its_rows in groups.items():
