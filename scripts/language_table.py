@@ -49,6 +49,7 @@ def main(args: TableArguments) -> None:
     grid = grid_of(args.recipe_config, args.output_dir)
     cells = trainings(grid, args.seeds)
     every = [cell for of_seeds in cells.values() for cell in of_seeds]
+    every.sort(key=lambda cell: len(cell.changes["prompts"]), reverse=True)  # the longest first
     run_cells(grid, every, args.at_once)
     runs = finished(cells)
     for rows in (language_rows(runs), style_rows(runs), speed_rows(runs)):

@@ -50,7 +50,7 @@ def test_the_trainings_are_settings_of_the_recipe(grid):
         assert tuple(parsed[name]["prompts"]) == keys
         assert set(keys) | set(parsed[name]["also_score"] or {}) == {"ja/plain", "en", "vi"}
     assert list(parsed[STYLES]["prompts"]) == ["ja/plain", "ja/polite"] and not parsed[STYLES]["also_score"]
-    assert {parsed[name]["max_steps"] for name in (*TRAININGS, STYLES)} == {600}
+    assert len({parsed[name]["max_steps"] for name in (*TRAININGS, STYLES)}) == 1
     assert parsed[ONE_BY_ONE]["prompts"] == parsed[ALL]["prompts"] and not parsed[ONE_BY_ONE]["shared_prefix"]
     folders = [cell.folder for of_seeds in found.values() for cell in of_seeds]
     assert len(set(folders)) == len(folders)
