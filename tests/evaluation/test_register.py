@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmcap.evaluation.register import to_plain
+from vlmcap.evaluation.register import is_polite, to_plain
 from vlmcap.miniature.scenes import scenes
 
 POLITE_END = re.compile(
@@ -123,3 +123,9 @@ def test_long_texts_are_made_plain():
     """In time that grows with their length: the square of it would be a minute here."""
     text = "犬が走っています。「静かです」と言いました。" * 3000
     assert to_plain(text) == "犬が走っている。「静かです」と言った。" * 3000
+
+
+def test_what_is_polite():
+    for scene in scenes(20, 5, held_out=None):
+        assert all(map(is_polite, scene.polite_japanese())) and not any(map(is_polite, scene.japanese()))
+    assert not is_polite("看板に「止まれです」とある") and not is_polite("")
