@@ -7,16 +7,19 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import ModelCard
 
 from tests.recipes.files import captions, read
-from tests.steps.languages import ALSO, PROMPTS, write_dataset
+from tests.steps.languages import write_dataset
 from vlmcap.evaluation.audit_document import read_audit
 
 SETTINGS = (
     "--config recipes/configs/sft_qwen2vl_jp/demo.yaml --max_steps 4 --save_steps 2 --eval_steps 2 --max_new_tokens 12"
     " --load_best_model_at_end false --max_validation_images 2"
 ).split()
-NAMES = ["languages/ja-polite", "languages/en", "languages/vi"]
+PROMPTS = {"ja/plain": "普通体で。", "en": ["Describe this image.", "What is it?"], "vi": "Mô tả ảnh này."}
+ALSO = {"ja/polite": "丁寧に。"}
+NAMES = ["languages/en", "languages/vi", "languages/ja-polite"]
 
 
 @pytest.fixture
@@ -29,17 +32,17 @@ def recipe(run_script, tmp_path):
     return lambda *more, expect=0: run_script("recipes/sft_qwen2vl_jp.py", *words, *more, expect=expect)
 
 
-def test_a_run_in_three_languages(run_script, recipe, without_meteor, miniature_dir, tmp_path):
+def test_a_run_in_three_languages(hub, run_script, recipe, without_meteor, miniature_dir, tmp_path):
     done = recipe()
     run = tmp_path / "run"
     metrics = read(run / "adapter/metrics.json")
     languages = metrics["languages"]
-    assert list(languages) == ["ja/plain", "ja/polite", "en", "vi"] and metrics["key"] == "ja/plain"
+    assert list(languages) == ["ja/plain", "en", "vi", "ja/polite"] and metrics["key"] == "ja/plain"
     assert languages["ja/plain"] == {"trained": True, "prompt": PROMPTS["ja/plain"]}
-    assert [languages[key]["trained"] for key in ("ja/polite", "en", "vi")] == [True, True, False]
+    assert [languages[key]["trained"] for key in ("en", "vi", "ja/polite")] == [True, True, False]
     assert languages["en"]["signatures"]["cider_d"].startswith("cider_d|tok:english-13a")
     assert languages["vi"]["counts"]["images"] == languages["vi"]["base"]["counts"]["images"] == 2
-    assert metrics["training"]["captions"] == 6 * 10, "Vietnamese is not trained on"
+    assert metrics["training"]["captions"] == 6 * 8 + 2 * 2, "polite captions are not trained on"
 
     # Every key has its files, and each agrees with what the main document says of it.
     assert all(f"\n{key}\n" in done.stdout for key in list(languages)[:1] + list(languages)[1:])
@@ -52,7 +55,7 @@ def test_a_run_in_three_languages(run_script, recipe, without_meteor, miniature_
             audit = read_audit(run / part / name / "audit.json")
             assert ("persons" in audit) == key.startswith("ja") == ("non_japanese" in audit["form"])
         del own["per_image"]
-        assert languages[key] == {"trained": key != "vi"} | own
+        assert languages[key] == {"trained": key != "ja/polite"} | own
     # The scripts find the same, by key.
     english = ["--predictions", run / "adapter/languages/en/predictions.jsonl", "--dataset", tmp_path / "data"]
     run_script("eval_captioning.py", *english, "--keys", "en", "--output", tmp_path / "metrics.json")
@@ -62,17 +65,17 @@ def test_a_run_in_three_languages(run_script, recipe, without_meteor, miniature_
     runs = [f"{part}={run / part}" for part in ("base", "adapter")]
     done = run_script("compare_runs.py", *runs, "--dataset", tmp_path / "data", "--output_dir", tmp_path / "compared")
     table = (tmp_path / "compared/metrics.md").read_text(encoding="utf-8")
-    assert re.findall("^## `(.*)`", table, re.M) == list(languages) and "ja-polite/metrics.csv" in done.stdout
+    assert set(re.findall("^## `(.*)`", table, re.M)) == set(languages) and "ja-polite/metrics.csv" in done.stdout
     validated = [entry for entry in metrics["training"]["log"] if "eval_cider_d" in entry]
-    keys = ["ja-plain", "ja-polite", "en"]
-    assert "eval_cider_d_vi" not in validated[0]
+    keys = ["ja-plain", "en", "vi"]
+    assert "eval_cider_d_ja-polite" not in validated[0]
     for entry in validated:
         assert entry["eval_cider_d"] == pytest.approx(sum(entry[f"eval_cider_d_{key}"] for key in keys) / 3)
 
     # Continued, it captions nothing again; a key more is captioned alone.
     before = (run / "base/languages/en/predictions.jsonl").stat().st_mtime_ns
     shutil.rmtree(run / "base/languages/vi")
-    recipe("--resume_from_checkpoint", "latest")
+    recipe("--resume_from_checkpoint", "latest", "--push_to_hub", "--hub_model_id", "user/languages")
     assert (run / "base/languages/en/predictions.jsonl").stat().st_mtime_ns == before
     assert len(captions(run / "base/languages/vi/predictions.jsonl")) == 2
 
@@ -81,21 +84,22 @@ def test_a_run_in_three_languages(run_script, recipe, without_meteor, miniature_
     for options, name in (
         ([], "."),
         (["--language", "ja"], "."),
-        (["--style", "polite"], "languages/ja-polite"),
         (["--language", "en"], "languages/en"),
+        (["--language", "vi"], "languages/vi"),
     ):
         said = run_script("caption.py", picture, "--adapter", run / "adapter", *options).stdout
         assert said == f"{picture}\t{captions(run / 'adapter' / name / 'predictions.jsonl')[300]}\n"
-    refused = run_script("caption.py", picture, "--adapter", run / "adapter", "--language", "vi", expect=1).stderr
-    assert "--language vi:" in refused and "it has ja/plain, ja/polite, en" in refused
+    refused = run_script("caption.py", picture, "--adapter", run / "adapter", "--style", "polite", expect=1).stderr
+    assert "--style polite:" in refused and "it has ja/plain, en, vi" in refused
 
-    # So does the code on the card.
-    card = (run / "adapter/README.md").read_text(encoding="utf-8")
-    code = "import vlmcap.models.nf4\n" + re.search(r"## Quick start.*?```python\n(.*?)```", card, re.S).group(1)
+    # So does the code on the card, with the adapter from the Hub, in every language.
+    card = ModelCard.load("user/languages")
+    assert card.data.language == ["ja", "en", "vi"]
+    code = "import vlmcap.models.nf4\n" + re.search(r"## Quick start.*?```python\n(.*?)```", card.text, re.S).group(1)
     code = code.replace('"recipes/miniatures/qwen2_vl"', repr(str(miniature_dir)))
+    assert '"user/languages"' in code
     shutil.copy(picture, tmp_path / "photo.jpg")
-    code = re.sub(r"adapter = [^\n]*", lambda _: f"adapter = {str(miniature_dir)!r}, {str(run / 'adapter')!r}", code)
-    for key, name in (("ja/plain", "."), ("en", "languages/en")):
+    for key, name in (("ja/plain", "."), ("en", "languages/en"), ("vi", "languages/vi")):
         asked = code.replace('prompts["ja/plain"]', f'prompts["{key}"]')
         pasted = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, capture_output=True, text=True)
         expected = captions(run / "adapter" / name / "predictions.jsonl")[300]
