@@ -64,6 +64,7 @@ def _build(engine: str, args, preset: dict, folder: Path, processor, rows: datas
         pairs = rows.remove_columns("captions").add_column("sha256", hashes)
         pairs = pairs.add_column("chosen", [[texts[0]] for texts in rows["captions"]])
         pairs = pairs.add_column("rejected", [[texts[-1]] for texts in rows["captions"]])
+        pairs = pairs.add_column("asked", [[JAPANESE_PROMPT]] * len(rows))
         model = bench.load_base(args, preset, folder)
         return CaptionDPOTrainer(
             model=model,
