@@ -266,7 +266,8 @@ def test_publishing_fetching_training_and_checking_agree(fault, folder, miniatur
     with fault("bad pictures in training"):
         bad_images = BadImages(folder / "bad_images.jsonl", limit=len(names))
         for number in range(len(names)):
-            _, (caption,) = read_example(rows, {"row": number, "captions": ["?"]}, bad_images)
+            _, example = read_example(rows, {"row": number, "captions": ["?"]}, bad_images)
+            (caption,) = example["captions"]
             assert caption == ("0" if number in bad else "?")  # the next picture that can be read has its own caption
         lines = (folder / "bad_images.jsonl").read_text().splitlines()
         assert {json.loads(line)["image_id"] for line in lines} == bad
