@@ -148,13 +148,12 @@ def captions_of(counts: dict[str, int]) -> datasets.Dataset:
     )
 
 
-def test_every_caption_once_keys_in_turn(capsys):
+def test_every_caption_once_keys_in_turn():
     (row,) = prompted_rows(captions_of({"ja": 5, "en": 3, "vi": 1, "fr": 2}), WORDINGS, None, seed=1)
     assert sorted(row["captions"]) == sorted(f"{k}{n}" for k, c in (("ja", 5), ("en", 3), ("vi", 1)) for n in range(c))
     assert {text[:2] for text in row["captions"][:4]} >= {"ja", "en"}
     for text, (prompt,) in zip(row["captions"], row["prompts"], strict=True):
         assert prompt in WORDINGS[text[:2]]
-    assert "2 training captions belong to no key" in capsys.readouterr().err
 
 
 def test_weights_spread_the_captions_of_an_image():

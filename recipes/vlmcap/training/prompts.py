@@ -12,7 +12,6 @@ from vlmcap.data.errors import DataError
 from vlmcap.data.images import check_no_overlap
 from vlmcap.data.instructions import load_instructions
 from vlmcap.data.keys import caption_keys, rows_of_key
-from vlmcap.errors import notice
 from vlmcap.training.arguments import InstructionArguments
 
 TURNS = datasets.List(datasets.List(datasets.Value("string")))
@@ -67,14 +66,13 @@ def prompted_rows(
     Raises:
         DataError: as `caption_keys`; a key has no caption.
     """
-    captions, prompts, left_out, used = [], [], 0, set()
+    captions, prompts, used = [], [], set()
     columns = rows["image_id"], rows["captions"], caption_keys(rows, list(wordings))
     for image_id, texts, keys in zip(*columns, strict=True):
         by_key = {key: [text for text, own in zip(texts, keys, strict=True) if own == key] for key in wordings}
         by_key = {key: own for key, own in by_key.items() if own}
         used |= set(by_key)
-        left_out += keys.count(None)
-        count = len(texts) - keys.count(None)
+        count = sum(map(len, by_key.values()))
         order = list(_turns(by_key, weights or {key: len(own) for key, own in by_key.items()}, count))
         draw = random.Random(f"{seed} {image_id}")
         captions.append([text for _, text in order])
@@ -84,8 +82,6 @@ def prompted_rows(
             f"no training caption belongs to the key {missing[0]} of prompts: leave the key out, or publish the"
             " dataset with such captions"
         )
-    if left_out:
-        notice(f"Note: {left_out:,} training captions belong to no key of prompts ({', '.join(wordings)}).")
     return _with_turns(rows, captions, prompts, [""] * len(rows))
 
 
