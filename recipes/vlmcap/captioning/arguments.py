@@ -4,9 +4,9 @@ import json
 import re
 from dataclasses import dataclass, field, fields, replace
 
+from vlmcap.data.corpora import KEY
 from vlmcap.errors import UserError
 
-KEY = "[a-z]{2,3}(/[a-z0-9_-]+)?"  # of several prompts: language or language/style
 # What an audit finds wrong with the form of a caption.
 FORM = ("empty", "repetition", "truncated", "non_japanese", "copied_prompt", "special_tokens")
 # What holds a caption back unless other reasons are asked for.

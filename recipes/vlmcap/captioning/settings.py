@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from vlmcap.atomic_write import write_atomically
-from vlmcap.captioning.arguments import DTYPES, KEY, BeamArguments, GenerationArguments
+from vlmcap.captioning.arguments import DTYPES, BeamArguments, GenerationArguments
+from vlmcap.data.corpora import KEY
 from vlmcap.errors import UserError
 from vlmcap.models.load import base_model, is_quantised, takes_pixel_bounds
 from vlmcap.models.weights import MAX_CONFIG_BYTES, loading

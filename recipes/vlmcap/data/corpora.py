@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 
 # Run records and tables say of every model what it has seen of these.
 SEEN_CORPORA = ("STAIR", "YJ", "COCO")
+# Forms of what captions are told apart by: a language, a style, and both as one key (`vlmcap.data.keys`).
+LANGUAGE, STYLE = "[a-z]{2,3}", "[a-z0-9_-]+"
+KEY = f"{LANGUAGE}(/{STYLE})?"
 
 
 @dataclass(frozen=True)

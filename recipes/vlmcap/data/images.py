@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vlmcap.data.columns import OF_CAPTION, keep_captions, with_columns
-from vlmcap.data.corpora import CORPORA, card_names
+from vlmcap.data.corpora import CORPORA, LANGUAGE, STYLE, card_names
 from vlmcap.data.errors import DataError
-from vlmcap.data.keys import LANGUAGE, STYLE, check_columns_of_keys, rows_of_key
+from vlmcap.data.keys import check_columns_of_keys, rows_of_key
 from vlmcap.data.lookup import a_file, find_dataset, no_such_dataset
 from vlmcap.data.picture_files import is_picture_file, open_picture, picture_finder
 from vlmcap.data.pictures import BadImageError, picture_size, read_picture
@@ -58,8 +58,8 @@ TYPES = {
 REQUIRED = ("image_id", "captions", "file_name")
 # What a dataset may say of each of its captions: what it must be, as a pattern and in words.
 OF_EACH = {
-    "languages": (LANGUAGE, "a language such as ja or en, of two or three small letters"),
-    "styles": (re.compile(f"({STYLE.pattern})?"), 'a style of small letters, digits, - and _, or "" for none'),
+    "languages": (re.compile(LANGUAGE), "a language such as ja or en, of two or three small letters"),
+    "styles": (re.compile(f"({STYLE})?"), 'a style of small letters, digits, - and _, or "" for none'),
 }
 OWN_LANGUAGES = CORPORA["own"].languages  # what --language of publish_datasets.py own knows
 # What rows of one image must agree in.

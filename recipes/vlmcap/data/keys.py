@@ -11,9 +11,8 @@ from collections.abc import Collection, Sequence
 import datasets
 
 from vlmcap.data.columns import keep_captions
+from vlmcap.data.corpora import KEY
 from vlmcap.data.errors import DataError
-
-LANGUAGE, STYLE = re.compile("[a-z]{2,3}"), re.compile("[a-z0-9_-]+")
 
 
 def parse_key(key: str) -> tuple[str, str]:
@@ -22,8 +21,8 @@ def parse_key(key: str) -> tuple[str, str]:
     Raises:
         DataError: it is neither LANGUAGE nor LANGUAGE/STYLE.
     """
-    language, slash, style = key.partition("/")
-    if not LANGUAGE.fullmatch(language) or (slash and not STYLE.fullmatch(style)):
+    language, _, style = key.partition("/")
+    if not re.fullmatch(KEY, key):
         raise DataError(
             f"{key!r} is not a key of captions. Write LANGUAGE or LANGUAGE/STYLE, such as ja or ja/polite: a language"
             " of two or three small letters, a style of small letters, digits, - and _."
