@@ -156,7 +156,7 @@ $(LANGUAGES)/dataset/README.md: | setup
 		--uit_viic_annotations $(LANGUAGES)/scenes/uitviic_captions_train2017.json \
 		$(LANGUAGES)/scenes/uitviic_captions_val2017.json $(LANGUAGES)/scenes/uitviic_captions_test2017.json \
 		--val_ids $(LANGUAGES)/scenes/val_ids.txt --test_ids $(LANGUAGES)/scenes/test_ids.txt \
-		--images $(LANGUAGES)/scenes/images --tokenizer recipes/miniatures/qwen2_vl --max_tokens 128 \
+		--images $(LANGUAGES)/scenes/images --tokenizer recipes/miniatures/qwen2_vl_languages \
 		--output_dir $(LANGUAGES)/dataset --card scenes_multi --pretty_name "Drawn scenes in three languages" \
 		--license cc0-1.0
 
@@ -184,7 +184,7 @@ serve-check: setup
 
 # The committed checkpoints of the miniatures, pretrained again from their seeds.
 miniature: setup
-	for model in qwen2_vl blip vit gpt2 llama; do \
+	for model in qwen2_vl qwen2_vl_languages blip vit gpt2 llama; do \
 		$(VENV_PYTHON) scripts/pretrain_miniature.py --model $$model --output_dir recipes/miniatures/$$model || exit 1; done
 
 clean:

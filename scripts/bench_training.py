@@ -121,7 +121,8 @@ def main(args: BenchArguments) -> None:
     measure = {"sft": bench, "dpo": preference_bench, "grpo": reward_bench}[args.method].measure
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        processor = load_processor(str(REPOSITORY / "recipes/miniatures/qwen2_vl"), max_pixels=args.max_pixels)
+        miniature = REPOSITORY / "recipes/miniatures" / ("qwen2_vl_languages" if args.languages else "qwen2_vl")
+        processor = load_processor(str(miniature), max_pixels=args.max_pixels)
         if args.model is None:
             bench.build_checkpoint(preset, processor, folder / "model", args.seed)
         rows = bench.build_rows(args.images, folder, args.seed, args.languages)

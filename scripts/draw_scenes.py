@@ -15,7 +15,7 @@ both. The scenes in all languages and styles become one dataset with:
         --uit_viic_annotations outputs/scenes/uitviic_captions_train2017.json \\
         outputs/scenes/uitviic_captions_val2017.json outputs/scenes/uitviic_captions_test2017.json \\
         --val_ids outputs/scenes/val_ids.txt --test_ids outputs/scenes/test_ids.txt --images outputs/scenes/images \\
-        --tokenizer recipes/miniatures/qwen2_vl --max_tokens 128 --output_dir outputs/scenes_multi \\
+        --tokenizer recipes/miniatures/qwen2_vl_languages --output_dir outputs/scenes_multi \\
         --card scenes_multi --pretty_name "Drawn scenes in three languages" --license cc0-1.0
 
 Titles go into one file, which publishing splits: there --train, --validation and --test are added up.

@@ -3,6 +3,7 @@
 The committed checkpoints were written by
 
     python scripts/pretrain_miniature.py --output_dir recipes/miniatures/qwen2_vl
+    python scripts/pretrain_miniature.py --model qwen2_vl_languages --output_dir recipes/miniatures/qwen2_vl_languages
     python scripts/pretrain_miniature.py --model blip --output_dir recipes/miniatures/blip
     python scripts/pretrain_miniature.py --model vit --output_dir recipes/miniatures/vit
     python scripts/pretrain_miniature.py --model gpt2 --output_dir recipes/miniatures/gpt2
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from vlmcap.arguments import run_main
 
-MODELS = ("qwen2_vl", "blip", "vit", "gpt2", "llama")
+MODELS = ("qwen2_vl", "qwen2_vl_languages", "blip", "vit", "gpt2", "llama")
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     from vlmcap.miniature import family, qwen2_vl
 
-    pretrain = {"qwen2_vl": qwen2_vl.pretrain} | family.PRETRAIN
+    pretrain = {"qwen2_vl": qwen2_vl.pretrain, "qwen2_vl_languages": qwen2_vl.pretrain_languages} | family.PRETRAIN
     steps = {} if args.steps is None else {"steps": args.steps}
     if measured := pretrain[args.model](Path(args.output_dir), seed=args.seed, **steps):
         print("on held-out scenes: " + ", ".join(f"{name} {value:.3f}" for name, value in measured.items()))

@@ -41,15 +41,18 @@ MODEL, PROCESSOR = load()
 
 
 @torch.inference_mode()
-def caption(path: str | None) -> tuple[str, str]:
-    """The caption of a picture file, and what else the beam search ended with, the best first, one a line."""
+def caption(path: str | None, kind: str) -> tuple[str, str]:
+    """The caption of a picture file, and what else the beam search ended with, the best first, one a line.
+
+    kind: of the prompts in space.json.
+    """
     if path is None:
         raise gradio.Error("Upload a picture, or take one with the camera.")
     try:
         image = read_picture(path, Path(path).name)
     except BadImageError as error:
         raise gradio.Error(str(error)) from error
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SPACE["prompt"]}]}]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": SPACE["prompts"][kind]}]}]
     text = PROCESSOR.apply_chat_template(messages, add_generation_prompt=True)
     inputs = PROCESSOR(text=[text], images=[image], return_tensors="pt").to(MODEL.device)
     beams = SPACE["decoding"]["num_beams"]
@@ -69,11 +72,13 @@ def page() -> gradio.Blocks:
             # By its path, so that it is read as in training: turned upright by its EXIF, and put on white.
             picture = gradio.Image(type="filepath", image_mode=None, sources=["upload", "webcam"], label="Picture")
             with gradio.Column():
+                kinds = list(SPACE["prompts"])
+                kind = gradio.Dropdown(kinds, value=kinds[0], label="Language", visible=len(kinds) > 1)
                 button = gradio.Button("Caption", variant="primary")
                 said = gradio.Textbox(label="Caption")
                 others = gradio.Textbox(label="Alternatives of the beam search, the best first", lines=3)
         gradio.Markdown(f"## Limits and risks\n\n{SPACE['limits']}")
-        button.click(caption, picture, [said, others], api_name="caption")
+        button.click(caption, [picture, kind], [said, others], api_name="caption")
     return app
 
 

@@ -103,7 +103,7 @@ def test_scenes_in_all_languages_are_one_dataset(tmp_path, run_script, miniature
         "ja/plain": Scene.japanese,
         "ja/polite": Scene.polite_japanese,
         "en": Scene.english,
-        "vi": Scene.unmarked_vietnamese,
+        "vi": Scene.vietnamese,
     }
     for key, captions in wordings.items():
         found = rows_of_key(rows, key, list(wordings))

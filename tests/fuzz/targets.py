@@ -887,9 +887,10 @@ def check_sample_page(given: tuple, folder: Path) -> None:
     for strange in (True, False):
         words = [f"{number}{text if strange else ''}" for number, text in enumerate((given[0], *given[1]))]
         title, reference, base, adapter, image_id, label = words
-        item = {"image": PIXEL, "image_id": image_id, "references": [reference], "base": base, "adapter": adapter}
-        rows = [["", "base", "adapter"], [label, "0.1", "0.2"]]
-        pages.append(write_sample_page(folder / "page.html", title, [item], rows, title).read_text(encoding="utf-8"))
+        said = {"references": [reference], "base": base, "adapter": adapter}
+        item = {"image": PIXEL, "image_id": image_id, "captions": {title: said}}
+        tables = {title: [["", "base", "adapter"], [label, "0.1", "0.2"]]}
+        pages.append(write_sample_page(folder / "page.html", title, [item], tables, title).read_text(encoding="utf-8"))
     assert Tags(pages[0]).tags == Tags(pages[1]).tags, "text became markup"
     assert all(address.startswith(("data:", "#")) for address in Tags(pages[0]).addresses)
 

@@ -146,4 +146,4 @@ def test_pretraining_is_seeded_and_started_by_the_script(tmp_path, run_script):
 
 def test_the_script_offers_every_model(repo_root):
     script = runpy.run_path(str(repo_root / "scripts/pretrain_miniature.py"))
-    assert script["MODELS"] == ("qwen2_vl", *PRETRAIN)
+    assert script["MODELS"] == ("qwen2_vl", "qwen2_vl_languages", *PRETRAIN)

@@ -56,6 +56,15 @@ def test_a_run_in_three_languages(hub, run_script, recipe, without_meteor, minia
             assert ("persons" in audit) == key.startswith("ja") == ("non_japanese" in audit["form"])
         del own["per_image"]
         assert languages[key] == {"trained": key != "ja/polite"} | own
+    # The audit of the main key brings those of the others, which the card shows.
+    of_english = read(run / "adapter/languages/en/audit.json")
+    brought = read_audit(run / "adapter/audit.json")["languages"]
+    assert list(brought) == list(languages)[1:] and brought["en"]["form"] == of_english["form"]
+    assert brought["en"]["base"]["form"] == read(run / "base/languages/en/audit.json")["form"]
+    assert (run / "adapter/README.md").read_text(encoding="utf-8").count("share of |") == 4
+    page = (run / "samples.html").read_text(encoding="utf-8")
+    assert page.count('<p class="key">ja/polite</p>') == page.count("<figure>") == 6
+    assert page.count('<p class="key">vi</p>') == 2, "a picture without such captions says nothing of them"
     # The scripts find the same, by key.
     english = ["--predictions", run / "adapter/languages/en/predictions.jsonl", "--dataset", tmp_path / "data"]
     run_script("eval_captioning.py", *english, "--keys", "en", "--output", tmp_path / "metrics.json")

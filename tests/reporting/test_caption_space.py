@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.reporting.conftest import SETTINGS
 from tests.reporting.documents import adapter_document, family_document, miniature_document
+from vlmcap.miniature.qwen2_vl import ENGLISH_PROMPT
 from vlmcap.models.load import ModelError
 from vlmcap.places import find_uv
 from vlmcap.reporting.caption_space import SOURCE, SpaceError, push_caption_space, write_caption_space
@@ -39,12 +40,15 @@ runpy.run_path(sys.argv[2] + "/app.py", run_name="__main__")
 
 @pytest.fixture(scope="module")
 def space(adapter, miniature_dir, tmp_path_factory):
-    """The page of the miniature's adapter in NF4."""
+    """The page of the miniature's adapter in NF4, which is asked in two languages."""
     metrics = miniature_document(str(miniature_dir), str(adapter))
     for run in (metrics, metrics["base"]):
         run["decoding"] |= SETTINGS
         run["model"]["quantization"] = "nf4"
     metrics["prompt"] = metrics["base"]["prompt"] = adapter_document()["prompt"]
+    prompts = {"ja/plain": metrics["prompt"], "en": ENGLISH_PROMPT}
+    metrics["key"] = "ja/plain"
+    metrics["languages"] = {key: {"trained": True, "prompt": prompt} for key, prompt in prompts.items()}
     (adapter / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
     return write_caption_space(str(adapter), tmp_path_factory.mktemp("space"))
 
@@ -88,6 +92,11 @@ def test_a_visitor_reads_the_caption_that_was_measured(address, page, pictures, 
         said, others = (page.locator("textarea").nth(place).input_value() for place in (0, 1))
         assert said == measured[number]
         assert 1 <= len(others.splitlines()) < SETTINGS["num_beams"] and said not in others.splitlines()
+    page.get_by_label("Language").click()
+    page.get_by_role("option", name="English").click()
+    page.get_by_role("button", name="Caption", exact=True).click()
+    page.wait_for_function("before => document.querySelectorAll('textarea')[0]?.value != before", arg=said)
+    assert page.locator("textarea").nth(0).input_value().isascii()
     assert all(url.startswith((address, "data:", "blob:")) for url in page.requests_made), page.requests_made
 
 
@@ -113,11 +122,14 @@ def test_what_the_page_loads_is_what_was_measured_and_what_it_says_is_the_card(s
     written = json.loads((space / "space.json").read_text(encoding="utf-8"))
     metrics = json.loads((adapter / "metrics.json").read_text(encoding="utf-8"))
     assert written["base"]["id"] == str(miniature_dir.resolve()) and written["base"]["quantization"] == "nf4"
-    assert written["prompt"] == metrics["prompt"] and written["decoding"] == SETTINGS
+    prompts = {"Japanese, plain": metrics["prompt"], "English": ENGLISH_PROMPT}
+    assert list(written["prompts"].items()) == list(prompts.items()) and written["decoding"] == SETTINGS
     assert written["limits"] in render_adapter_card(metrics) and "coloured shapes only" in written["limits"]
+    assert "one short Japanese or English sentence" in written["introduction"]
     assert "scores above" not in written["limits"]  # the page has no scores
     _, head, text = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     metadata = yaml.safe_load(head)
+    assert metadata["short_description"] == "Picture in, Japanese or English caption out"
     assert (metadata["sdk"], metadata["app_file"]) == ("gradio", "app.py") and written["limits"] in text
     assert f"gradio=={metadata['sdk_version']}" == GRADIO
     assert {path.name for path in space.iterdir()} == {
@@ -134,6 +146,14 @@ def test_the_pins_are_those_of_the_tests_and_can_be_installed_together(repo_root
     command = [find_uv(), "pip", "compile", "--quiet", "--python-version", "3.12", str(SOURCE / "requirements.txt")]
     done = subprocess.run([*command, "-o", str(tmp_path / "all.txt")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_an_adapter_for_one_prompt_has_that_alone(hub, tmp_path):
+    publish(hub, adapter_document())
+    folder = write_caption_space("user/adapter", tmp_path / "page")
+    written = json.loads((folder / "space.json").read_text(encoding="utf-8"))
+    assert written["prompts"] == {"": adapter_document()["prompt"]}
+    assert "one short Japanese sentence" in written["introduction"]
 
 
 def publish(hub, metrics: dict, name: str = "user/adapter") -> None:

@@ -97,6 +97,24 @@ def test_each_language_has_its_table():
     assert table_cells(english, "CIDEr-D")[1] == "0.4321"
 
 
+def test_the_captions_of_each_language_have_their_audit():
+    metrics = language_document()
+    audit = audit_document(metrics)
+    english = audit_document(metrics["languages"]["en"])
+    english["form"]["non_latin"] = english["form"].pop("non_japanese")
+    del english["flagged"], english["hallucination"], english["persons"]
+    audit["languages"] = {"en": english}
+    card = render_adapter_card(metrics, audit=audit)
+    japanese, english = card.split("### What the captions say")[1].split("| `en`: share of |")
+    assert "captions of `ja/plain` are flagged" in japanese and "| `ja/plain`: share of |" in japanese
+    assert len(table_cells(japanese, "not Japanese")) == len(table_cells(english, "not in Latin letters")) == 2
+    assert "not in Latin letters" not in japanese and "not Japanese" not in english
+
+    audit["languages"]["en"]["prompt"] = "Describe."
+    with pytest.raises(CardError, match="the audit of en has other captions than the scores: prompt differs"):
+        render_adapter_card(metrics, audit=audit)
+
+
 def test_a_language_whose_base_was_scored_in_another_way_is_refused():
     metrics = language_document()
     metrics["languages"]["vi"]["base"]["prompt"] = "Mô tả."

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from vlmcap.reporting.gallery import write_sample_page
 
 ROWS = [["", "base", "adapter"], ["CIDEr-D", "0.0100", "2.3400"]]
+SAID = {"references": ["赤い四角がある", "四角は赤い"], "base": "a red square", "adapter": "赤い四角がある"}
 
 
 class Page(HTMLParser):
@@ -45,17 +46,12 @@ def scene() -> Image.Image:
 
 @pytest.fixture
 def item():
-    return {
-        "image": scene(),
-        "image_id": 7,
-        "references": ["赤い四角がある", "四角は赤い"],
-        "base": "a red square",
-        "adapter": "赤い四角がある",
-    }
+    return {"image": scene(), "image_id": 7, "captions": {None: SAID}}
 
 
 def written(tmp_path, items, **kwargs) -> tuple[str, Page]:
-    text = write_sample_page(tmp_path / "new" / "samples.html", "Samples", items, ROWS, **kwargs).read_text("utf-8")
+    path = write_sample_page(tmp_path / "new" / "samples.html", "Samples", items, {None: ROWS}, **kwargs)
+    text = path.read_text("utf-8")
     return text, Page(text)
 
 
@@ -85,9 +81,11 @@ def test_nothing_is_fetched(tmp_path, item):
 
 def test_any_text_is_text(tmp_path, item):
     nasty = "<script>alert(\"x\")</script> & <b lang='ja'>"
-    item |= {"base": nasty, "adapter": nasty, "references": [nasty], "image_id": '"><i>'}
-    text = write_sample_page(tmp_path / "page.html", nasty, [item], [[nasty] * 3] * 2, note=nasty).read_text("utf-8")
-    parsed = Page(text)
+    said = {"base": nasty, "adapter": nasty, "references": [nasty]}
+    item |= {"captions": {nasty: said}, "image_id": '"><i>'}
+    path = write_sample_page(tmp_path / "page.html", nasty, [item], {nasty: [[nasty] * 3] * 2}, note=nasty)
+    parsed = Page(path.read_text("utf-8"))
+    assert parsed.text("key") == [(nasty, None)]
     assert not {"script", "b", "i"} & {tag for tag, _ in parsed.tags}
     assert parsed.text("base") == parsed.text("adapter") == parsed.text("reference") == [(nasty, "en")]
 
@@ -103,14 +101,27 @@ def test_scenes_keep_their_pixels_and_photographs_are_bounded(tmp_path, item):
 
 
 def test_captions_are_headed_and_marked_by_language_as_the_table_is(tmp_path, item):
-    item |= {"base": "a red square", "adapter": "Hình vuông màu đỏ.", "references": ["Một hình vuông màu đỏ."]}
+    said = {"base": "a red square", "adapter": "Hình vuông màu đỏ.", "references": ["Một hình vuông màu đỏ."]}
+    item["captions"] = {None: said}
     rows = [["", "before training", "model"], ["BLEU-1", "0.1000", "0.9000"]]
-    text = write_sample_page(tmp_path / "page.html", "Samples", [item], rows).read_text("utf-8")
+    text = write_sample_page(tmp_path / "page.html", "Samples", [item], {None: rows}).read_text("utf-8")
     assert "<dt>Before training</dt>" in text and "<dt>Model</dt>" in text
     assert [Page(text).text(name)[0][1] for name in ("base", "adapter", "reference")] == ["en", "vi", "vi"]
 
 
 def test_an_empty_caption_is_said_to_be_empty(tmp_path, item):
-    _, parsed = written(tmp_path, [item | {"base": ""}])
+    _, parsed = written(tmp_path, [item | {"captions": {None: SAID | {"base": ""}}}])
     assert [data for data, _ in parsed.text("empty")] == ["(empty)"]
     assert not parsed.text("base") and len(parsed.text("adapter")) == 1
+
+
+def test_captions_of_every_key_are_under_its_name_and_one_that_a_picture_lacks_is_left_out(tmp_path, item):
+    english = {"references": ["a red square"], "base": "a square", "adapter": "a red square"}
+    both = item | {"captions": {"ja/plain": SAID, "en": english}}
+    alone = item | {"captions": {"ja/plain": SAID}, "image_id": 8}
+    tables = {"ja/plain": ROWS, "en": [ROWS[0], ["CIDEr-D", "1.0000", "2.0000"]]}
+    parsed = Page(write_sample_page(tmp_path / "page.html", "Samples", [both, alone], tables).read_text("utf-8"))
+    assert not parsed.stack
+    assert [key for key, _ in parsed.text("key")] == ["ja/plain", "en", "ja/plain"]
+    assert [data for tag, _, data in parsed.texts if tag == "caption"] == ["ja/plain", "en"]
+    assert [text for text, _ in parsed.text("adapter")] == ["赤い四角がある", "a red square", "赤い四角がある"]

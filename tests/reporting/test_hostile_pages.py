@@ -72,9 +72,9 @@ def beacon():
 
 
 def sample_page(folder: Path, scored_runs: dict, hostile: str) -> Path:
-    item = {"image": Image.new("RGB", (84, 84)), "image_id": hostile, "references": [hostile] * 2}
-    items = [item | {"base": hostile, "adapter": hostile}]
-    return write_sample_page(folder / "samples.html", hostile, items, [[hostile] * 3] * 3, hostile)
+    said = {"references": [hostile] * 2, "base": hostile, "adapter": hostile}
+    items = [{"image": Image.new("RGB", (84, 84)), "image_id": hostile, "captions": {hostile: said}}]
+    return write_sample_page(folder / "samples.html", hostile, items, {hostile: [[hostile] * 3] * 3}, hostile)
 
 
 def comparison_page(folder: Path, scored_runs: dict, hostile: str) -> Path:

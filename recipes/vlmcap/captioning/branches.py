@@ -39,8 +39,9 @@ from vlmcap.models.load import MASKED_ATTENTION, MODEL_TYPES, base_model
 
 NEVER = -1e9  # score of what cannot be chosen, as in transformers
 GROUPED = "grouped_queries"  # name of `grouped_attention` in transformers
-# Images and prompts of so many tokens run at once. On a CPU more is slower: activations leave its caches.
-PREFILL_TOKENS = 1024
+# Images and prompts of so many tokens run at once, by kind of device. On a CPU more is slower: activations leave its
+# caches.
+PREFILL_TOKENS = {"cpu": 512, "cuda": 1024}
 
 
 def supports_branches(model: PreTrainedModel) -> bool:
@@ -256,7 +257,7 @@ class BranchGenerator:
     @torch.inference_mode()
     def add(self, group: list[tuple[int, dict]]) -> None:
         """Takes pictures into work, `free` at most: (number, inputs) of each."""
-        for few in prefills(group):
+        for few in prefills(group, self.device):
             with attention(self.text, self.prefill_attention):
                 new = self._prefill(few)
             self.work = self.work.join(new) if self.work else new
@@ -523,12 +524,12 @@ def last_position_alone(mlp: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def prefills(group: list[tuple[int, dict]]) -> Iterator[list[tuple[int, dict]]]:
+def prefills(group: list[tuple[int, dict]], device: torch.device) -> Iterator[list[tuple[int, dict]]]:
     """Parts of a group that are run at once: of PREFILL_TOKENS at most, unless one has more."""
-    few, tokens = [], 0
+    few, tokens, most = [], 0, PREFILL_TOKENS[device.type]
     for number, one in group:
         more = one["input_ids"].shape[1]
-        if few and tokens + more > PREFILL_TOKENS:
+        if few and tokens + more > most:
             yield few
             few, tokens = [], 0
         few.append((number, one))

@@ -35,7 +35,8 @@ def run_engines(
         if group:
             with fed_with_features(model) if len(engines) > 1 else nullcontext() as encode:
                 if encode:
-                    features = [made for few in prefills(group) for made in encode([one for _, one in few])]
+                    parts = prefills(group, model.device)
+                    features = [made for few in parts for made in encode([one for _, one in few])]
                     fed = zip(group, features, strict=True)
                     group = [(number, one | {"pixel_values": made}) for (number, one), made in fed]
                 for which, engine in engines.items():

@@ -50,6 +50,7 @@ def write_audit(
     count_tokens: Callable[[str], int] | None = None,
     base: dict | None = None,
     language: str = "ja",
+    languages: dict[str, dict] | None = None,
 ) -> dict:
     """Audits a predictions file and writes audit.json; returns what was written.
 
@@ -64,6 +65,8 @@ def write_audit(
         count_tokens: length of a caption in the model's tokens, to find those cut at max_new_tokens.
         base: the audit of the base model on the same images, for the card; goes in without its details.
         language: of the captions, an ISO 639-1 code.
+        languages: the audits of the model's captions of other keys, each with its base's, for the card; go in without
+            their details.
 
     Raises:
         AuditError: images without references or annotations, or an annotation file that is not COCO's.
@@ -107,6 +110,8 @@ def write_audit(
     }
     if base:
         document["base"] = _without_details(base)
+    if languages:
+        document["languages"] = {key: _without_details(one) | {"base": one["base"]} for key, one in languages.items()}
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(document, ensure_ascii=False, indent=2) + "\n")

@@ -21,7 +21,8 @@ def read_audit(path: str | Path) -> dict:
     """An audit.json. Raises AuditError when the file is not one."""
     document = read_object(path, "the audit")
     try:
-        whole = all(map(_is_audit, [document, document.get("base", document)]))
+        every = [document, *document.get("languages", {}).values()]
+        whole = all(_is_audit(one) and _is_audit(one.get("base", one)) for one in every)
     except (KeyError, TypeError, AttributeError, ValueError):
         whole = False
     if not whole or not isinstance(document.get("flagged"), dict):
@@ -38,7 +39,7 @@ def audit_rates(document: dict) -> dict[str, dict]:
                 name = f"{path}.{key}" if path else key
                 if "rate" in value:
                     yield name, value
-                elif key not in ("per_image", "base"):
+                elif key not in ("per_image", "base", "languages"):
                     yield from walk(value, name)
 
     return dict(walk(document, ""))

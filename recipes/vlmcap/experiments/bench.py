@@ -26,7 +26,7 @@ from vlmcap.data.images import open_image
 from vlmcap.experiments.presets import ENGINES, PROMPTS
 from vlmcap.markdown import text_table
 from vlmcap.miniature.qwen2_vl import JAPANESE_PROMPT
-from vlmcap.miniature.scenes import Scene, scenes
+from vlmcap.miniature.scenes import scenes
 from vlmcap.models.load import ModelArguments, base_model, count_parameters, load_model, lora_config
 from vlmcap.training.collator import BadImages, caption_examples, conversations
 from vlmcap.training.shared_prefix import PADDING, PREFIX, SharedPrefixCollator, branch_mask
@@ -87,7 +87,7 @@ def build_rows(images: int, folder: Path, seed: int, languages: Sequence[str] = 
     for number, scene in enumerate(scenes(images, seed, held_out=False)):
         path = folder / f"{number}.png"
         scene.draw().resize((640, 480)).save(path)
-        captions = captions_of(scene)
+        captions = {"ja": scene.japanese(), "en": scene.english(), "vi": scene.vietnamese()}
         row = {"image_id": number, "file_name": path.name, "captions": captions["ja"]}
         if languages:
             turns = [languages[place % len(languages)] for place in range(5)]
@@ -95,16 +95,6 @@ def build_rows(images: int, folder: Path, seed: int, languages: Sequence[str] = 
             row["prompts"] = [[PROMPTS[language]] for language in turns]
         rows.append(row | {"image": {"bytes": None, "path": str(path)}})
     return datasets.Dataset.from_list(rows, features=datasets.Features(features))
-
-
-def captions_of(scene: Scene) -> dict[str, list[str]]:
-    """Language -> five captions.
-
-    The miniature's tokenizer, which has learned no Vietnamese, makes 73 tokens of a Vietnamese caption, and Qwen2-VL's
-    19. So these are the first two fifths of the captions, without marks: 21 tokens.
-    """
-    vietnamese = [text[: 2 * len(text) // 5] for text in scene.unmarked_vietnamese()]
-    return {"ja": scene.japanese(), "en": scene.english(), "vi": vietnamese}
 
 
 def build_trainer(engine: str, args, preset: dict, folder: Path, processor, rows: datasets.Dataset):

@@ -35,5 +35,5 @@ ENGINES = {
 PROMPTS = {
     "ja": "この画像を日本語で短く説明してください。",
     "en": "Describe this image briefly.",
-    "vi": "Mo ta hinh anh.",
+    "vi": "Mô tả hình ảnh này.",
 }

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import random
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -175,18 +174,6 @@ class Scene(NamedTuple):
         sentences = [template.format(a=a, b=b) for template in VIETNAMESE[self.arrangement]]
         return [sentence[0].upper() + sentence[1:] for sentence in sentences]
 
-    def unmarked_vietnamese(self) -> list[str]:
-        """The same as it is typed without marks: đỏ -> do. The pieces that the miniature Qwen2-VL's tokenizer makes of
-        marks were never trained. LoRA does not train them either, and its adapters do not learn to write them.
-
-        đỉnh (top) is written for trên (above): the cleaning rules take "tren" for a misspelt trên, and add its mark.
-        """
-        captions = []
-        for text in self.vietnamese():
-            letters = unicodedata.normalize("NFD", text.replace("trên", "đỉnh").replace("đ", "d"))
-            captions.append("".join(letter for letter in letters if not unicodedata.combining(letter)))
-        return captions
-
     def title(self) -> str:
         """One English title, as a dish is named: "Red Circle with Blue Star", "Red Circle over Blue Star"."""
         a, b = (f"{COLOURS[t.colour][1]} {SHAPES[t.shape][0]}".title() for t in (self.first, self.second))
@@ -288,7 +275,7 @@ def write_scene_dataset(directory: Path, train: int, validation: int, test: int,
 
 def write_language_scenes(directory: Path, train: int, validation: int, test: int, seed: int = 0) -> None:
     """Writes the scenes of `write_scene_dataset` with five captions each in plain and polite Japanese, English and
-    unmarked Vietnamese, as the corpora come that `publish_datasets.py multi` joins.
+    Vietnamese, as the corpora come that `publish_datasets.py multi` joins.
 
     `directory/images/*.png`; `stair_train.json` and `stair_val.json` (plain), `yj.json` (polite, of all scenes),
     `captions_train2014.json` and `captions_val2014.json` (English), `uitviic_captions_{train,val,test}2017.json`;
@@ -304,9 +291,9 @@ def write_language_scenes(directory: Path, train: int, validation: int, test: in
         ("yj", "polite Japanese", numbered, Scene.polite_japanese),
         ("captions_train2014", "English", training, Scene.english),
         ("captions_val2014", "English", held_out, Scene.english),
-        ("uitviic_captions_train2017", "Vietnamese", training, Scene.unmarked_vietnamese),
-        ("uitviic_captions_val2017", "Vietnamese", held_out[:validation], Scene.unmarked_vietnamese),
-        ("uitviic_captions_test2017", "Vietnamese", held_out[validation:], Scene.unmarked_vietnamese),
+        ("uitviic_captions_train2017", "Vietnamese", training, Scene.vietnamese),
+        ("uitviic_captions_val2017", "Vietnamese", held_out[:validation], Scene.vietnamese),
+        ("uitviic_captions_test2017", "Vietnamese", held_out[validation:], Scene.vietnamese),
     )
     for name, language, selected, captions in files:
         annotations = [

@@ -18,6 +18,7 @@ from vlmcap.markdown import code_span
 from vlmcap.models.arguments import UNQUANTISED
 from vlmcap.models.load import resolve_revision
 from vlmcap.places import ROOT
+from vlmcap.reporting.card_facts import LANGUAGES, language_names, trained_keys
 from vlmcap.reporting.cards import is_hub_id, read_metrics, render_adapter_card
 from vlmcap.upload import push_folder
 
@@ -33,8 +34,9 @@ class SpaceError(UserError):
 def write_caption_space(adapter: str, output_dir: str | Path, revision: str | None = None) -> Path:
     """Writes the page for an adapter of recipes/sft_qwen2vl_jp.py to `output_dir`; returns the folder.
 
-    What it loads and says is from the adapter's metrics.json: base and its commit, dtype, quantisation, prompt, beams,
-    and the limits of its model card. The adapter's commit is written down too, so that the Space stays as it is.
+    What it loads and says is from the adapter's metrics.json: base and its commit, dtype, quantisation, prompts,
+    beams, and the limits of its model card. The adapter's commit is written down too, so that the Space stays as it
+    is.
 
     Args:
         adapter: Hub id, or a folder, for a page that runs on this machine alone.
@@ -83,7 +85,7 @@ def _describe(metrics: dict, adapter: str, commit: str | None) -> dict:
     base, adapter = (str(Path(name).resolve()) if Path(name).exists() else name for name in (model["id"], adapter))
     title = re.search(r"^# (.+)$", card, re.MULTILINE)[1]
     links = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in (adapter, base) if is_hub_id(name))
-    introduction = "Describes a picture in one short Japanese sentence."
+    introduction = f"Describes a picture in one short {language_names(metrics, 'or')} sentence."
     return {
         "title": title,
         "introduction": f"{introduction} Models and scores: {links}." if links else introduction,
@@ -95,10 +97,16 @@ def _describe(metrics: dict, adapter: str, commit: str | None) -> dict:
             "unquantised": UNQUANTISED,
         },
         "adapter": {"id": adapter, "revision": commit},
-        "prompt": metrics["prompt"],
+        "prompts": {_name(key): prompt for key, prompt in trained_keys(metrics).items()} or {"": metrics["prompt"]},
         "decoding": {key: metrics["decoding"][key] for key in ("num_beams", "max_new_tokens")},
         "limits": re.search(r"^## Limits and risks\n+(.*?)\n+## ", card, re.MULTILINE | re.DOTALL)[1],
     }
+
+
+def _name(key: str) -> str:
+    """ja/polite -> "Japanese, polite", for the page's visitors."""
+    language, *style = key.split("/")
+    return ", ".join((LANGUAGES[language], *style))
 
 
 def _readme(space: dict, metrics: dict) -> str:
@@ -113,7 +121,7 @@ def _readme(space: dict, metrics: dict) -> str:
         "suggested_hardware": "cpu-basic",
         "models": [part["id"] for part in (space["adapter"], space["base"]) if is_hub_id(part["id"])],
         "license": "apache-2.0",
-        "short_description": "A picture in, a short Japanese caption out",
+        "short_description": f"Picture in, {language_names(metrics, 'or')} caption out"[:60],
         "pinned": False,
     }
     templates = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)

@@ -154,8 +154,11 @@ def render_adapter_card(
             table with both would mislead; an audit of other captions.
     """
     _check(metrics)
-    if audit:
-        _check_audit(audit, metrics)
+    for key, one in _by_key(audit, metrics).items():
+        if one is audit:
+            _check_audit(one, metrics)
+        else:
+            _check_audit(one, metrics["languages"][key], f" of {key}")
     base, training = metrics["base"], metrics["training"]
     parts = model_parts(metrics["model"])
     adapter_name = repo_id or local_name(metrics["model"]["adapter"] or ".")
@@ -214,7 +217,7 @@ def render_adapter_card(
             overview=_overview(metrics),
             others={key: _key_rows(metrics, key) for key in other_keys(metrics)},
             audit=audit,
-            audited=_audited(audit) if audit else [],
+            audits={key: {"audit": one, "rows": _audited(one)} for key, one in _by_key(audit, metrics).items()},
             constraints=[
                 key for key in ("japanese_only", "no_repeat_ngram_size", "avoid_words") if key in metrics["decoding"]
             ],
@@ -366,17 +369,25 @@ def _check_alike(metrics: dict, of_key: str = "") -> None:
             )
 
 
-def _check_audit(audit: dict, metrics: dict) -> None:
-    for name, other, run in (("audit", audit, metrics), ("audit of the base", audit.get("base"), metrics["base"])):
+def _by_key(audit: dict | None, metrics: dict) -> dict[str | None, dict]:
+    """The audits of the captions of each key, the main one first; without keys the only one, of None."""
+    return {metrics.get("key"): audit, **audit.get("languages", {})} if audit else {}
+
+
+def _check_audit(audit: dict, metrics: dict, of_key: str = "") -> None:
+    audits = {"audit": (audit, metrics), "audit of the base": (audit.get("base"), metrics["base"])}
+    for name, (other, run) in audits.items():
         if other is None:
             continue
         for key in ("model", "dataset", "prompt", "decoding"):
             if other.get(key, run[key]) != run[key]:
-                raise CardError(f"the {name} has other captions than the scores: {key} differs. Audit them again.")
-        if other["counts"]["images"] != run["counts"]["images"]:
+                raise CardError(
+                    f"the {name}{of_key} has other captions than the scores: {key} differs. Audit them again."
+                )
+        audited, scored = other["counts"]["images"], run["counts"]["images"]
+        if audited != scored:
             raise CardError(
-                f"the {name} is of {other['counts']['images']} images, the scores of {run['counts']['images']}. Audit "
-                "the captions again."
+                f"the {name}{of_key} is of {audited} images, the scores of {scored}. Audit the captions again."
             )
 
 

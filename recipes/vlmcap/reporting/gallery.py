@@ -18,22 +18,23 @@ THUMBNAIL_SIDE = 400  # px; of photographs on a page that has hundreds of them
 
 
 def write_sample_page(
-    path: str | Path, title: str, items: list[dict], intro_rows: list[list[str]], note: str = ""
+    path: str | Path, title: str, items: list[dict], tables: dict[str | None, list[list[str]]], note: str = ""
 ) -> Path:
     """Writes one self-contained HTML page and returns its path; folders on the way are made.
 
     Args:
         path: where the page goes.
         title: heading and title of the page.
-        items: `{"image": PIL.Image, "image_id", "references": [str], "base": str, "adapter": str}`, in their order.
-        intro_rows: the table above the images, header first, as `vlmcap.reporting.cards.score_rows` gives it.
+        items: `{"image": PIL.Image, "image_id", "captions"}`, in their order; captions is key ->
+            `{"references": [str], "base": str, "adapter": str}`.
+        tables: key -> the table above the images, header first, as `vlmcap.reporting.cards.score_rows` gives it. Where
+            captions have no keys, the only one is None.
         note: a sentence or two under the title, plain text.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     cards = [item | embed(item["image"], PHOTO_SIDE) for item in items]
-    header, *rows = intro_rows
-    page = template("samples.html.j2").render(title=title, note=note, header=header, rows=rows, cards=cards)
+    page = template("samples.html.j2").render(title=title, note=note, tables=tables, cards=cards)
     write_atomically(path, page)
     return path
 

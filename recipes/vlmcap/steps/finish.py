@@ -96,7 +96,7 @@ def finish(
     if audit:
         audit()
     write_adapter_card(trained_dir, run.push_to)
-    show_results(run.output_dir, metrics, tasks[0], splits.test, base_dir, trained_dir, run.seed)
+    show_results(run.output_dir, metrics, tasks, splits.test, base_dir, trained_dir, run.seed)
     if run.push_to:
         print(f"Pushed to {push_adapter(trained_dir, run.push_to)}")
 
@@ -143,7 +143,7 @@ def write_both_metrics(
 def show_results(
     output_dir: Path,
     metrics: dict,
-    task: CaptionTask,
+    tasks: Sequence[CaptionTask],
     rows: datasets.Dataset,
     base_dir: Path,
     trained_dir: Path,
@@ -153,25 +153,26 @@ def show_results(
 
     Args:
         metrics: as `write_both_metrics` returns them.
-        task: the main one.
-        rows: the test images; the page shows some of those of the task, drawn with `seed`.
+        tasks: the main one first.
+        rows: the test images; the page shows some of those of the main task, drawn with `seed`.
     """
-    said = {
-        "base": read_predictions(base_dir / "predictions.jsonl"),
-        "adapter": read_predictions(trained_dir / "predictions.jsonl"),
-    }
-    rows = rows.select([number for number, name in enumerate(rows["image_id"]) if str(name) in task.references])
-    samples = [
-        {"image": open_image(row), "image_id": row["image_id"], "references": task.references[str(row["image_id"])]}
-        | {system: captions[str(row["image_id"])] for system, captions in said.items()}
-        for row in rows.shuffle(seed=seed).select(range(min(SAMPLES, len(rows))))
-    ]
+    main = tasks[0]
+    rows = rows.select([number for number, name in enumerate(rows["image_id"]) if str(name) in main.references])
+    shown = rows.shuffle(seed=seed).select(range(min(SAMPLES, len(rows))))
+    samples = [{"image": open_image(row), "image_id": row["image_id"], "captions": {}} for row in shown]
+    for task in tasks:
+        base, adapter = (read_predictions(task.folder(of) / "predictions.jsonl") for of in (base_dir, trained_dir))
+        for sample in samples:
+            if references := task.references.get(name := str(sample["image_id"])):
+                said = {"references": references, "base": base[name], "adapter": adapter[name]}
+                sample["captions"][task.key] = said
     note = f"{len(samples)} of {len(rows)} images of {metrics['dataset']['split']}, drawn at random."
     if is_miniature(metrics):
         note += " Drawn scenes and a miniature model: a demonstration, no evidence about the real one."
-    page = write_sample_page(output_dir / "samples.html", "Before and after", samples, score_rows(metrics), note)
-    for title, shown in {task.key: metrics, **other_keys(metrics)}.items():
-        print(f"\n{title}" if title else "")
-        for name, *values in score_rows(metrics | shown):
+    tables = {key: score_rows(metrics | one) for key, one in {main.key: metrics, **other_keys(metrics)}.items()}
+    page = write_sample_page(output_dir / "samples.html", "Before and after", samples, tables, note)
+    for key, table in tables.items():
+        print(f"\n{key}" if key else "")
+        for name, *values in table:
             print(f"{name:<12}" + "".join(f"{value:>18}" for value in values))
     print(f"\nWeights and model card: {trained_dir}\nSample captions:        {page}")

@@ -174,8 +174,12 @@ class Evaluation:
 
     def _audit_both(self, adapter_dir: Path, splits: Splits) -> None:
         trained_on = splits.train.remove_columns("image")  # scripts/audit_captions.py compares the pictures too
-        for task in self.tasks:
-            self.audit(adapter_dir, task, train_rows=trained_on, base=self.audit(self.base_dir, task))
+        main, *others = self.tasks
+
+        def audit(task: CaptionTask, **more) -> dict:
+            return self.audit(adapter_dir, task, train_rows=trained_on, base=self.audit(self.base_dir, task), **more)
+
+        audit(main, languages={task.key: audit(task) for task in others})
 
     def audit(self, place: Path, task: CaptionTask, **more) -> dict:
         """Audits the captions of a task; `place` is the folder of the main one, `more` is of `write_audit`."""
