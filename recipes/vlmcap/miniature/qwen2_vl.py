@@ -120,10 +120,10 @@ def pretrain(
 ) -> None:
     """Trains the miniature on English captions of scenes and on `known` text without pictures; saves it in bfloat16.
 
-    Three quarters of every batch are a picture with an English caption. One eighth is a Japanese caption alone, one
-    eighth an English caption followed by its Japanese translation, both of scenes that are not shown. Held-out
-    combinations (`Scene.held_out`) are in none of them. With more than one kind of text, the prompt of its kind stands
-    between a caption and its translation.
+    Most of a batch are pictures with an English caption. Of `text_share`, half are captions of `known` alone, half an
+    English caption followed by its translation, of scenes that are not shown. Held-out combinations (`Scene.held_out`)
+    are in none of them. With more than one kind of text, the prompt of its kind is between a caption and its
+    translation.
 
     Without the translations (one quarter Japanese captions alone), adaptation first learned sentences with arbitrary
     colours and shapes: CIDEr-D 1.1 after 300 steps at 2e-3 or 400 at 6e-3, 2.8 after 550 at 5e-3, 4.7 after 900 at
