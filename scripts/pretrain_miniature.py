@@ -9,7 +9,7 @@ The committed checkpoints were written by
     python scripts/pretrain_miniature.py --model gpt2 --output_dir recipes/miniatures/gpt2
     python scripts/pretrain_miniature.py --model llama --output_dir recipes/miniatures/llama
 
-(on one CPU core 20 minutes for the first, 5, 3, 1 and 1 for the others; seeded). They are demonstration models of
+(on one CPU core 20 minutes for the first, 36, 5, 3, 1 and 1 for the others; seeded). They are demonstration models of
 1 to 3.4 million parameters and no evidence about the quality of the models that they stand for.
 """
 

@@ -17,7 +17,7 @@ PRESETS = {
         "load_in_4bit": True,
     },
     "tiny": {
-        "text": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "vocab_size": 512}
+        "text": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "vocab_size": 640}
         | {"num_attention_heads": 2, "num_key_value_heads": 1, "mrope_section": [8, 12, 12]},
         "vision": {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2},
         "load_in_4bit": True,
