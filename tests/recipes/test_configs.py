@@ -7,6 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from tests.recipes.files import assert_describes_itself
+from vlmcap.miniature.qwen2_vl import ENGLISH_PROMPT, LANGUAGES
 
 NAMES = ("base", "t4", "demo")
 
@@ -42,12 +43,18 @@ def test_the_settings_for_own_pictures(repo_root, parse):
 
 @pytest.mark.parametrize(("name", "like"), [("languages", "base"), ("languages_demo", "demo")])
 def test_the_settings_for_several_languages(repo_root, parse, name, like):
-    """The same model as with one language, and a prompt for each kind of captions of the corpora that are joined."""
+    """The same model as with one language, in the demo from the miniature that has read them, and a prompt for each
+    kind of captions of the corpora that are joined."""
     folder = repo_root / "recipes/configs/sft_qwen2vl_jp"
     assert_describes_itself(folder / f"{name}.yaml")
     data, model, generation, prompts, training = parse(folder / f"{name}.yaml")
     _, trained, *_ = parse(folder / f"{like}.yaml")
-    assert model == trained and list(prompts.wordings) == ["ja/plain", "ja/polite", "en", "vi"]
+    if name == "languages_demo":
+        trained = replace(trained, model_name_or_path="recipes/miniatures/qwen2_vl_languages")
+        asked = [prompts.first_wordings[key] for key in ("ja/plain", "ja/polite", "vi", "en")]
+        assert asked == [*LANGUAGES, ENGLISH_PROMPT]
+    assert model == trained
+    assert list(prompts.wordings) == ["ja/plain", "ja/polite", "en", "vi"]
     assert prompts.main(generation).prompt == prompts.wordings["ja/plain"][0]
     assert data.include_yj_images and training.shared_prefix and training.captions_per_image == 5
 

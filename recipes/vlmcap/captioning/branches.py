@@ -39,9 +39,8 @@ from vlmcap.models.load import MASKED_ATTENTION, MODEL_TYPES, base_model
 
 NEVER = -1e9  # score of what cannot be chosen, as in transformers
 GROUPED = "grouped_queries"  # name of `grouped_attention` in transformers
-# Images and prompts of so many tokens run at once, by kind of device. On a CPU more is slower: activations leave its
-# caches.
-PREFILL_TOKENS = {"cpu": 512, "cuda": 1024}
+# Images and prompts of so many tokens run at once. On a CPU more is slower: activations leave its caches.
+PREFILL_TOKENS, CPU_PREFILL_TOKENS = 1024, 512
 
 
 def supports_branches(model: PreTrainedModel) -> bool:
@@ -525,8 +524,9 @@ def last_position_alone(mlp: nn.Module) -> Iterator[None]:
 
 
 def prefills(group: list[tuple[int, dict]], device: torch.device) -> Iterator[list[tuple[int, dict]]]:
-    """Parts of a group that are run at once: of PREFILL_TOKENS at most, unless one has more."""
-    few, tokens, most = [], 0, PREFILL_TOKENS[device.type]
+    """Parts of a group that are run at once: of PREFILL_TOKENS at most (CPU_PREFILL_TOKENS), unless one has more."""
+    few, tokens = [], 0
+    most = CPU_PREFILL_TOKENS if device.type == "cpu" else PREFILL_TOKENS
     for number, one in group:
         more = one["input_ids"].shape[1]
         if few and tokens + more > most:
