@@ -141,8 +141,8 @@ $(REWARD)/sft/adapter/README.md: | setup
 $(REWARD)/dpo/adapter/README.md: | setup
 	$(LAUNCH) recipes/dpo_qwen2vl_jp.py --config recipes/configs/dpo_qwen2vl_jp/demo.yaml --output_dir $(REWARD)/dpo
 
-# The miniature, which knows English, trained with prompts in one, two and three languages, and in two styles; a table of
-# what each scores. Two trainings at a time, with a thread each. LANGUAGE_TABLE="--seeds 42 43 44" changes an option.
+# A miniature that has seen pictures with English captions, trained with prompts in one, two and three languages, and in
+# two styles; a table of what each scores. Two trainings at a time, with a thread each. LANGUAGE_TABLE="--seeds 42 43 44" changes an option.
 demo-languages: export HF_HUB_OFFLINE = 1
 demo-languages: setup $(LANGUAGES)/dataset/README.md
 	$(VENV_PYTHON) scripts/language_table.py $(LANGUAGE_TABLE)

@@ -1,4 +1,4 @@
-"""Pretrain a miniature on drawn scenes: the base models of `make demo`, `make demo-family` and of the tests.
+"""Pretrain a miniature on drawn scenes: the base models of the demos and of the tests.
 
 The committed checkpoints were written by
 

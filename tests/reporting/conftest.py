@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,17 +123,26 @@ def adapter(tmp_path_factory, miniature_dir):
 
 
 @pytest.fixture(scope="session")
-def measured(adapter, miniature_dir, pictures) -> list[str]:
-    """The captions that a run scores: of the base in NF4 with the adapter on it."""
+def measured(measure) -> list[str]:
+    """The captions that a run scores."""
+    said = measure(adapter_document()["prompt"])
+    assert len(set(said)) > PICTURES / 2
+    return said
+
+
+@pytest.fixture(scope="session")
+def measure(adapter, miniature_dir, pictures) -> Callable[[str], list[str]]:
+    """prompt -> what the base in NF4 with the adapter on it says of the pictures."""
     from vlmcap.captioning.arguments import GenerationArguments
     from vlmcap.captioning.generate import caption_with_prompt
     from vlmcap.data.images import open_image
     from vlmcap.models.load import load_adapter, load_model, load_processor
 
-    prompt = adapter_document()["prompt"]
     model, processor = load_adapter(load_model(str(miniature_dir)), str(adapter)), load_processor(str(adapter))
-    rows = ({"image": {"bytes": None, "path": str(path)}, "image_id": 0} for path in pictures)
-    arguments = GenerationArguments(prompt=prompt, **SETTINGS)
-    said = [caption_with_prompt(model, processor, [open_image(row)], arguments)[0] for row in rows]
-    assert len(set(said)) > PICTURES / 2
-    return said
+    rows = [{"image": {"bytes": None, "path": str(path)}, "image_id": 0} for path in pictures]
+
+    def say(prompt: str) -> list[str]:
+        arguments = GenerationArguments(prompt=prompt, **SETTINGS)
+        return [caption_with_prompt(model, processor, [open_image(row)], arguments)[0] for row in rows]
+
+    return say

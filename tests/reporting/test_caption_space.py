@@ -79,8 +79,8 @@ def address(space, overlay, repo_root, tmp_path_factory):
             app.wait()
 
 
-def test_a_visitor_reads_the_caption_that_was_measured(address, page, pictures, measured, space):
-    """Of a picture with a transparent ground and of one that is on its side by EXIF."""
+def test_a_visitor_reads_the_caption_that_was_measured(address, page, pictures, measured, measure, space):
+    """Of a picture with a transparent ground and of one that is on its side by EXIF, and of this one in English."""
     limits = json.loads((space / "space.json").read_text(encoding="utf-8"))["limits"]
     for number in (0, 1):
         page.goto(address)
@@ -96,7 +96,7 @@ def test_a_visitor_reads_the_caption_that_was_measured(address, page, pictures, 
     page.get_by_role("option", name="English").click()
     page.get_by_role("button", name="Caption", exact=True).click()
     page.wait_for_function("before => document.querySelectorAll('textarea')[0]?.value != before", arg=said)
-    assert page.locator("textarea").nth(0).input_value().isascii()
+    assert page.locator("textarea").nth(0).input_value() == measure(ENGLISH_PROMPT)[1] != said
     assert all(url.startswith((address, "data:", "blob:")) for url in page.requests_made), page.requests_made
 
 

@@ -154,11 +154,9 @@ def render_adapter_card(
             table with both would mislead; an audit of other captions.
     """
     _check(metrics)
+    scored = {metrics.get("key"): metrics} | other_keys(metrics)
     for key, one in _by_key(audit, metrics).items():
-        if one is audit:
-            _check_audit(one, metrics)
-        else:
-            _check_audit(one, metrics["languages"][key], f" of {key}")
+        _check_audit(one, scored[key], "" if one is audit else f" of {key}")
     base, training = metrics["base"], metrics["training"]
     parts = model_parts(metrics["model"])
     adapter_name = repo_id or local_name(metrics["model"]["adapter"] or ".")
